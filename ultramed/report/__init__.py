@@ -1,0 +1,1 @@
+"""Published numbers, tables, figures, the scorecard and the report page."""
