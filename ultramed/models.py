@@ -4,6 +4,7 @@ A *model artifact* is a folder with `model.json`. It holds either weights (`kind
 its base (`kind: adapter`), or only the name of a hub model or a folder that is used in place (`kind: reference`).
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -87,6 +88,8 @@ def keep_freed_memory() -> None:
 def free_memory() -> None:
     """Return what deleted models held, before the next one is loaded."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else a long run keeps its largest moment (see keep_freed_memory)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

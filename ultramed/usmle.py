@@ -53,20 +53,21 @@ class Bench:
         seed = config.seed if side == "train" else 0
         return mixture(MixtureConfig(counts=counts, answer_form=config.answer_form, side=side, seed=seed), **given)
 
-    def train(self, arm: str, fraction: float = 1.0, **changes) -> Artifact:
-        """Train one arm; `fraction` scales the number of rows of every source (for tuning)."""
+    def train(self, arm: str, fraction: float = 1.0, dev: bool = False, **changes) -> Artifact:
+        """Train one arm. `fraction` scales the rows of every source, `dev` measures the dev loss (both for tuning)."""
         config = arm_config(self.profile, arm, **changes)
         if fraction != 1:
             counts = {k: max(1, round(v * fraction)) if isinstance(v, int) else v * fraction for k, v in config.mixture.items()}
             config = config.model_copy(update={"mixture": counts})
-        return sft(config, model=self.model, data=self.rows(config), dev=self.rows(config, "dev"), template=self.config.template)
+        held = {"dev": self.rows(config, "dev")} if dev else {}
+        return sft(config, model=self.model, data=self.rows(config), template=self.config.template, **held)
 
     def tune(self, arms: list[str]) -> pd.DataFrame:
         """Dev loss of every learning rate of the arm's grid; columns arm, learning_rate, dev_loss, seconds."""
         setting, out = self.profile.usmle, []
         for arm in arms:
             for rate in setting.grid[arm_config(self.profile, arm).method]:
-                made = self.train(arm, setting.tuning_fraction, learning_rate=rate, seed=setting.seeds[0])
+                made = self.train(arm, setting.tuning_fraction, dev=True, learning_rate=rate, seed=setting.seeds[0])
                 m = made.metrics
                 out.append({"arm": arm, "learning_rate": rate, "dev_loss": m["dev_loss"], "seconds": m["train_seconds"]})
         return pd.DataFrame(out)

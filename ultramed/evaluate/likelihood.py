@@ -7,8 +7,11 @@ the choice is the same item for item; only positions whose logits are needed get
 from collections.abc import Callable
 
 import torch
+from transformers import DynamicCache
 
 from ultramed.evaluate.generate import batches, left_pad
+
+TAILS = 64  # continuations of several tokens scored at a time
 
 
 def lm_eval_prompt(row: dict) -> tuple[str, list[str]]:
@@ -68,21 +71,31 @@ def score(
 
 
 def _add_tails(model, tokenizer, items, batch, cache, mask, position, results) -> None:
-    """Add the log-probabilities of all but the first token of every continuation, on copies of the context's cache."""
-    where = [(row, i, n) for row, i in enumerate(batch) for n in range(len(items[i][1]))]
-    tails = [items[i][1][n] for _, i, n in where]
-    width = max(map(len, tails)) - 1
-    pick = torch.tensor([row for row, _, _ in where], device=model.device)
-    cache.batch_select_indices(pick)
-    fed = torch.tensor([(t[:-1] + [tokenizer.pad_token_id] * width)[:width] for t in tails], device=model.device)
-    want = torch.tensor([(t[1:] + [0] * width)[:width] for t in tails], device=model.device)
-    real = torch.tensor([[1.0] * (len(t) - 1) + [0.0] * (width - len(t) + 1) for t in tails], device=model.device)
-    steps = torch.arange(width, device=model.device)
-    out = model(
-        input_ids=fed, attention_mask=torch.cat([mask[pick], mask.new_ones(len(where), width)], dim=1),
-        position_ids=position[pick] + steps, past_key_values=cache, use_cache=True,
-    )  # fmt: skip
-    picked = out.logits.gather(-1, want[..., None])[..., 0].float()
-    logp = (picked - out.logits.float().logsumexp(-1)) * real
-    for (_, i, n), total in zip(where, logp.sum(-1).tolist(), strict=True):
-        results[i][n] += total
+    """Add the log-probabilities of all but the first token of every continuation, on copies of the context's cache.
+
+    Continuations of similar length go together, `TAILS` at a time: the logits of all of them at once, padded to the
+    longest, would be the largest tensor of the whole evaluation.
+    """
+    where = [(row, i, n) for row, i in enumerate(batch) for n in range(len(items[i][1])) if len(items[i][1][n]) > 1]
+    where.sort(key=lambda w: len(items[w[1]][1][w[2]]))
+    for start in range(0, len(where), TAILS):
+        part = where[start : start + TAILS]
+        tails = [items[i][1][n] for _, i, n in part]
+        width = max(map(len, tails)) - 1
+        pick = torch.tensor([row for row, _, _ in part], device=model.device)
+        copy = DynamicCache()
+        for number, layer in enumerate(cache.layers):
+            copy.update(layer.keys[pick], layer.values[pick], number)
+        pad = [tokenizer.pad_token_id] * width
+        fed = torch.tensor([(t[:-1] + pad)[:width] for t in tails], device=model.device)
+        want = torch.tensor([(t[1:] + pad)[:width] for t in tails], device=model.device)
+        real = torch.tensor([[i < len(t) - 1 for i in range(width)] for t in tails], device=model.device)
+        logits = model(
+            input_ids=fed, attention_mask=torch.cat([mask[pick], mask.new_ones(len(part), width)], dim=1),
+            position_ids=position[pick] + torch.arange(width, device=model.device), past_key_values=copy, use_cache=True,
+        ).logits  # fmt: skip
+        logp = torch.zeros(real.shape, device=model.device)
+        kept = logits[real].float()
+        logp[real] = kept.gather(-1, want[real][:, None])[:, 0] - kept.logsumexp(-1)
+        for (_, i, n), total in zip(part, logp.sum(-1).tolist(), strict=True):
+            results[i][n] += total

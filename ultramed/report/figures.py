@@ -1,5 +1,7 @@
 """Figures as PNG and SVG with provenance; one look for all of them."""
 
+import re
+
 import matplotlib
 
 matplotlib.rcParams["svg.hashsalt"] = "ultramed"  # the same figure gives the same file
@@ -22,7 +24,7 @@ def style() -> None:
 
 def save_figure(fig, name: str, *, profile: str, caption: str, artifacts: list[Artifact] = ()):
     """Write `figures/<profile>/<name>.{png,svg,json}` and return the picture, to be shown with its caption as alternative text."""
-    base = folder(profile)
+    base, name = folder(profile), re.sub(r"[^\w.-]+", "-", name)
     base.mkdir(parents=True, exist_ok=True)
     fig.savefig(base / f"{name}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
     fig.savefig(base / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
@@ -82,4 +84,15 @@ def curves(frame: pd.DataFrame):
         ax.plot(mean.index, mean, color=color, lw=2, label=arm)
     ax.set(xlabel="optimiser step", ylabel="training loss (nats per answer token)")
     ax.legend(frameon=False)
+    return fig
+
+
+def verdicts(counts: pd.DataFrame):
+    """Stacked bars of verdict counts. counts: a row a table, a column a verdict."""
+    order = [v for v in ("reproduced", "differs in scale", "not reproduced", "not run") if v in counts]
+    colors = {"reproduced": "#2a9d5c", "differs in scale": "#d6a12b", "not reproduced": "#c8553d", "not run": "#c9ced6"}
+    fig, ax = plt.subplots(figsize=(7, 0.36 * len(counts) + 1.2))
+    counts[order].iloc[::-1].plot.barh(stacked=True, ax=ax, color=[colors[v] for v in order], width=0.75)
+    ax.set(xlabel="published cells", ylabel="")
+    ax.legend(frameon=False, loc="lower right")
     return fig

@@ -1,0 +1,79 @@
+"""The stage that asks questions: outcomes add up, ledgers resume, protocols do what they say."""
+
+import pytest
+
+from ultramed.config import EvalConfig
+from ultramed.data.rows import BadRow, read_questions
+from ultramed.evaluate import accuracy
+from ultramed.evaluate.accuracy import answers, read_answers
+
+
+@pytest.mark.parametrize("protocol", accuracy.ASK)
+def test_outcomes_add_up(bench, exam, protocol):
+    config = EvalConfig(protocol=protocol, answer_form="letter_first", max_new_tokens=5, tries=2)
+    art = answers(config, model=bench.model, questions=exam, select={"step1": [0, 10], "step2": [3, 8]})
+    frame, m = read_answers(art), art.metrics
+    assert (m["n"], m["correct"] + m["wrong"] + m["unparsed"]) == (15, 15)
+    assert m["accuracy"] == frame.correct.mean()
+    assert list(frame.subset.value_counts()) == [10, 5]
+    if protocol == "medalpaca":
+        assert set(frame.tries) <= {1, 2}
+        assert (frame[frame.tries < 2].rule == "letter: text").all()
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_left(bench, exam, fresh_store, monkeypatch):
+    config = EvalConfig(protocol="greedy", max_new_tokens=3, batch_tokens=256)
+    real, asked = accuracy.generate, []
+
+    def break_after_three(net, tokenizer, prompts, sampling, *, budget, done):
+        def interrupted(batch, replies):
+            done(batch, replies)
+            asked.extend(batch)
+            if len(asked) >= 3:
+                raise KeyboardInterrupt
+
+        return real(net, tokenizer, prompts, sampling, budget=budget, done=interrupted)
+
+    monkeypatch.setattr(accuracy, "generate", break_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        answers(config, model=bench.model, questions=exam)
+    monkeypatch.undo()
+    monkeypatch.setenv("ULTRAMED_STORE", str(fresh_store))
+    counted = []
+    monkeypatch.setattr(accuracy, "generate", lambda *a, **k: (counted.append(len(a[2])), real(*a, **k))[1])
+    art = answers(config, model=bench.model, questions=exam)
+    assert counted == [180 - len(asked)]
+    frame = read_answers(art)
+    assert len(frame) == frame.id.nunique() == 180
+
+
+def test_a_slice_beyond_the_end_is_an_error(bench, exam):
+    with pytest.raises(ValueError, match="questions 0 to 999 of 'step1' asked for, but it has 60"):
+        answers(EvalConfig(), model=bench.model, questions=exam, select={"step1": [0, 999]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ('{"question": "Q", "options": {"A": "x", "B": "y"}}', r"row 1 \(1\): gold: Field required"),
+        ('{"question": "Q", "options": {"A": "x", "B": "y"}, "gold": "E"}', "gold: wanted one of A, B, got 'E'"),
+        ('{"question": "Q", "options": {"A": "x", "1": "y"}, "gold": "A"}', "letters must be A to Z"),
+        ('{"question": "", "options": {"A": "x", "B": "y"}, "gold": "A"}', "question: String should have at least 1"),
+        ('{"question": "Q", "options": {"A": "x", "B": "y"}, "gold": "A", "anwser": 1}', "anwser: Extra inputs"),
+        ("{nonsense", "row 1: not JSON"),
+    ],
+)
+def test_a_bad_question_file_names_row_and_field(tmp_path, text, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(BadRow, match=message) as err:
+        read_questions(path)
+    assert str(path) in str(err.value)
+
+
+def test_ids_must_be_unique(tmp_path):
+    row = '{"id": "a", "question": "Q", "options": {"A": "x", "B": "y"}, "gold": "A"}\n'
+    (tmp_path / "q.jsonl").write_text(row * 2)
+    with pytest.raises(BadRow, match="row 2: id 'a' is that of row 1"):
+        read_questions(tmp_path / "q.jsonl")

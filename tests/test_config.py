@@ -1,0 +1,120 @@
+import pytest
+import yaml
+from conftest import REPO
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultramed.config import (
+    ConfigError,
+    apply_override,
+    arm_config,
+    load_profile,
+    merge,
+    parse_override,
+    profiles,
+    read_yaml,
+    validate,
+)
+from ultramed.sweep import SweepConfig, _profile
+
+PARAMS = sorted((REPO / "params").glob("*.yaml"))
+SWEEPS = sorted((REPO / "params" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
+def test_every_profile_loads_with_all_its_arms(path):
+    profile = load_profile(path.stem)
+    assert profile.name == path.stem
+    for arm in profile.usmle.arms:
+        arm_config(profile, arm)
+
+
+def test_the_profiles_of_the_book_are_there():
+    assert {"smoke", "laptop", "gpu", "medalpaca-7b", "medalpaca-13b"} <= set(profiles())
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_sweep_loads_and_every_point_is_a_valid_profile(path):
+    sweep = validate(SweepConfig, read_yaml(path), str(path))
+    assert sweep.points()
+    for point in sweep.points():
+        for seed in sweep.seeds:
+            _profile(sweep, point, seed)
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "meant"),
+    [
+        ("train.lerning_rate=1", "train.lerning_rate", "train.learning_rate"),
+        ("usmle.arms.full.lerning_rate=1", "lerning_rate", "learning_rate"),
+        ("trian.epochs=1", "trian", "train"),
+        ("train.lora.alhpa=1", "train.lora.alhpa", "train.lora.alpha"),
+        ("models.0.nmae=x", "models.0.nmae", "models.0.name"),
+    ],
+)
+def test_a_misspelt_key_is_an_error_that_names_it_and_the_nearest_known_one(override, named, meant):
+    with pytest.raises(ConfigError) as err:
+        load_profile("laptop", [override])
+    assert repr(named) in str(err.value)
+    assert f"did you mean {meant!r}?" in str(err.value)
+
+
+def test_a_wrong_value_says_what_came():
+    with pytest.raises(ConfigError, match=r"train\.epochs.*'many'"):
+        load_profile("laptop", ["train.epochs=many"])
+
+
+def test_unknown_profile_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'laptop'"):
+        load_profile("labtop")
+
+
+def test_override_without_equals_sign():
+    with pytest.raises(ConfigError, match="key=value"):
+        load_profile("laptop", ["train.epochs"])
+
+
+def test_overrides_reach_values_lists_and_numbers_in_scientific_notation():
+    p = load_profile("laptop", ["train.learning_rate=3e-5", "models.0.label=mine", "usmle.seeds=[4, 5, 6]"])
+    assert (p.train.learning_rate, p.models[0].label, p.usmle.seeds) == (3e-5, "mine", [4, 5, 6])
+
+
+def test_a_mixture_is_replaced_not_merged():
+    assert merge({"mixture": {"a": 1}}, {"mixture": {"b": 2}}) == {"mixture": {"b": 2}}
+    assert list(arm_config(load_profile("laptop"), "alpaca").mixture) == ["exam:general"]
+
+
+def test_extends_merges_deeply_and_refuses_circles(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {tmp_path}/b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"extends: {tmp_path}/a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_profile(str(tmp_path / "a.yaml"))
+    (tmp_path / "c.yaml").write_text("extends: laptop\ntrain: {epochs: 7}\n")
+    p = load_profile(str(tmp_path / "c.yaml"))
+    assert p.train.epochs == 7
+    assert p.train.max_length == load_profile("laptop").train.max_length
+
+
+def test_a_key_written_twice_is_an_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: laptop\ntrain: {epochs: 7, epochs: 8}\n")
+    with pytest.raises(ConfigError, match="'epochs' is written twice"):
+        load_profile(str(tmp_path / "a.yaml"))
+
+
+def test_unequal_tuning_is_refused():
+    with pytest.raises(ConfigError, match="as many learning rates"):
+        load_profile("laptop", ["usmle.grid.lora=[1e-3]"])
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers()), st.sampled_from("abcd"), st.integers())
+def test_an_override_changes_its_key_and_nothing_else(data, key, value):
+    before = dict(data)
+    after = apply_override(data, [key], value)
+    assert data == before
+    assert after == {**before, key: value}
+
+
+@given(st.one_of(st.integers(), st.booleans(), st.lists(st.integers()), st.text(alphabet="abc", min_size=1)))
+def test_override_values_survive_the_round_trip(value):
+    text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    assert parse_override(f"a.b={text}") == (["a", "b"], value)

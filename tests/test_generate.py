@@ -1,0 +1,91 @@
+"""Generation and likelihood against plain reference computations."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultramed import models
+from ultramed.evaluate.generate import Sampling, _pick, batches, decode, generate, item_rng
+from ultramed.evaluate.likelihood import encode_pair, score
+
+
+@pytest.fixture(scope="module")
+def net(bench):
+    return models.load(bench.model, dtype=torch.float32)
+
+
+PROMPTS = [[5, 9, 300, 41], [77], list(range(100, 130)), [1, 2, 3], list(range(40, 55))]
+
+
+def test_greedy_is_what_transformers_generates(net, tokenizer):
+    ours = decode(net, tokenizer, PROMPTS, Sampling(12))
+    for prompt, reply in zip(PROMPTS, ours, strict=True):
+        ids = net.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+        assert reply.text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert reply.tokens == len(ids)
+
+
+def test_finished_replies_leave_the_batch_and_the_others_do_not_notice(net, tokenizer, monkeypatch):
+    """Some token that a few replies produce early is made the end token; the remaining replies stay as they were."""
+    free = decode(net, tokenizer, PROMPTS, Sampling(12))
+    ids = [net.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(p) :].tolist() for p in PROMPTS]
+    end = ids[0][2]
+    monkeypatch.setattr(net.generation_config, "eos_token_id", [2, end])
+    cut = decode(net, tokenizer, PROMPTS, Sampling(12))
+    for full, whole, reply in zip(ids, free, cut, strict=True):
+        if end in full:
+            assert (reply.tokens, reply.finished) == (full.index(end) + 1, True)
+        else:
+            assert reply == whole
+
+
+def test_a_sampled_reply_depends_on_its_seed_not_on_its_batch(net, tokenizer):
+    sampling = Sampling(8, temperature=0.9, top_k=20, top_p=0.9)
+
+    def run(order, budget):
+        rngs = [item_rng(0, i) for i in order]
+        made = generate(net, tokenizer, [PROMPTS[i] for i in order], sampling, budget=budget, rngs=rngs)
+        return {i: r for i, r in zip(order, made, strict=True)}
+
+    assert run([0, 1, 2, 3, 4], 10_000) == run([3, 1, 4, 2, 0], 40)
+
+
+def test_sampling_follows_the_distribution_within_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
+    rngs = [item_rng("x", i) for i in range(4000)]
+    drawn = torch.tensor(_pick(logits, Sampling(1, temperature=1.0, top_k=4, top_p=1.0), rngs))
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert torch.allclose(share, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    drawn = torch.tensor(_pick(logits, Sampling(1, temperature=1.0, top_k=4, top_p=0.6), rngs))
+    assert set(drawn.tolist()) == {0, 1}, "0.5 alone is below 0.6, 0.5 + 0.3 reaches it"
+    drawn = torch.tensor(_pick(logits, Sampling(1, temperature=1.0, top_k=1, top_p=1.0), rngs))
+    assert set(drawn.tolist()) == {0}
+
+
+@given(st.lists(st.integers(1, 500), max_size=60), st.integers(500, 2000))
+def test_batches_hold_every_index_once_and_keep_the_budget(lengths, budget):
+    made = list(batches(lengths, budget))
+    assert sorted(i for b in made for i in b) == list(range(len(lengths)))
+    assert all(len(b) * max(lengths[i] for i in b) <= budget for b in made)
+
+
+def test_scores_are_the_sums_of_a_plain_forward_pass(net, tokenizer):
+    items = [
+        ([5, 6, 7, 8], [[10], [11]]),
+        ([9, 10], [[20, 21, 22], [23], [24, 25]]),
+        (list(range(50, 70)), [[30, 31, 32, 33, 34], [35, 36]]),
+    ]
+    got = score(net, tokenizer, items)
+    for (context, endings), scores in zip(items, got, strict=True):
+        for ending, value in zip(endings, scores, strict=True):
+            logp = net(input_ids=torch.tensor([context + ending])).logits[0].log_softmax(-1)
+            want = sum(logp[len(context) - 1 + i, t].item() for i, t in enumerate(ending))
+            assert value == pytest.approx(want, abs=1e-3)
+    assert score(net, tokenizer, items, budget=64)[1] == pytest.approx(got[1], abs=1e-3)
+
+
+def test_spaces_at_the_end_of_a_context_go_to_the_continuation(tokenizer):
+    context, ending = encode_pair(tokenizer, "Answer: ", "A")
+    assert tokenizer.decode(context) == "Answer:"
+    assert tokenizer.decode(ending) == " A"

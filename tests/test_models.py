@@ -1,0 +1,129 @@
+"""Weights, quantisation, adapters: what silently goes wrong elsewhere must be loud here."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from ultramed import models
+from ultramed.config import ConfigError, LoraSettings, ModelConfig
+from ultramed.store import StoreError
+
+CPU = models.placement().device == "cpu"
+
+
+def test_placement_says_why():
+    assert models.placement().device in str(models.placement())
+    assert models.placement("float32").dtype is torch.float32
+
+
+def test_pad_is_neither_end_nor_begin(tokenizer):
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, None)
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path, pad_token="<|im_end|>")
+    models.set_pad(tokenizer)
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_missing_model_is_one_sentence(fresh_store):
+    for name, what in (("./nowhere", "no such folder"), ("bundled:nothing", "not one of"), ("nobody/nothing", "cannot be loaded")):
+        with pytest.raises(ConfigError, match=what):
+            models.base_model(ModelConfig(name=name, label="x"))
+
+
+def test_a_wheel_with_the_wrong_hash_is_refused(fresh_store, monkeypatch):
+    path = fresh_store / "downloads" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a model")
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(StoreError, match="wanted b179c9523d0e"):
+        models.bundled_gguf("bundled:smollm2-135m")
+    assert path.read_bytes() == b"not a model", "evidence is kept"
+
+
+def test_a_local_folder_is_used_in_place_and_known_by_its_content(bench, tmp_path, fresh_store):
+    import shutil
+
+    folder = tmp_path / "mine"
+    shutil.copytree(bench.model.path, folder)
+    first = models.base_model(ModelConfig(name=str(folder), label="mine"))
+    assert models.card(first)["kind"] == "reference"
+    assert models.load(first).config.hidden_size == 64
+    (folder / "generation_config.json").write_text("{}")
+    assert models.base_model(ModelConfig(name=str(folder), label="mine")).key != first.key
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_8bit"])
+def test_every_adapter_tensor_gets_a_gradient(bench, method):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = models.load_for_training(bench.model, method, LoraSettings())
+        ids = torch.arange(10, 40)[None]
+        net.train()
+        net(input_ids=ids, labels=ids).loss.backward()
+    lora_b = {n: p for n, p in net.named_parameters() if "lora_B" in n}
+    assert len(lora_b) == 4  # q and v of two layers
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora_b.values())
+    assert {n.split(".lora_")[0].split(".")[-1] for n in lora_b} == {"q_proj", "v_proj"}
+    assert all("lora" in n for n, p in net.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(not CPU, reason="a GPU is at hand: NF4 training works there")
+def test_nf4_training_on_a_cpu_is_refused(bench):
+    with pytest.raises(ConfigError, match="does nothing on a CPU.*method lora or lora_8bit"):
+        models.load_for_training(bench.model, "lora_4bit", LoraSettings())
+
+
+def test_eight_bit_weights_answer_like_the_full_ones(bench):
+    ids = torch.arange(10, 40)[None]
+    with torch.inference_mode():
+        whole = models.load(bench.model)(input_ids=ids).logits.float()
+        small = models.load(bench.model, quantize="8bit")(input_ids=ids).logits.float()
+    assert (whole - small).abs().mean() < 0.05 * whole.std()
+
+
+def _adapter(bench, folder, scale=0.05):
+    net = models.load_for_training(bench.model, "lora", LoraSettings())
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if "lora_B" in n:
+                p.normal_(0, scale)
+    net.save_pretrained(folder)
+    return net
+
+
+def test_a_merged_adapter_answers_like_the_unmerged_one(bench, tmp_path):
+    net = _adapter(bench, tmp_path)
+    ids = torch.arange(10, 40)[None]
+    merged = models.merge_adapter(models.load(bench.model, dtype=torch.float32), tmp_path)
+    with torch.inference_mode():
+        want, got = net.float().eval()(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert torch.allclose(want, got, atol=1e-4)
+    plain = models.load(bench.model, dtype=torch.float32)(input_ids=ids).logits
+    assert not torch.allclose(plain, got, atol=1e-2), "the adapter does something"
+
+
+def test_merging_keeps_rotary_frequencies_in_fp32(bench, tmp_path):
+    _adapter(bench, tmp_path)
+    merged = models.merge_adapter(models.load(bench.model, dtype=torch.bfloat16), tmp_path)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merged.model.rotary_emb.inv_freq.dtype is torch.float32
+
+
+def test_merging_into_a_quantised_base_is_refused(bench, tmp_path):
+    _adapter(bench, tmp_path)
+    with pytest.raises(StoreError, match="ruins it silently"):
+        models.merge_adapter(models.load(bench.model, quantize="8bit"), tmp_path)
+
+
+def test_a_merge_that_changes_the_answers_is_refused(bench, tmp_path):
+    _adapter(bench, tmp_path, scale=1.0)
+    with pytest.raises(StoreError, match="moved the logits"):
+        models.merge_adapter(models.load(bench.model, dtype=torch.bfloat16), tmp_path, tolerance=1e-6)
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys; import ultramed.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0

@@ -1,0 +1,109 @@
+"""Templates and masks, token by token."""
+
+import pytest
+
+from ultramed.prompts import TEMPLATES, TemplateError, as_instruction, encode, lint, preview, question_prompt, role_header
+
+ROW = {
+    "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Which organ?\nA. eye\nB. ear"}],
+    "completion": [{"role": "assistant", "content": "eye (A)"}],
+}
+QUESTION = {
+    "id": "q", "source": "s", "question": "Which organ?", "context": None, "options": {"A": "eye", "B": "ear"}, "gold": "A",
+    "dataset": "d", "subset": "x", "meta": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_exactly_the_answer_and_its_end_token_are_trained(tokenizer, name):
+    row = encode(ROW, tokenizer, TEMPLATES[name], 256)
+    trained = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(trained) == "eye (A)<|im_end|>"
+    assert trained[-1] == tokenizer.eos_token_id
+    prompt = tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if not m])
+    assert prompt == TEMPLATES[name].render(ROW["prompt"], tokenizer)
+    lint(row["input_ids"], row["completion_mask"], tokenizer)
+
+
+def test_chat_text_in_full(tokenizer):
+    row = encode(ROW, tokenizer, TEMPLATES["chat"], 256)
+    assert tokenizer.decode(row["input_ids"]) == (
+        "<|im_start|>system\nAnswer.<|im_end|>\n<|im_start|>user\nWhich organ?\nA. eye\nB. ear<|im_end|>\n"
+        "<|im_start|>assistant\neye (A)<|im_end|>"
+    )
+
+
+def test_alpaca_and_medalpaca_texts(tokenizer):
+    alpaca = TEMPLATES["alpaca"].render(ROW["prompt"], tokenizer)
+    assert alpaca.startswith("Below is an instruction that describes a task, paired with an input")
+    assert alpaca.endswith("### Instruction:\nAnswer.\n\n### Input:\nWhich organ?\nA. eye\nB. ear\n\n### Response:")
+    assert TEMPLATES["medalpaca"].render(ROW["prompt"], tokenizer) == alpaca + "\n"
+    alone = [{"role": "user", "content": "Say hello."}]
+    assert "### Input" not in TEMPLATES["alpaca"].render(alone, tokenizer)
+    assert TEMPLATES["medalpaca"].render(alone, tokenizer).endswith("Say hello.\n\n### Input:\n\n\n### Response:\n")
+
+
+def test_train_on_inputs_trains_every_token(tokenizer):
+    row = encode(ROW, tokenizer, TEMPLATES["medalpaca"], 256, train_on_inputs=True)
+    assert row["labels"] == row["input_ids"]
+
+
+def test_truncation_cuts_the_end_and_says_so(tokenizer):
+    whole = encode(ROW, tokenizer, TEMPLATES["chat"], 256)
+    prompt = whole["completion_mask"].count(0)
+    cut = encode(ROW, tokenizer, TEMPLATES["chat"], prompt + 1)
+    assert cut["truncated"]
+    assert cut["input_ids"] == whole["input_ids"][: prompt + 1]
+    assert encode(ROW, tokenizer, TEMPLATES["chat"], prompt) is None
+
+
+def test_fingerprints_tell_templates_apart(tokenizer):
+    assert len({t.fingerprint(tokenizer) for t in TEMPLATES.values()}) == len(TEMPLATES)
+
+
+def _lint_text(tokenizer, prompt: str, completion: str):
+    a, b = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, completion))
+    lint(a + b, [0] * len(a) + [1] * len(b), tokenizer)
+
+
+def test_lint_accepts_a_good_row(tokenizer):
+    _lint_text(tokenizer, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "hello<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "why"),
+    [
+        ("<|im_start|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "hello<|im_end|>", "twice in a row"),
+        ("<|im_start|>assistant\n<|im_start|>assistant\n", "hello<|im_end|>", "doubled role header"),
+        ("<|im_start|>assistant\n", "hello<|im_end|>\n<|im_start|>assistant\n", "dangling"),
+        ("<|im_start|>assistant\n", "hello", "does not end with"),
+        ("<|im_start|>assistant\n", "", "0 of"),
+    ],
+)
+def test_lint_refuses_malformed_rows(tokenizer, prompt, completion, why):
+    with pytest.raises(TemplateError, match=why):
+        _lint_text(tokenizer, prompt, completion)
+
+
+def test_ultramedicals_released_template_is_refused(tokenizer):
+    """It appends an assistant header to every rendering: prompt and completion are rendered apart, so it comes twice."""
+    header = role_header(tokenizer)
+    prompt = "<|im_start|>user\nhi<|im_end|>\n" + header
+    with pytest.raises(TemplateError, match="doubled role header"):
+        _lint_text(tokenizer, prompt, header + "hello<|im_end|>\n" + header)
+
+
+def test_question_rows_become_instructions_in_both_forms(tokenizer):
+    first = as_instruction(QUESTION, "letter_first")
+    assert first["completion"][0]["content"] == "A: eye"
+    assert as_instruction(QUESTION, "content_first")["completion"][0]["content"] == "eye (A)"
+    assert question_prompt(QUESTION, "letter_first") == first["prompt"]
+    assert first["prompt"][1]["content"] == "Which organ?\nA. eye\nB. ear"
+
+
+def test_preview_marks_trained_tokens_and_escapes(tokenizer):
+    row = {**ROW, "prompt": [{"role": "user", "content": "<script>"}]}
+    shown = preview([encode(row, tokenizer, TEMPLATES["chat"], 256)], tokenizer).data
+    assert "<script>" not in shown
+    trained = sum(label != -100 for label in encode(ROW, tokenizer, TEMPLATES["chat"], 256)["labels"])
+    assert shown.count("#9ecae1") == trained

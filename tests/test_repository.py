@@ -1,0 +1,73 @@
+"""What holds for the repository as a whole."""
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+from conftest import REPO
+
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_yml_says_what_pyproject_says():
+    conda = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
+    pip = set(next(d["pip"] for d in conda if isinstance(d, dict)))
+    wanted = {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]}
+    assert pip == {*wanted, "-c constraints.txt", "-e ."}
+
+
+def test_every_dependency_is_locked_within_its_range():
+    from packaging.requirements import Requirement
+
+    locked = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().split() if "==" in line)
+    locked = {re.sub(r"[-_.]+", "-", k).lower(): v for k, v in locked.items()}
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        need = Requirement(text)
+        assert need.specifier.contains(locked[re.sub(r"[-_.]+", "-", need.name).lower()]), text
+    assert locked["torch"] == "2.13.0"
+
+
+def tracked() -> list:
+    done = subprocess.run(["git", "-C", str(REPO), "ls-files"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [REPO / name for name in done.stdout.split()]
+
+
+def test_modules_can_be_read_in_one_sitting():
+    long = {p.name: n for p in (REPO / "ultramed").rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_imports_only_go_down():
+    """config < ledger, progress < store < models, prompts, parsing < data < train < evaluate < report < usmle < batch < cli."""
+    floors = ["config", "ledger", "progress", "store", "models", "prompts", "parsing", "data", "train", "evaluate", "report"]
+    below = {name: set(floors[: i + 1]) for i, name in enumerate(floors)}
+    below["models"] |= {"data"}  # the tiny model's tokenizer is trained on the exam's words, imported when it is made
+    for name in floors:
+        paths = [REPO / "ultramed" / f"{name}.py"] if (REPO / "ultramed" / f"{name}.py").exists() else (REPO / "ultramed" / name).rglob("*.py")
+        for path in paths:
+            used = {m.split(".")[0] for m in re.findall(r"from ultramed\.([\w.]+) import", path.read_text())}
+            used |= set(re.findall(r"from ultramed import (\w+)", path.read_text()))
+            assert used <= below[name], (path, used - below[name])
+
+
+def test_no_unsafe_loading():
+    for path in tracked():
+        if path.suffix == ".py" and "tests" not in path.parts:
+            assert not re.search(r"trust_remote_code=True|pickle\.load|torch\.load\(", path.read_text()), path
+
+
+def test_the_readme_names_commands_that_exist():
+    text = (REPO / "README.md").read_text()
+    from typer.main import get_command
+
+    from ultramed.cli import app
+
+    known = set(get_command(app).commands)
+    for command in re.findall(r"^ultramed ([a-z]+)", text, re.M):
+        assert command in known
+    for path in re.findall(r"`((?:params|figures|notebooks|tests|ultramed)/[\w./-]+)`", text):
+        assert (REPO / path).exists(), path

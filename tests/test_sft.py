@@ -1,0 +1,171 @@
+"""Training trains, what it shall and nothing else; batches, accumulation and interruptions do not change the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ultramed import models, prompts
+from ultramed.config import ConfigError, TrainConfig, arm_config
+from ultramed.data.rows import read_instructions
+from ultramed.store import StoreError
+
+from ultramed.train.sft import Collator, batch_plan, encode_rows, sft, trainer_class
+
+
+@pytest.fixture(scope="module")
+def config(smoke):
+    return arm_config(smoke, "full", learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def rows(bench, config):
+    return bench.rows(config)
+
+
+def weights(artifact) -> dict:
+    return load_file(next(artifact.path.glob("*.safetensors")))
+
+
+def test_batch_plan_keeps_the_global_batch():
+    c = TrainConfig(mixture={"x": 1}, learning_rate=1, global_batch_size=12, micro_batch_tokens=500)
+    assert batch_plan(c, longest=100) == (4, 3)
+    assert batch_plan(c, longest=100, processes=3) == (4, 1)
+    assert batch_plan(c, longest=10_000) == (1, 12)
+    with pytest.raises(ConfigError, match="does not divide by 5"):
+        batch_plan(c, 10, processes=5)
+
+
+def test_full_training_moves_every_tensor_and_lowers_the_loss(bench, config):
+    made = bench.train("full", learning_rate=1e-2, epochs=4)
+    assert made.metrics["tensors_moved"][0] == made.metrics["tensors_moved"][1]
+    log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in log if "loss" in e]
+    assert len(losses) == made.metrics["steps"] == 12
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    before, after = weights(bench.model), weights(made)
+    assert set(before) == set(after)
+    assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_8bit"])
+def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(bench, method):
+    before = (bench.model / "manifest.json").read_text()
+    made = bench.train(method, learning_rate=1e-2)
+    assert made.metrics["tensors_moved"] == [8, 8]
+    about = json.loads((made / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == "tiny:llama"
+    assert about["r"] == 8
+    assert models.card(made) == {"kind": "adapter", "template": "chat", "method": method, "base": bench.model.key, "name": "tiny:llama"}
+    assert (bench.model / "manifest.json").read_text() == before
+    assert {m["stage"] for m in made.lineage()} == {"sft", "base_model", "mixture", "exam"}
+    assert all("lora_" in k for k in weights(made))
+
+
+def test_our_loss_is_trls_loss(bench, config, rows, tokenizer):
+    """The mean over trained tokens of minus log p, as a plain forward pass over all logits gives it."""
+    from trl import SFTConfig
+
+    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)
+    batch = Collator(tokenizer.pad_token_id)(data[:4])
+    net = models.load_for_training(bench.model, "full", config.lora).eval()
+    logits = net(input_ids=batch["input_ids"]).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    from datasets import Dataset
+
+    args = SFTConfig(
+        output_dir=str(rows.path.parent / "x"), use_cpu=True, bf16=False, report_to="none", max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    trainer = trainer_class()(net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer)
+    assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5)
+    assert super(trainer_class(), trainer).compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5)
+
+
+def test_padding_and_neighbours_do_not_change_a_rows_loss(bench, config, rows, tokenizer):
+    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)
+    data = sorted(data, key=lambda r: r["length"])
+    net, collate = models.load(bench.model, dtype=torch.float32), Collator(tokenizer.pad_token_id)
+
+    def loss_of_first(batch_rows):
+        batch = collate(batch_rows)
+        with torch.inference_mode():
+            logits = net(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], ignore_index=-100).item()
+
+    assert loss_of_first([data[0], data[-1], data[-2]]) == pytest.approx(loss_of_first([data[0]]), abs=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch(bench, monkeypatch):
+    """Same rows, same steps: micro-batches of 8 and of 2 (accumulated four times) end with the same weights."""
+    monkeypatch.setattr(models, "placement", lambda dtype="auto": models.Placement("cpu", torch.float32, "test"))
+    one = bench.train("full", learning_rate=1e-3, micro_batch_tokens=4096)
+    four = bench.train("full", learning_rate=1e-3, micro_batch_tokens=256)
+    assert (one.metrics["micro_batch"], four.metrics["micro_batch"]) == (8, 2)
+    a, b = weights(one), weights(four)
+    assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 1e-4
+
+
+def test_training_that_moves_nothing_is_an_error(bench, config, monkeypatch):
+    real = models.load_for_training
+
+    def frozen(*args, **kwargs):
+        net = real(*args, **kwargs)
+        for p in net.parameters():
+            p.register_hook(torch.zeros_like)
+        return net
+
+    monkeypatch.setattr(models, "load_for_training", frozen)
+    with pytest.raises(StoreError, match="changed none"):
+        bench.train("full", learning_rate=3e-3, seed=2)
+
+
+def test_nothing_fits(bench, config):
+    with pytest.raises(ConfigError, match="max_length 8"):
+        sft(config.model_copy(update={"max_length": 8}), model=bench.model, data=bench.rows(config))
+
+
+RUN = """
+import sys
+from ultramed.config import load_profile
+from ultramed.notebook import quiet
+from ultramed.usmle import Bench
+quiet()
+p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
+art = Bench.of(p, p.models[0]).train("{method}", learning_rate=1e-3)
+print(art.key)
+"""
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_killed_half_way_and_run_again_ends_with_the_same_weights(bench, tmp_path, method, how):
+    """SIGINT saves a checkpoint first; SIGKILL leaves the last of those made every two steps."""
+    code, keys = RUN.format(method=method), []
+    for attempt in ("whole", "cut"):
+        env = {**os.environ, "ULTRAMED_STORE": str(tmp_path / attempt)}
+        if attempt == "cut":
+            with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+                deadline = time.monotonic() + 120
+                while not list((tmp_path / "cut").glob("sft/.work-*/checkpoints/checkpoint-*/trainer_state.json")):
+                    assert process.poll() is None, process.stderr.read().decode()[-2000:]
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                process.send_signal(how)
+                process.wait(60)
+            assert process.returncode != 0
+            assert not list((tmp_path / "cut").glob("sft/[!.]*")), "nothing half-trained is published"
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        keys.append(done.stdout.split()[-1])
+    assert keys[0] == keys[1]
+    a, b = (load_file(next((tmp_path / attempt / "sft" / keys[0]).glob("*.safetensors"))) for attempt in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+

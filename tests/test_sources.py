@@ -1,0 +1,87 @@
+"""Real data sets, where they are at hand: exact counts, and what the canonical rows look like."""
+
+import json
+
+import pytest
+
+from ultramed.config import ConfigError
+from ultramed.data import sources
+from ultramed.data.mixture import MixtureConfig, mixture
+from ultramed.data.rows import read_instructions, read_questions
+from ultramed.data.sources import SOURCES, SourceConfig, adapt, local_files, source
+
+LOCAL = [name for name, spec in SOURCES.items() if spec.files and name != "usmle_self_assessment"]
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_counts_are_the_known_ones(data, name):
+    assert local_files(name), f"{name} is not in ULTRAMED_DATA"
+    m = source(SourceConfig(name=name)).metrics
+    known = {side: n for side, (_, n) in SOURCES[name].files.items()}
+    assert sum(m["counts"].values()) + m["rejected"] == sum(known.values())
+    assert m["rejected"] <= 0.01 * sum(known.values())
+
+
+def test_medqa_rows(data):
+    art = source(SourceConfig(name="medqa"))
+    rows = read_questions(art / "test.parquet")
+    assert len(rows) == 1273
+    assert all(set(r["options"]) == set("ABCD") for r in rows)
+    assert rows[0]["dataset"] == rows[0]["subset"] == "medqa"
+
+
+def test_a_rejected_row_names_file_row_and_reason():
+    good, bad = adapt(SOURCES["alpaca"], [{"instruction": "Hi", "input": "", "output": "Hello"}, {"instruction": "x"}], "train", "a.parquet")
+    assert len(good) == 1
+    assert json.loads(bad[0]) == {"file": "a.parquet", "row": 2, "reason": "KeyError: 'output'"}
+
+
+def test_a_set_that_is_not_at_hand_says_what_to_put_where(monkeypatch):
+    monkeypatch.delenv("ULTRAMED_DATA", raising=False)
+    with pytest.raises(ConfigError, match=r"questions\.jsonl into \$ULTRAMED_DATA/usmle_self_assessment"):
+        source(SourceConfig(name="usmle_self_assessment"))
+    with pytest.raises(ConfigError, match="did you mean 'medqa'"):
+        sources.get("medqua")
+    monkeypatch.setenv("ULTRAMED_DATA", "/nowhere/at/all")
+    with pytest.raises(ConfigError, match="not a folder"):
+        sources.data_root()
+
+
+def test_a_wrong_count_is_an_error(tmp_path, monkeypatch, fresh_store):
+    from ultramed.data.rows import write_rows
+
+    (tmp_path / "alpaca").mkdir()
+    write_rows(tmp_path / "alpaca" / "alpaca_early5000.parquet", [{"instruction": "a", "input": "", "output": "b"}])
+    monkeypatch.setenv("ULTRAMED_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match="1 rows, 5000 expected"):
+        source(SourceConfig(name="alpaca"))
+
+
+# --------------------------------------------------------------------------------------------------------- mixtures
+
+
+def _mix(exam, **counts):
+    return mixture(MixtureConfig(counts={f"exam:{k}": v for k, v in counts.items()}), exam=exam)
+
+
+def test_a_mixture_has_the_rows_asked_for_and_repeats_only_on_request(exam):
+    rows = read_instructions(_mix(exam, step1=10, general=5) / "rows.parquet")
+    assert len({r["id"] for r in rows}) == 15
+    twice = read_instructions(_mix(exam, step1=2.0) / "rows.parquet")
+    assert len(twice) == 120
+    assert len({r["id"].split("~")[0] for r in twice}) == 60
+    with pytest.raises(ConfigError, match=r"61 rows of 'exam:step1' asked for, it has 60.*fraction such as 1\.0"):
+        _mix(exam, step1=61)
+
+
+def test_two_arms_that_share_a_source_and_a_seed_share_its_rows(exam):
+    a = {r["id"] for r in read_instructions(_mix(exam, step1=10) / "rows.parquet")}
+    b = {r["id"] for r in read_instructions(_mix(exam, step1=10, general=9) / "rows.parquet")}
+    assert a < b
+
+
+def test_an_unknown_source_of_a_mixture(exam):
+    with pytest.raises(ConfigError, match="no data set 'medqa' was given"):
+        mixture(MixtureConfig(counts={"medqa": 3}), exam=exam)
+    with pytest.raises(ConfigError, match="no rows for 'exam:step9'"):
+        _mix(exam, step9=3)

@@ -1,0 +1,3 @@
+from ultramed.cli import main
+
+main()

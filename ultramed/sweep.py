@@ -1,0 +1,105 @@
+"""Sweeps: one arm of a profile over a grid (or a list) of overrides and seeds; one tidy row a run, and a figure."""
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import pandas as pd
+from pydantic import Field, model_validator
+from rich.console import Console
+
+from ultramed import config
+from ultramed.config import Strict
+from ultramed.evaluate.stats import clustered
+from ultramed.report import figures
+from ultramed.report.scorecard import folder
+from ultramed.report.tables import save_table
+from ultramed.store import write_json
+from ultramed.usmle import Bench
+
+log = logging.getLogger(__name__)
+
+
+class SweepConfig(Strict):
+    """`grid`: dotted key -> values, all combinations. `runs`: a list of {key: value} instead of (or added to) it."""
+
+    profile: str = "laptop"
+    arm: str = "full"
+    seeds: list[int] = Field(default=[0], min_length=1)
+    grid: dict[str, list] = {}
+    runs: list[dict] = []
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not self.grid and not self.runs:
+            raise ValueError("a sweep needs a `grid` or `runs`")
+        return self
+
+    def points(self) -> list[dict]:
+        grid = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())] if self.grid else []
+        return [*grid, *self.runs]
+
+
+def run_sweep(file: Path, console: Console) -> bool:
+    """Run every point and seed; True if none failed. Call it again to try failed ones; finished ones cost nothing.
+
+    The arm is trained at each point's own learning rate, not at a tuned one. Stages that points share (base model,
+    exam, rows) are made once. Writes `sweep_<name>` as table and figure.
+    """
+    from ultramed.notebook import quiet
+
+    quiet()
+    figures.style()
+    sweep = config.validate(SweepConfig, config.read_yaml(file), str(file))
+    points = [(point, seed) for point in sweep.points() for seed in sweep.seeds]
+    for point, seed in points:  # a typo in the last point should not cost the run of the first
+        _profile(sweep, point, seed)
+    rows, made = [], []
+    for number, (point, seed) in enumerate(points, 1):
+        label = ", ".join(f"{k.split('.')[-1]}={_short(v)}" for k, v in point.items())
+        row = {**{k: _short(v) for k, v in point.items()}, "seed": seed}
+        try:
+            profile = _profile(sweep, point, seed)
+            bench = Bench.of(profile, profile.models[0])
+            model = bench.train(sweep.arm, seed=seed)
+            frame, arts = bench.examine(model, seed)
+        except Exception as err:  # one bad point must not stop the others; it is reported and tried again next time
+            log.error("%d/%d %s seed %d failed: %s", number, len(points), label, seed, err)
+            rows.append({**row, "state": "failed", "error": f"{type(err).__name__}: {err}"})
+            continue
+        e, m = clustered(frame.correct, frame.concept), model.metrics
+        made += [model, *arts]
+        rows.append(
+            {
+                **row, "state": "done", "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n,
+                "train_loss": m["train_loss"], "trainable": m["trainable_parameters"], "seconds": m["train_seconds"],
+            }
+        )  # fmt: skip
+        console.print(f"{number}/{len(points)} {label} seed {seed}: {e}", highlight=False)
+    table = pd.DataFrame(rows)
+    name = f"sweep_{file.stem}"
+    save_table(table, name, profile=sweep.profile, caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.", artifacts=made)
+    done = table[table.state == "done"]
+    if len(done):
+        keys = list(sweep.points()[0])
+        shown = done.assign(point=[", ".join(f"{k.split('.')[-1]} {r[k]}" for k in keys if k in r) for _, r in done.iterrows()])
+        shown = shown.assign(arm=sweep.arm, seed="seed " + shown.seed.astype(str))
+        fig = figures.intervals(shown, row="point", facet="arm", hue="seed")
+        figures.save_figure(fig, name, profile=sweep.profile, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=made)
+    write_json(folder(sweep.profile) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
+    console.print(f"{len(done)} of {len(points)} runs done; {folder(sweep.profile) / 'tables' / f'{name}.csv'}", highlight=False, soft_wrap=True)
+    return len(done) == len(points)
+
+
+def _short(value) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _profile(sweep: SweepConfig, point: dict, seed: int) -> config.Profile:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+    profile = config.load_profile(sweep.profile, overrides)
+    config.arm_config(profile, sweep.arm)
+    if seed not in profile.usmle.seeds:
+        raise config.ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
+    return profile
