@@ -53,7 +53,7 @@ def test_eval_of_ones_own_questions(bench, questions, tmp_path):
     ("change", "message"),
     [
         ({"gold": None}, "row 3 (q2): gold: "),
-        ({"gold": "E"}, "row 3 (q2): gold: Value error, gold: wanted one of A, B, C, D, got 'E'"),
+        ({"gold": "E"}, "row 3 (q2): gold: wanted one of A, B, C, D, got 'E'"),
         ({"options": {"A": "x"}}, "row 3 (q2): options: "),
     ],
 )

@@ -34,13 +34,18 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ultramed").setLevel(logging.INFO)
     try:
-        app()
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {str(stop) or 'what is finished is kept; run the same command again to go on'}", file=sys.stderr)
-        sys.exit(130)
+        code = app(standalone_mode=False)  # Typer turns Ctrl-C into status 130 without a word
+        if code == 130:
+            print("\ninterrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
+        sys.exit(code)
     except (config.ConfigError, store.StoreError, FileNotFoundError, ValueError) as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(2)
+    except Exception as err:
+        if not hasattr(err, "show"):
+            raise
+        err.show()  # Typer's own errors: a wrong option, a missing argument
+        sys.exit(err.exit_code)
 
 
 @app.command()
@@ -131,8 +136,10 @@ def evaluate(
     from ultramed.data.sources import own_questions
     from ultramed.evaluate import stats
     from ultramed.evaluate.accuracy import answers, read_answers
+    from ultramed.notebook import quiet
     from ultramed.prompts import TEMPLATES
 
+    quiet()
     if template not in TEMPLATES:
         raise config.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
@@ -165,7 +172,9 @@ def chat(
     from transformers import TextStreamer
 
     from ultramed import models
+    from ultramed.notebook import quiet
 
+    quiet()
     art = models.resolve(model)
     tokenizer, net = models.load_tokenizer(art), models.load(art)
     console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")

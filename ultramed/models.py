@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import io
 import json
 import logging
 import subprocess
@@ -117,7 +118,7 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     elif config.name in BUNDLED:
         gguf = bundled_gguf(config.name)
         log.info("converting %s to safetensors (once)", gguf.name)
-        with _quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the conversion's bars cannot be turned off
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         model.hf_quantizer = None  # else save_pretrained refuses: these are plain weights now
@@ -134,7 +135,8 @@ def base_model(out: Path, config: ModelConfig) -> dict:
         return {"vocabulary": len(tokenizer)}
     set_pad(tokenizer)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(out)
+    with quiet():
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_json(out / "model.json", {"kind": "weights", "name": config.name, "template": config.template})
     return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
@@ -306,7 +308,7 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
             if quantize == "8bit"
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         )
-    with _quiet():
+    with quiet():
         net = AutoModelForCausalLM.from_pretrained(
             **_location(model), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **extra
         )
@@ -332,19 +334,19 @@ def merge_adapter(base, folder: Path, tolerance: float = 0.05):
     dtype, device = base.dtype, base.device
     vocabulary = base.config.vocab_size
     probe = torch.randint(vocabulary // 2, vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
-    net = PeftModel.from_pretrained(_cast(base, torch.float32), folder).eval()
+    net = PeftModel.from_pretrained(cast(base, torch.float32), folder).eval()
     with torch.inference_mode():
         before = net(input_ids=probe).logits
-    net = _cast(_cast(net.merge_and_unload(), dtype), torch.float32)
+    net = cast(cast(net.merge_and_unload(), dtype), torch.float32)
     with torch.inference_mode():
         after = net(input_ids=probe).logits
     change = ((after - before).square().mean().sqrt() / before.std()).item()
     if not change <= tolerance:
         raise StoreError(f"merging {folder.name} moved the logits by {change:.3f} of their spread (limit {tolerance})")
-    return _cast(net, dtype)
+    return cast(net, dtype)
 
 
-def _cast(net, dtype: torch.dtype):
+def cast(net, dtype: torch.dtype):
     """Parameters to another dtype; buffers stay: rotary frequencies rounded to bf16 make another model."""
     for p in net.parameters():
         p.data = p.data.to(dtype)
@@ -378,7 +380,7 @@ def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, check
             )
         },
     }.get(method, {})
-    with _quiet():
+    with quiet():
         net = AutoModelForCausalLM.from_pretrained(
             **_location(model), dtype=torch.float32 if method == "full" else place.dtype, attn_implementation="sdpa",
             use_safetensors=True, **extra,
@@ -397,7 +399,7 @@ def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, check
     return net
 
 
-class _quiet:
+class quiet:
     """Loading bars and advice of libraries out of the way; errors stay."""
 
     def __enter__(self):

@@ -189,14 +189,19 @@ def _make(fn, art: Artifact, config, inputs: dict, recipe: dict) -> None:
         write_json(work / MANIFEST, manifest)
         os.rename(work, art.path)
         _fsync(art.path.parent)
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as err:
+        if _disk_full(err):
             raise StoreError(
                 f"no space left on the disk that holds the store ({root()}) while making {art.stage}. Nothing that was "
                 "published is touched, and this stage goes on where it stopped once there is room: free some "
                 "(`ultramed store gc`) or point ULTRAMED_STORE at another disk, then run the same command again."
             ) from err
         raise
+
+
+def _disk_full(err: Exception) -> bool:
+    """Whether the error is a full disk; Rust libraries say so in words instead of as an OSError."""
+    return getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(err)
 
 
 class PeakMemory:

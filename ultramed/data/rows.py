@@ -88,10 +88,11 @@ def check_rows(model: type[BaseModel], rows: list[dict], where: str) -> list[dic
             out.append(model.model_validate(row).model_dump())
         except ValidationError as err:
             first = err.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "row"
+            field = "".join(f"{part}." for part in first["loc"]).rstrip(".")
+            what = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
             came = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r:.60})"
             label = f" ({row['id']})" if isinstance(row, dict) and row.get("id") else ""
-            raise BadRow(f"{where}, row {number}{label}: {field}: {first['msg']}{came}") from None
+            raise BadRow(f"{where}, row {number}{label}: {what}{came}") from None
         if out[-1]["id"] in seen:
             raise BadRow(f"{where}, row {number}: id {out[-1]['id']!r} is that of row {seen[out[-1]['id']]}, too")
         seen[out[-1]["id"]] = number

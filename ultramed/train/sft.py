@@ -172,8 +172,8 @@ def _save(net, tokenizer, out: Path, model: Artifact, config: TrainConfig, templ
     about = {"template": template, "method": config.method, "base": model.key, "name": models.card(model)["name"]}
     if config.method == "full":
         net.config.use_cache = True
-        net.config.dtype = dtype
-        net.save_pretrained(out, state_dict={k: v.to(dtype) for k, v in net.state_dict().items()})
+        with models.quiet():
+            models.cast(net, dtype).save_pretrained(out)
         tokenizer.save_pretrained(out)
         write_json(out / "model.json", {"kind": "weights", **about})
         return
