@@ -117,7 +117,7 @@ def test_the_same_seed_makes_the_same_exam(fresh_store):
 
 
 def test_asking_for_too_much_says_how_much_there_is(tmp_path):
-    with pytest.raises(ConfigError, match="has [0-9]+ rows for step1, test; 99999 were asked for"):
+    with pytest.raises(ConfigError, match=r"has [0-9]+ rows for step1, test; 99999 were asked for"):
         bundled.exam.__wrapped__(tmp_path, ExamConfig(test_per_step=99999, train_per_step=1, dev_per_step=1))
 
 

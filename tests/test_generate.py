@@ -29,7 +29,10 @@ def test_greedy_is_what_transformers_generates(net, tokenizer):
 def test_finished_replies_leave_the_batch_and_the_others_do_not_notice(net, tokenizer, monkeypatch):
     """Some token that a few replies produce early is made the end token; the remaining replies stay as they were."""
     free = decode(net, tokenizer, PROMPTS, Sampling(12))
-    ids = [net.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(p) :].tolist() for p in PROMPTS]
+    ids = [
+        net.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(p) :].tolist()
+        for p in PROMPTS
+    ]
     end = ids[0][2]
     monkeypatch.setattr(net.generation_config, "eos_token_id", [2, end])
     cut = decode(net, tokenizer, PROMPTS, Sampling(12))

@@ -33,7 +33,11 @@ def harness(model, rows: list[dict], folder, batch_size: int = 8, dtype=torch.fl
     from lm_eval.tasks import TaskManager
 
     docs = [
-        {"sent1": r["question"], **{f"ending{i}": v for i, v in enumerate(r["options"].values())}, "label": "ABCD".index(r["gold"])}
+        {
+            "sent1": r["question"],
+            **{f"ending{i}": v for i, v in enumerate(r["options"].values())},
+            "label": "ABCD".index(r["gold"]),
+        }
         for r in rows
     ]
     (folder / "docs.json").write_text("\n".join(map(json.dumps, docs)))

@@ -28,7 +28,11 @@ def test_pad_is_neither_end_nor_begin(tokenizer):
 
 
 def test_a_missing_model_is_one_sentence(fresh_store):
-    for name, what in (("./nowhere", "no such folder"), ("bundled:nothing", "not one of"), ("nobody/nothing", "cannot be loaded")):
+    for name, what in (
+        ("./nowhere", "no such folder"),
+        ("bundled:nothing", "not one of"),
+        ("nobody/nothing", "cannot be loaded"),
+    ):
         with pytest.raises(ConfigError, match=what):
             models.base_model(ModelConfig(name=name, label="x"))
 
@@ -72,7 +76,7 @@ def test_every_adapter_tensor_gets_a_gradient(bench, method):
 
 @pytest.mark.skipif(not CPU, reason="a GPU is at hand: NF4 training works there")
 def test_nf4_training_on_a_cpu_is_refused(bench):
-    with pytest.raises(ConfigError, match="does nothing on a CPU.*method lora or lora_8bit"):
+    with pytest.raises(ConfigError, match=r"does nothing on a CPU.*method lora or lora_8bit"):
         models.load_for_training(bench.model, "lora_4bit", LoraSettings())
 
 

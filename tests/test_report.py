@@ -69,7 +69,11 @@ def test_tables_in_three_forms(tmp_path):
     tables.save_table(FRAME, "t", profile="forms", caption="A caption.")
     base = home() / "figures" / "forms" / "tables"
     pd.testing.assert_frame_equal(pd.read_csv(base / "t.csv"), FRAME)
-    assert (base / "t.md").read_text().splitlines()[2:5] == ["| arm | accuracy | n |", "|---|---:|---:|", "| full | 0.5123 | 720 |"]
+    assert (base / "t.md").read_text().splitlines()[2:5] == [
+        "| arm | accuracy | n |",
+        "|---|---:|---:|",
+        "| full | 0.5123 | 720 |",
+    ]
     tex = (base / "t.tex").read_text()
     assert r"LoRA \& co &  & 0 \\" in tex
     assert r"\begin{tabular}{lrr}" in tex
@@ -82,7 +86,7 @@ def test_the_report_is_one_page_that_needs_no_other_file_or_host():
     page = write_report("page").read_text()
     assert "&lt;b&gt;bold" in page
     assert "LoRA &amp; co" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "<script" not in page
     with pytest.raises(FileNotFoundError, match="nothing has run"):
         write_report("never")

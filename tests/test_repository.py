@@ -47,7 +47,11 @@ def test_imports_only_go_down():
     below = {name: set(floors[: i + 1]) for i, name in enumerate(floors)}
     below["models"] |= {"data"}  # the tiny model's tokenizer is trained on the exam's words, imported when it is made
     for name in floors:
-        paths = [REPO / "ultramed" / f"{name}.py"] if (REPO / "ultramed" / f"{name}.py").exists() else (REPO / "ultramed" / name).rglob("*.py")
+        paths = (
+            [REPO / "ultramed" / f"{name}.py"]
+            if (REPO / "ultramed" / f"{name}.py").exists()
+            else (REPO / "ultramed" / name).rglob("*.py")
+        )
         for path in paths:
             used = {m.split(".")[0] for m in re.findall(r"from ultramed\.([\w.]+) import", path.read_text())}
             used |= set(re.findall(r"from ultramed import (\w+)", path.read_text()))

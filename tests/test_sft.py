@@ -15,7 +15,6 @@ from ultramed import models, prompts
 from ultramed.config import ConfigError, TrainConfig, arm_config
 from ultramed.data.rows import read_instructions
 from ultramed.store import StoreError
-
 from ultramed.train.sft import Collator, batch_plan, encode_rows, sft, trainer_class
 
 
@@ -62,7 +61,13 @@ def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(bench, me
     about = json.loads((made / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == "tiny:llama"
     assert about["r"] == 8
-    assert models.card(made) == {"kind": "adapter", "template": "chat", "method": method, "base": bench.model.key, "name": "tiny:llama"}
+    assert models.card(made) == {
+        "kind": "adapter",
+        "template": "chat",
+        "method": method,
+        "base": bench.model.key,
+        "name": "tiny:llama",
+    }
     assert (bench.model / "manifest.json").read_text() == before
     assert {m["stage"] for m in made.lineage()} == {"sft", "base_model", "mixture", "exam"}
     assert all("lora_" in k for k in weights(made))
@@ -83,7 +88,9 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer):
         output_dir=str(rows.path.parent / "x"), use_cpu=True, bf16=False, report_to="none", max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    trainer = trainer_class()(net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer)
+    trainer = trainer_class()(
+        net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer
+    )
     assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5)
     assert super(trainer_class(), trainer).compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5)
 

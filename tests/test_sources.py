@@ -31,7 +31,9 @@ def test_medqa_rows(data):
 
 
 def test_a_rejected_row_names_file_row_and_reason():
-    good, bad = adapt(SOURCES["alpaca"], [{"instruction": "Hi", "input": "", "output": "Hello"}, {"instruction": "x"}], "train", "a.parquet")
+    good, bad = adapt(
+        SOURCES["alpaca"], [{"instruction": "Hi", "input": "", "output": "Hello"}, {"instruction": "x"}], "train", "a.parquet"
+    )
     assert len(good) == 1
     assert json.loads(bad[0]) == {"file": "a.parquet", "row": 2, "reason": "KeyError: 'output'"}
 

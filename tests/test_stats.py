@@ -1,5 +1,7 @@
 """Numbers worked by hand, and agreement with textbook cases."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,7 +73,7 @@ def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     adjusted = stats.holm(p)
     assert all(q >= x - 1e-12 and q <= 1 for q, x in zip(adjusted, p, strict=True))
     order = np.argsort(p)
-    assert all(adjusted[i] <= adjusted[j] + 1e-12 for i, j in zip(order, order[1:], strict=False))
+    assert all(adjusted[i] <= adjusted[j] + 1e-12 for i, j in pairwise(order))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

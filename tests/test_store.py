@@ -127,7 +127,7 @@ def test_full_disk_is_one_sentence_and_loses_nothing(fresh_store, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store, "write_json", full)
-    with pytest.raises(StoreError, match="no space left.*goes on where it stopped.*ULTRAMED_STORE"):
+    with pytest.raises(StoreError, match=r"no space left.*goes on where it stopped.*ULTRAMED_STORE"):
         numbers(Size(n=8))
     monkeypatch.undo()
     assert not check(kept.path)

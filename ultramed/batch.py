@@ -110,7 +110,9 @@ def run(
     failed = [j for j in todo if j.state == "failed"]
     for job in failed:
         console.print(f"\n[bold red]{job.name} failed[/]: {job.note}\n  see {job.target}", highlight=False)
-    console.print(f"{len(todo) - len(failed)} of {len(todo)} notebooks fine, {time.monotonic() - started:.0f} s", highlight=False)
+    console.print(
+        f"{len(todo) - len(failed)} of {len(todo)} notebooks fine, {time.monotonic() - started:.0f} s", highlight=False
+    )
     return not failed
 
 
@@ -138,23 +140,25 @@ def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
     env = {**os.environ, FILE: str(progress), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "ULTRAMED_HOME": str(home())}
     code = "import sys; from ultramed.batch import execute; execute(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(job.source), str(work), json.dumps(job.parameters)]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        with ThreadPoolExecutor(1) as drain:
-            errors = drain.submit(process.stderr.read)
-            while process.poll() is None:
-                job.seconds = time.monotonic() - clock
-                if progress.exists():
-                    job.note = progress.read_text()
-                tick()
-                time.sleep(0.3)
+    piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, **piped) as process, ThreadPoolExecutor(1) as drain:
+        errors = drain.submit(process.stderr.read)
+        while process.poll() is None:
             job.seconds = time.monotonic() - clock
-            stderr = errors.result()
+            if progress.exists():
+                job.note = progress.read_text()
+            tick()
+            time.sleep(0.3)
+        job.seconds = time.monotonic() - clock
+        stderr = errors.result()
     progress.unlink(missing_ok=True)
     if work.exists():
         os.replace(work, job.target)
     if process.returncode == 0:
         job.state, job.note = "done", ""
-        write_json(job.stamp, {"key": job.key(), "seconds": round(job.seconds, 1), "git": environment()["git"], **job.parameters})
+        write_json(
+            job.stamp, {"key": job.key(), "seconds": round(job.seconds, 1), "git": environment()["git"], **job.parameters}
+        )
     else:
         job.stamp.unlink(missing_ok=True)
         lines = [line for line in stderr.splitlines() if line.strip()]

@@ -84,8 +84,12 @@ def run(
     numbers: Annotated[list[str] | None, typer.Argument(help="Notebook numbers, e.g. 10 11; all if none.")] = None,
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once; each takes all cores, so 1 is best on a laptop.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once; each takes all cores, so 1 is best on a laptop.")
+    ] = 1,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write the HTML report afterwards.")] = True,
 ) -> None:
     """Run the notebooks with papermill and write figures/<profile>/."""
@@ -124,7 +128,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for answers.jsonl and results.json.")],
     protocol: Annotated[str, typer.Option(help="likelihood, greedy or medalpaca.")] = "likelihood",
     answer_form: Annotated[str, typer.Option(help="content_first ('text (B)') or letter_first ('B: text').")] = "letter_first",
-    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; likelihood uses the harness's plain prompt.")] = "chat",
+    template: Annotated[
+        str, typer.Option(help="chat, alpaca or medalpaca; likelihood uses the harness's plain prompt.")
+    ] = "chat",
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
@@ -153,7 +159,9 @@ def evaluate(
     m = art.metrics
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(art / "answers.jsonl", out / "answers.jsonl")
-    store.write_json(out / "results.json", {**m, "interval": [e.low, e.high], "artifact": f"answers/{art.key}", "config": setting})
+    store.write_json(
+        out / "results.json", {**m, "interval": [e.low, e.high], "artifact": f"answers/{art.key}", "config": setting}
+    )
     if m["unparsed"]:
         console.print(f"unparsed      {m['unparsed']} of {m['n']} (counted as wrong; see `rule` in answers.jsonl)")
     for subset, part in frame.groupby("subset"):
@@ -164,7 +172,9 @@ def evaluate(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")] = "bundled:smollm2-135m",
+    model: Annotated[
+        str, typer.Argument(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")
+    ] = "bundled:smollm2-135m",
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
@@ -188,9 +198,13 @@ def chat(
         if not text:
             return
         turns.append({"role": "user", "content": text})
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(net.device)
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
+            net.device
+        )
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature else {"do_sample": False}
-        made = net.generate(**ids, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **sampling)
+        made = net.generate(
+            **ids, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
         reply = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         turns.append({"role": "assistant", "content": reply})
 
@@ -232,7 +246,8 @@ def data_list() -> None:
 
 @data_app.command("build")
 def data_build(
-    names: Annotated[list[str], typer.Argument(help="Names of `ultramed data list`, or 'exam'.")], profile: ProfileOption = "laptop"
+    names: Annotated[list[str], typer.Argument(help="Names of `ultramed data list`, or 'exam'.")],
+    profile: ProfileOption = "laptop",
 ) -> None:
     """Read data sets into canonical rows in the store and print their counts."""
     from ultramed.usmle import dataset
@@ -282,7 +297,9 @@ def store_verify(key: Annotated[str, typer.Argument(help="Key or its beginning; 
 
 @store_app.command("gc")
 def store_gc(
-    unused_for: Annotated[float | None, typer.Option("--unused-for", help="Also artifacts that nothing asked for in so many days.")] = None,
+    unused_for: Annotated[
+        float | None, typer.Option("--unused-for", help="Also artifacts that nothing asked for in so many days.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Delete unfinished work and damaged artifacts (and old ones, if asked)."""

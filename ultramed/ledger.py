@@ -30,7 +30,7 @@ class Ledger:
                             "to start over"
                         ) from None
                     good += len(line)
-        self._file = open(path, "ab")
+        self._file = open(path, "ab")  # noqa: SIM115 (kept open; close() and `with` end it)
         if self._file.tell() != good:
             self._file.truncate(good)
 

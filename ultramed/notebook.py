@@ -78,6 +78,9 @@ def quiet() -> None:
 def percent(frame: pd.DataFrame, value: str = "accuracy") -> pd.Series:
     """'48.7 [45.4, 51.9]' of the columns value, low, high."""
     return pd.Series(
-        [f"{100 * v:.1f} [{100 * lo:.1f}, {100 * hi:.1f}]" for v, lo, hi in zip(frame[value], frame.low, frame.high, strict=True)],
+        [
+            f"{100 * v:.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
+            for v, lo, hi in zip(frame[value], frame.low, frame.high, strict=True)
+        ],
         index=frame.index,
     )

@@ -1,5 +1,6 @@
 """Progress of long work: a bar in a terminal or notebook, or one line in a file that the batch runner watches."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -25,10 +26,8 @@ class _FileBar:
     def _show(self):
         if time.monotonic() - self._shown > 0.3 or self.n >= self.total:
             self._shown = time.monotonic()
-            try:
+            with contextlib.suppress(OSError):  # progress is a courtesy; a full disk is reported where it matters
                 self.path.write_text(f"{self.desc} {self.n}/{self.total} {self.unit}s")
-            except OSError:
-                pass  # progress is a courtesy; a full disk is reported where it matters
 
     def update(self, n: int = 1):
         self.n += n

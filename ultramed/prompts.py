@@ -7,6 +7,7 @@ into two texts, which are tokenised apart and joined, so that training and gener
 import hashlib
 import html
 from dataclasses import dataclass
+from itertools import pairwise
 
 LABEL_IGNORED = -100
 
@@ -44,7 +45,9 @@ class Template:
 
     def fingerprint(self, tokenizer) -> str:
         """Hash of everything that decides what this template renders."""
-        text = self.with_input + "\0" + self.without_input + "\0" + (tokenizer.chat_template or "" if self.name == "chat" else "")
+        text = (
+            self.with_input + "\0" + self.without_input + "\0" + (tokenizer.chat_template or "" if self.name == "chat" else "")
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -135,7 +138,7 @@ def lint(ids: list[int], mask: list[int], tokenizer, truncated: bool = False) ->
     header = role_header(tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     text = tokenizer.decode(ids)
-    if bos is not None and bos != eos and any(a == b == bos for a, b in zip(ids, ids[1:], strict=False)):
+    if bos is not None and bos != eos and any(a == b == bos for a, b in pairwise(ids)):
         raise TemplateError(f"begin-of-sequence token twice in a row: {text[:80]!r}")
     if header and header + header in text:
         raise TemplateError(f"doubled role header {header!r}: ...{text[-120:]!r}")

@@ -27,8 +27,8 @@ class SweepConfig(Strict):
     profile: str = "laptop"
     arm: str = "full"
     seeds: list[int] = Field(default=[0], min_length=1)
-    grid: dict[str, list] = {}
-    runs: list[dict] = []
+    grid: dict[str, list] = Field(default_factory=dict)
+    runs: list[dict] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _something(self):
@@ -37,7 +37,11 @@ class SweepConfig(Strict):
         return self
 
     def points(self) -> list[dict]:
-        grid = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())] if self.grid else []
+        grid = (
+            [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+            if self.grid
+            else []
+        )
         return [*grid, *self.runs]
 
 
@@ -79,7 +83,9 @@ def run_sweep(file: Path, console: Console) -> bool:
         console.print(f"{number}/{len(points)} {label} seed {seed}: {e}", highlight=False)
     table = pd.DataFrame(rows)
     name = f"sweep_{file.stem}"
-    save_table(table, name, profile=sweep.profile, caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.", artifacts=made)
+    save_table(
+        table, name, profile=sweep.profile, caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.", artifacts=made
+    )
     done = table[table.state == "done"]
     if len(done):
         keys = list(sweep.points()[0])
@@ -88,7 +94,11 @@ def run_sweep(file: Path, console: Console) -> bool:
         fig = figures.intervals(shown, row="point", facet="arm", hue="seed")
         figures.save_figure(fig, name, profile=sweep.profile, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=made)
     write_json(folder(sweep.profile) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
-    console.print(f"{len(done)} of {len(points)} runs done; {folder(sweep.profile) / 'tables' / f'{name}.csv'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(done)} of {len(points)} runs done; {folder(sweep.profile) / 'tables' / f'{name}.csv'}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return len(done) == len(points)
 
 

@@ -51,9 +51,9 @@ STEMS = re.compile(  # words that give the chapter away; in step 2 a term that h
     re.I,
 )
 STEP_QUESTION = {
-    "step1": 'Which body system does {term} affect?',
-    "step2": 'Which ICD chapter lists {term}?',
-    "step3": 'Which ICD group lists {term}?',
+    "step1": "Which body system does {term} affect?",
+    "step2": "Which ICD chapter lists {term}?",
+    "step3": "Which ICD group lists {term}?",
 }
 
 

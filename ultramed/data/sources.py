@@ -37,7 +37,12 @@ def _lettered(options) -> dict[str, str]:
 
 
 def _medqa(row: dict, i: int) -> dict:
-    return {"question": row["question"].strip(), "options": _lettered(row["options"]), "gold": row["answer_idx"], "subset": "medqa"}
+    return {
+        "question": row["question"].strip(),
+        "options": _lettered(row["options"]),
+        "gold": row["answer_idx"],
+        "subset": "medqa",
+    }
 
 
 def _medmcqa(row: dict, i: int) -> dict:
@@ -208,7 +213,9 @@ def _raw(spec: Source, local: dict[str, Path]) -> Iterator[tuple[str, str, int, 
         try:
             data = load_dataset(hub_id, name, split=split)
         except Exception as err:  # the hub's client raises a dozen kinds; all mean the same here
-            raise ConfigError(f"data set {spec.name!r}: cannot fetch {hub_id} from the hub: {str(err).splitlines()[0]}") from None
+            raise ConfigError(
+                f"data set {spec.name!r}: cannot fetch {hub_id} from the hub: {str(err).splitlines()[0]}"
+            ) from None
         yield side, hub_id, expected, data.to_list()
 
 

@@ -89,9 +89,7 @@ def decode(
             position_ids=position, past_key_values=step.past_key_values, use_cache=True,
         )  # fmt: skip
         position = position + 1
-    return [
-        Reply(tokenizer.decode(o, skip_special_tokens=True), len(o), done) for o, done in zip(out, finished, strict=True)
-    ]
+    return [Reply(tokenizer.decode(o, skip_special_tokens=True), len(o), done) for o, done in zip(out, finished, strict=True)]
 
 
 def _pick(logits: torch.Tensor, sampling: Sampling, rngs) -> list[int]:

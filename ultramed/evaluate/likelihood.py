@@ -57,9 +57,7 @@ def score(
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         several = any(len(c) > 1 for i in batch for c in items[i][1])
         full = None if mask.all() else mask
-        first = model(
-            input_ids=ids, attention_mask=full, position_ids=position, use_cache=several, logits_to_keep=1
-        )
+        first = model(input_ids=ids, attention_mask=full, position_ids=position, use_cache=several, logits_to_keep=1)
         logp = first.logits[:, -1].float().log_softmax(-1)
         for row, i in enumerate(batch):
             results[i] = [logp[row, c[0]].item() for c in items[i][1]]

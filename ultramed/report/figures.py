@@ -3,8 +3,6 @@
 import re
 
 import matplotlib
-
-matplotlib.rcParams["svg.hashsalt"] = "ultramed"  # the same figure gives the same file
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -14,6 +12,7 @@ from ultramed.report.scorecard import folder
 from ultramed.report.tables import provenance
 from ultramed.store import Artifact, canonical, write_json
 
+matplotlib.rcParams["svg.hashsalt"] = "ultramed"  # the same figure gives the same file
 CHANCE = 0.25
 
 

@@ -66,10 +66,6 @@ def cells() -> list[dict]:
             for column in frame.columns.difference(keys, sort=False):
                 if pd.notna(row[column]):
                     value = row[column].item() if hasattr(row[column], "item") else row[column]
-                    out.append(
-                        {
-                            "id": f"{name}:{label}:{column}", "kind": "cell", "source": source,
-                            "statement": f"{label}: {column}", "published": value, "notebook": notebook,
-                        }  # fmt: skip
-                    )
+                    cell = {"id": f"{name}:{label}:{column}", "kind": "cell", "source": source}
+                    out.append({**cell, "statement": f"{label}: {column}", "published": value, "notebook": notebook})
     return out

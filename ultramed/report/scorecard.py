@@ -62,6 +62,19 @@ def claim_verdict(difference, p: float, alpha: float = 0.05) -> Verdict:
     return "reproduced" if difference > 0 and p < alpha else "not reproduced"
 
 
+def paired_claim(name: str, statement: str, pair, *, source: str, protocol: str, published=None, verdict=None) -> dict:
+    """Entry of a claim 'A beats B' from a paired comparison: `pair` has a, b, difference, low, high, n and p (fractions).
+
+    The interval is that of the difference, in points. `verdict` overrides `claim_verdict`, for claims of equality.
+    """
+    return {
+        "id": name, "kind": "claim", "source": source, "statement": statement, "published": published,
+        "ours": f"{100 * pair['a']:.1f}% against {100 * pair['b']:.1f}%, difference {100 * pair['difference']:+.1f} points",
+        "n": int(pair["n"]), "interval": (100 * pair["low"], 100 * pair["high"]), "p": float(pair["p"]), "protocol": protocol,
+        "verdict": verdict or claim_verdict(pair["difference"], pair["p"]),
+    }  # fmt: skip
+
+
 def build(profile: str) -> list[Entry]:
     """All entries: what the notebooks recorded, then every published cell that none of them speaks of, as not run."""
     entries: dict[str, Entry] = {}

@@ -44,7 +44,12 @@ def latex(frame: pd.DataFrame, caption: str) -> str:
         return " & ".join(_plain(v).translate(special) for v in values) + r" \\"
 
     body = [line(frame.columns), r"\midrule", *(line(row) for row in frame.itertuples(index=False))]
-    head = [r"\begin{table}", rf"\caption{{{caption.translate(special)}}}", rf"\begin{{tabular}}{{{''.join(right)}}}", r"\toprule"]
+    head = [
+        r"\begin{table}",
+        rf"\caption{{{caption.translate(special)}}}",
+        rf"\begin{{tabular}}{{{''.join(right)}}}",
+        r"\toprule",
+    ]
     return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 

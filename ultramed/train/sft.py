@@ -74,7 +74,9 @@ class Collator:
 
 
 @stage(version=1, also=lambda config: {"hints": prompts.HINTS})
-def sft(out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat") -> dict:
+def sft(
+    out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
+) -> dict:
     """Fine-tune `model` on the rows of `data` (a mixture); `dev` (another) gives `dev_loss` at the end.
 
     Writes a model folder (full) or an adapter folder (LoRA) and `log.jsonl`, the loss curve. Interrupted with Ctrl-C
