@@ -75,3 +75,25 @@ def test_the_readme_names_commands_that_exist():
         assert command in known
     for path in re.findall(r"`((?:params|figures|notebooks|tests|ultramed)/[\w./-]+)`", text):
         assert (REPO / path).exists(), path
+
+
+def test_the_results_in_the_readme_are_those_of_the_committed_run():
+    """Every table row between the markers stands in a table of `figures/laptop`, word for word."""
+    text = (REPO / "README.md").read_text()
+    block = text.partition("<!-- results:")[2].partition("<!-- end of results -->")[0]
+    rows = [line for line in block.splitlines() if line.startswith("| ")]
+    made = {line for path in (REPO / "figures" / "laptop" / "tables").glob("*.md") for line in path.read_text().splitlines()}
+    assert len(rows) > 8
+    assert [row for row in rows if row not in made] == []
+
+
+def test_the_committed_scorecard_is_whole():
+    import json
+
+    from ultramed.report.published import cells
+    from ultramed.report.scorecard import Entry
+
+    entries = [Entry(**e) for e in json.loads((REPO / "figures" / "laptop" / "scorecard.json").read_text())]
+    assert {c["id"] for c in cells()} <= {e.id for e in entries}
+    assert sum(e.kind == "claim" for e in entries) >= 5
+    assert all(e.ours is not None or e.reason for e in entries)

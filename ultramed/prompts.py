@@ -76,6 +76,12 @@ TEMPLATES = {
 }
 
 
+def wording(config=None) -> str:
+    """Hash of every text above; part of the key of each stage that renders prompts (a model's chat template is part of
+    the model's own artifact)."""
+    return hashlib.sha256(repr((HINTS, TEMPLATES)).encode()).hexdigest()[:12]
+
+
 # ---------------------------------------------------------------------------------------------------- rows to messages
 
 

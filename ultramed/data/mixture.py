@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ultramed.config import AnswerForm, ConfigError, Strict
 from ultramed.data import rows as canonical
-from ultramed.prompts import as_instruction
+from ultramed.prompts import as_instruction, wording
 from ultramed.store import Artifact, digest, stage
 
 
@@ -23,7 +23,7 @@ class MixtureConfig(Strict):
     seed: int = 0
 
 
-@stage(version=1)
+@stage(version=1, also=wording)
 def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
     """Write `rows.parquet` (canonical instruction rows, shuffled). Reports rows per source and a hash of their ids.
 

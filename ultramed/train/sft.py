@@ -73,7 +73,7 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
-@stage(version=1, also=lambda config: {"hints": prompts.HINTS})
+@stage(version=1, also=prompts.wording)
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
 ) -> dict:
@@ -83,7 +83,9 @@ def sft(
     or SIGTERM it saves a checkpoint after the step at hand; the next call goes on from there, or from the last of the
     checkpoints made every `save_steps`, and ends with the same weights as an uninterrupted run.
     """
+    from accelerate import PartialState
     from datasets import Dataset
+    from transformers import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTConfig
 
@@ -93,8 +95,6 @@ def sft(
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
     net = models.load_for_training(model, config.method, config.lora, checkpointing=config.gradient_checkpointing)
-    from accelerate import PartialState
-
     micro, accumulation = batch_plan(config, max(r["length"] for r in rows), PartialState().num_processes)
     steps = config.max_steps if config.max_steps > 0 else max(1, int(-(-len(rows) // config.global_batch_size) * config.epochs))
     args = SFTConfig(
@@ -133,15 +133,12 @@ def sft(
             net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
             Dataset.from_list(held) if held else None, processing_class=tokenizer,
         )  # fmt: skip
-        from transformers import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_callback(steps, f"{config.method} lr {config.learning_rate:g}"))
         trained = [p for p in net.parameters() if p.requires_grad]
         for p in trained:  # TRL keeps adapters of quantised models in bf16, where small updates vanish
             p.data = p.data.float()
         before = [p.detach().abs().sum().item() for p in trained]
-        # An emptied checkpoint folder of a kill between two writes is no checkpoint.
         last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         clock = time.perf_counter()
         with _Interruptible(trainer) as stop:
