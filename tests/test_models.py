@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from ultramed import models
+from ultramed import models, weights
 from ultramed.config import ConfigError, LoraSettings, ModelConfig
 from ultramed.store import StoreError
 
@@ -41,9 +41,9 @@ def test_a_wheel_with_the_wrong_hash_is_refused(fresh_store, monkeypatch):
     path = fresh_store / "downloads" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a model")
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(StoreError, match="wanted b179c9523d0e"):
-        models.bundled_gguf("bundled:smollm2-135m")
+        weights.bundled_gguf("bundled:smollm2-135m")
     assert path.read_bytes() == b"not a model", "evidence is kept"
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def export_notebooks(profile: str) -> list[dict]:
     from nbconvert import HTMLExporter
 
     exporter, out = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True), []
+    exporter.log.setLevel(logging.ERROR)
     for path in sorted((folder(profile) / "notebooks").glob("[0-9]*.ipynb")):
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
