@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import sys
 import warnings
 
 import pandas as pd
@@ -63,7 +64,7 @@ def injected() -> dict:
 
 def quiet() -> None:
     """Our own log lines, and no library's advice: what a reader needs to know is in the prose or is an error."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ultramed").setLevel(logging.INFO)
     for noisy in ("bitsandbytes", "httpx", "datasets", "torchao"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
