@@ -91,7 +91,8 @@ class Bench:
                     select[subset] = [start, start + (min(n, limit) if limit else n)]
             made.append(answers(config, model=model, questions=given, select=select, template=self.config.template))
             frames.append(read_answers(made[-1]).assign(seed=seed))
-        return pd.concat(frames, ignore_index=True), made
+        # Ledgers are in the order of the batches, longest first; a reader expects Step 1 before Step 2.
+        return pd.concat(frames).sort_values("subset", kind="stable", ignore_index=True), made
 
 
 def best_rates(tuning: pd.DataFrame) -> dict[str, float]:
