@@ -160,7 +160,7 @@ def sft(
         "train_loss": result.training_loss, "dev_loss": dev_loss, "train_seconds": round(seconds, 1),
         "tokens_per_second": round(counts["tokens"] * epochs / seconds, 1) if last is None else None,
         "trainable_parameters": sum(p.numel() for p in trained), "tensors_moved": [moved, len(trained)],
-        "rows": len(rows), **counts, "device": place.device, "dtype": str(place.dtype),
+        "rows": len(rows), "template_hash": shape.fingerprint(tokenizer), **counts, "device": place.device, "dtype": str(place.dtype),
     }  # fmt: skip
     del trainer, net, trained
     models.free_memory()
