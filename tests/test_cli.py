@@ -109,9 +109,9 @@ def test_ctrl_c_during_an_evaluation_loses_nothing(bench, questions, tmp_path):
     args = ["eval", "--model", "tiny:llama", "--questions", questions, "--out", tmp_path / "out", "--protocol", "greedy"]
     args += ["--set", "batch_tokens=512", "--set", "max_new_tokens=4"]
     env = {**os.environ, "ULTRAMED_STORE": str(store)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "ultramed", *map(str, args)], env=env, stderr=subprocess.PIPE, text=True
-    ) as process:
+    # A job runner may start this with SIGINT ignored, which children inherit; a user's terminal does not.
+    quiet = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([sys.executable, "-m", "ultramed", *map(str, args)], env=env, **quiet) as process:
         deadline = time.monotonic() + 120
         while sum(p.stat().st_size for p in store.glob("answers/.work-*/answers.jsonl")) < 2000:
             assert process.poll() is None, process.stderr.read()
