@@ -45,9 +45,9 @@ ours = time.perf_counter() - clock
 del net
 
 with tempfile.TemporaryDirectory() as folder:
-    import lm_eval
+    from lm_eval import evaluator
 
-    spent, evaluate = [], lm_eval.evaluator.evaluate
+    spent, evaluate = [], evaluator.evaluate
 
     def timed(*a, **k):
         start = time.perf_counter()
@@ -55,7 +55,7 @@ with tempfile.TemporaryDirectory() as folder:
         spent.append(time.perf_counter() - start)
         return result
 
-    lm_eval.evaluator.evaluate = timed  # without loading the model
+    evaluator.evaluate = timed  # without loading the model
     result = harness(model, rows, Path(folder), args.batch_size, dtype)
 theirs = spent[0]
 samples = sorted(result["samples"]["local_medqa"], key=lambda s: s["doc_id"])
