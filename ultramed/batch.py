@@ -168,11 +168,8 @@ def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
 def execute(source: str, target: str, parameters: str) -> None:
     """One notebook through papermill, in this process, in the notebook folder."""
     import papermill
-    from traitlets.config import Config
 
-    # The channels to the kernel are Unix sockets where there are any, not ports that all users of a node can reach.
-    transport = "ipc" if os.name == "posix" else "tcp"
     papermill.execute_notebook(
         source, target, parameters=json.loads(parameters), cwd=str(Path(source).parent), kernel_name="python3",
-        progress_bar=False, log_output=False, config=Config({"KernelManager": {"transport": transport}}),
+        progress_bar=False, log_output=False,
     )  # fmt: skip
