@@ -28,7 +28,7 @@ def test_source_is_stripped_and_well_formed(path):
 
 @pytest.fixture(scope="module")
 def book():
-    """The whole book at smoke, in this session's home and store."""
+    """The whole book at smoke, in the tests' own home and store."""
     fine = batch.run([], "smoke", [])
     return fine, home() / "figures" / "smoke"
 
