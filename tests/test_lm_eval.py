@@ -21,13 +21,16 @@ output_type: multiple_choice
 test_split: test
 doc_to_text: "Question: {{{{sent1}}}}\\nA. {{{{ending0}}}}\\nB. {{{{ending1}}}}\\nC. {{{{ending2}}}}\\nD. {{{{ending3}}}}\\nAnswer:"
 doc_to_target: label
-doc_to_choice: [A, B, C, D]
+doc_to_choice: {choices}
 metric_list: [{{metric: acc}}]
 """
 
 
-def harness(model, rows: list[dict], folder, batch_size: int = 8, dtype=torch.float32) -> dict:
-    """Results of lm-eval's own evaluator on the rows as a local task with medqa_4options' prompt."""
+CHOICES = {"letter": "[A, B, C, D]", "text": '"{{[ending0, ending1, ending2, ending3]}}"'}
+
+
+def harness(model, rows: list[dict], folder, batch_size: int = 8, dtype=torch.float32, target: str = "letter") -> dict:
+    """Results of lm-eval's own evaluator and model class on the rows as a local task with medqa_4options' prompt."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -41,8 +44,8 @@ def harness(model, rows: list[dict], folder, batch_size: int = 8, dtype=torch.fl
         for r in rows
     ]
     (folder / "docs.json").write_text("\n".join(map(json.dumps, docs)))
-    (folder / "local_medqa.yaml").write_text(TASK.format(file=folder / "docs.json"))
-    lm = HFLM(pretrained=models.load(model, dtype=dtype), tokenizer=models.load_tokenizer(model), batch_size=batch_size)
+    (folder / "local_medqa.yaml").write_text(TASK.format(file=folder / "docs.json", choices=CHOICES[target]))
+    lm = HFLM(pretrained=str(model.path), dtype=dtype, batch_size=batch_size, device="cpu")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return lm_eval.simple_evaluate(lm, tasks=["local_medqa"], task_manager=manager, log_samples=True, bootstrap_iters=0)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ultramed.attention import cpu_attention
 from ultramed.config import ConfigError, LoraSettings, ModelConfig
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
@@ -224,8 +225,9 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
         )
     with quiet():
         net = AutoModelForCausalLM.from_pretrained(
-            **_location(model), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **extra
-        )
+            **_location(model), dtype=dtype, attn_implementation=cpu_attention() if device == "cpu" else "sdpa",
+            use_safetensors=True, **extra,
+        )  # fmt: skip
     if about["kind"] == "adapter":
         net = merge_adapter(net, model.path)
         # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix

@@ -1,6 +1,6 @@
 """Seconds for the likelihood of N MedQA questions: ours beside lm-evaluation-harness, same model, dtype and cores.
 
-    ULTRAMED_DATA=... python tests/benchmarks/likelihood_vs_lm_eval.py [--n 1000] [--dtype float32] [--batch-size 8]
+    ULTRAMED_DATA=... python tests/benchmarks/likelihood_vs_lm_eval.py [--n 1000] [--dtype bfloat16] [--batch-size 8] [--target text]
 
 Both start from a loaded model. The order is ours, theirs; choices are compared item by item.
 """
@@ -28,7 +28,8 @@ from ultramed.notebook import quiet
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--n", type=int, default=1000)
-parser.add_argument("--dtype", default="float32")
+parser.add_argument("--dtype", default="bfloat16")
+parser.add_argument("--target", default="letter", choices=["letter", "text"], help="what is scored: ' B' or the option's text")
 parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval; ours goes by tokens")
 args = parser.parse_args()
 quiet()
@@ -39,7 +40,11 @@ rows = read_questions(source(SourceConfig(name="medqa")) / "test.parquet")[: arg
 
 net, tokenizer = models.load(model, dtype=dtype), models.load_tokenizer(model)
 clock = time.perf_counter()
-pairs = [[encode_pair(tokenizer, lm_eval_prompt(r)[0], e) for e in lm_eval_prompt(r)[1]] for r in rows]
+pairs = []
+for row in rows:
+    context, endings = lm_eval_prompt(row)
+    endings = endings if args.target == "letter" else [f" {v}" for v in row["options"].values()]
+    pairs.append([encode_pair(tokenizer, context, e) for e in endings])
 scores = score(net, tokenizer, [(p[0][0], [e for _, e in p]) for p in pairs])
 ours = time.perf_counter() - clock
 del net
@@ -56,7 +61,7 @@ with tempfile.TemporaryDirectory() as folder:
         return result
 
     evaluator.evaluate = timed  # without loading the model
-    result = harness(model, rows, Path(folder), args.batch_size, dtype)
+    result = harness(model, rows, Path(folder), args.batch_size, dtype, args.target)
 theirs = spent[0]
 samples = sorted(result["samples"]["local_medqa"], key=lambda s: s["doc_id"])
 letters = [max(range(4), key=[r[0] for r in s["filtered_resps"]].__getitem__) for s in samples]
@@ -64,7 +69,7 @@ same = sum(max(range(4), key=a.__getitem__) == b for a, b in zip(scores, letters
 print(
     json.dumps(
         {
-            "questions": len(rows), "dtype": args.dtype, "threads": torch.get_num_threads(), "ultramed_s": round(ours, 1),
+            "questions": len(rows), "target": args.target, "dtype": args.dtype, "threads": torch.get_num_threads(), "ultramed_s": round(ours, 1),
             "lm_eval_s": round(theirs, 1), "ratio": round(theirs / ours, 2), "same_choice": same,
         }
     )

@@ -46,6 +46,13 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def right_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, lengths), (B, T) and (B,). Causal attention needs no mask then: padding comes after every real token."""
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows], device=device)
+    return ids, torch.tensor([len(r) for r in rows], device=device)
+
+
 def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask), both (B, T)."""
     width = max(map(len, rows))
