@@ -10,7 +10,7 @@ from ultramed.config import ModelConfig
 
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
-@pytest.mark.parametrize("heads, groups", [(4, 4), (9, 3), (6, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (9, 3), (6, 1)])
 def test_equals_scaled_dot_product_attention(length, heads, groups):
     q, k, v = (torch.randn(2, h, length, 16) for h in (heads, groups, groups))
     want = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
