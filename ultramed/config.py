@@ -58,13 +58,10 @@ class LoraSettings(Strict):
     target_modules: list[str] = ["q_proj", "v_proj"]
 
 
-class TrainConfig(Strict):
-    """One supervised fine-tuning run. `global_batch_size` is what the optimiser sees; micro-batches are derived."""
+class OptimConfig(Strict):
+    """What every kind of training has. `global_batch_size` is what the optimiser sees; micro-batches are derived."""
 
     method: Method = "full"
-    mixture: dict[str, int | float] = Field(min_length=1)  # source -> rows (int) or multiples of the source (float)
-    answer_form: AnswerForm = "content_first"
-    train_on_inputs: bool = False  # loss on the prompt too (MedAlpaca's default)
     learning_rate: float = Field(gt=0)
     epochs: float = Field(1, gt=0)
     max_steps: int = Field(-1, ge=-1)  # -1: as many as the epochs need
@@ -80,6 +77,49 @@ class TrainConfig(Strict):
     lora: LoraSettings = LoraSettings()
     seed: int = 0
     save_steps: int = Field(0, ge=0)  # optimiser steps between checkpoints; 0: none
+
+
+class TrainConfig(OptimConfig):
+    """One supervised fine-tuning run."""
+
+    mixture: dict[str, int | float] = Field(min_length=1)  # source -> rows (int) or multiples of the source (float)
+    answer_form: AnswerForm = "content_first"
+    train_on_inputs: bool = False  # loss on the prompt too (MedAlpaca's default)
+
+
+Loss = Literal["dpo", "ipo", "nca", "kto_pair", "kto", "hinge", "robust", "apo_zero"]
+
+
+class PreferenceConfig(OptimConfig):
+    """One run of preference learning. `global_batch_size` counts pairs."""
+
+    loss: Loss = "dpo"
+    beta: float = Field(0.1, gt=0)
+    as_released: bool = False  # UltraMedical's malformed template: doubled and dangling assistant headers
+
+
+class RewardConfig(OptimConfig):
+    """One reward model. `global_batch_size` counts prompts, all pairs of a prompt stay together."""
+
+    centre: float = Field(0.0, ge=0)  # weight of the mean-zero term
+
+
+class SampleConfig(Strict):
+    """Several sampled replies a prompt."""
+
+    n: int = Field(10, ge=1)
+    temperature: float = Field(0.7, gt=0)
+    top_k: int = Field(0, ge=0)  # 0: no limit
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(32, ge=1)
+    stop: str | None = None  # regular expression at whose first match a reply ends
+    answer_form: AnswerForm = "content_first"
+    batch_tokens: int = Field(8192, ge=64)
+    seed: int = 0
+
+
+class JudgeConfig(Strict):
+    batch_tokens: int = Field(8192, ge=64)
 
 
 class EvalConfig(Strict):
@@ -126,6 +166,63 @@ class UsmleConfig(Strict):
         return self
 
 
+class PoolMember(Strict):
+    """A policy that gives candidates: 'base', the name of a mixture (its SFT policy), or 'reference' (the gold answer)."""
+
+    policy: str
+    temperature: float = Field(1.0, gt=0)
+    n: int = Field(2, ge=1)
+
+
+class IterativeConfig(Strict):
+    """Rounds of sample, rank with the reward model, train (the paper ran one)."""
+
+    rounds: int = Field(1, ge=1)
+    prompts: dict[str, int]  # fresh ones each round: source -> count
+    n: int = Field(4, ge=2)  # samples a prompt
+    arms: list[str]  # of preference_arms
+    reference: Literal["last", "initial"] = "last"  # the policy as the round starts, or the SFT policy
+    stop: bool = True  # when the reward rises while accuracy falls
+    changes: dict[str, Any] = {}  # to the arm, such as a smaller learning rate
+
+
+class UltraMedicalConfig(Strict):
+    """Notebooks 21 to 26. Sources are 'dataset:subset'; a domain is 'medical' or 'general'."""
+
+    seed: int = 0
+    questions: dict[Literal["medical", "general"], dict[str, int]]  # test questions
+    skip: int = Field(0, ge=0)  # test questions of every subset left to other notebooks
+    mixtures: dict[str, dict[str, int | float]]  # ultramed, ultramix, and what notebook 23 adds
+    sft: dict[str, Any] = {}  # changes to `train`
+    pool: list[PoolMember] = Field(min_length=1)
+    prompts: dict[Literal["medical", "general"], dict[str, int]]  # whose candidates are ranked for training
+    held_prompts: dict[Literal["medical", "general"], dict[str, int]]  # and for the reward benches
+    sample: SampleConfig
+    margin: float = Field(0.0, ge=0)  # score difference below which two candidates are tied
+    pairs_per_prompt: int = Field(28, ge=1)  # for reward models: C(8, 2) at most
+    preference: PreferenceConfig
+    preference_arms: dict[str, dict[str, Any]]  # arm -> changes to `preference`
+    reward: RewardConfig
+    reward_arms: dict[str, list[Literal["medical", "general"]]]
+    judge_arm: str = "medical"  # the reward model of re-ranking and iteration
+    selection_n: int = Field(10, ge=2)
+    iterative: IterativeConfig
+    same_scale: bool = False  # whether models and data are the paper's, so that cells may be compared as numbers
+
+    @model_validator(mode="after")
+    def _known(self):
+        known = {"base", "reference", *self.mixtures}
+        for name, wanted, have in (
+            ("pool", {m.policy for m in self.pool}, known),
+            ("mixtures: needs ultramed and ultramix", {"ultramed", "ultramix"}, set(self.mixtures)),
+            ("judge_arm", {self.judge_arm}, set(self.reward_arms)),
+            ("iterative.arms", set(self.iterative.arms), set(self.preference_arms)),
+        ):
+            if wanted - have:
+                raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")
+        return self
+
+
 class Profile(Strict):
     name: str
     description: str
@@ -135,6 +232,7 @@ class Profile(Strict):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     usmle: UsmleConfig
+    ultramedical: UltraMedicalConfig | None = None
 
 
 # ------------------------------------------------------------------------------------------------- files and overrides
@@ -153,7 +251,15 @@ def profiles() -> list[str]:
     return sorted(p.stem for p in (home() / "params").glob("*.yaml"))
 
 
-WHOLE = {"mixture", "questions"}  # another mixture is another data set, not an addition to the old one
+WHOLE = {
+    "mixture",
+    "mixtures",
+    "questions",
+    "prompts",
+    "held_prompts",
+    "medical",
+    "general",
+}  # another mixture is another data set, not an addition to the old one
 
 
 def merge(base: dict, changes: dict) -> dict:
@@ -248,6 +354,9 @@ def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = 
     profile = validate(Profile, data, source)
     for arm in profile.usmle.arms:
         arm_config(profile, arm)  # an impossible arm should fail now, not an hour into the run
+    own = profile.ultramedical
+    for arm, changes in (own.preference_arms if own else {}).items():
+        validate(PreferenceConfig, merge(own.preference.model_dump(mode="json"), changes), f"{source}, preference_arms.{arm}")
     return profile
 
 

@@ -182,13 +182,14 @@ def base_of(model: Artifact) -> Artifact:
 
 def resolve(name: str) -> Artifact:
     """A model by artifact key (or its beginning), or by anything ModelConfig.name may be."""
-    stages = ("base_model/", "sft/")
+    stages = ("base_model/", "sft/", "preference/", "reward/")
     if name.startswith(stages) or (len(name) >= 6 and set(name) <= set("0123456789abcdef")):
         return find(name)
     return base_model(ModelConfig(name=name, label=name))
 
 
-def _location(model: Artifact) -> dict:
+def location(model: Artifact) -> dict:
+    """Arguments of `from_pretrained` for the whole model under an artifact."""
     about = card(base_of(model))
     if about["kind"] == "reference":
         return {"pretrained_model_name_or_path": about["name"], "revision": about["revision"]}
@@ -199,7 +200,7 @@ def load_tokenizer(model: Artifact):
     """Tokenizer with a pad token of its own."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(**_location(model))
+    tokenizer = AutoTokenizer.from_pretrained(**location(model))
     set_pad(tokenizer)
     return tokenizer
 
@@ -225,7 +226,7 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
         )
     with quiet():
         net = AutoModelForCausalLM.from_pretrained(
-            **_location(model), dtype=dtype, attn_implementation=cpu_attention() if device == "cpu" else "sdpa",
+            **location(model), dtype=dtype, attn_implementation=cpu_attention() if device == "cpu" else "sdpa",
             use_safetensors=True, **extra,
         )  # fmt: skip
     if about["kind"] == "adapter":
@@ -298,7 +299,7 @@ def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, check
     }.get(method, {})
     with quiet():
         net = AutoModelForCausalLM.from_pretrained(
-            **_location(model), dtype=torch.float32 if method == "full" else place.dtype, attn_implementation="sdpa",
+            **location(model), dtype=torch.float32 if method == "full" else place.dtype, attn_implementation="sdpa",
             use_safetensors=True, **extra,
         )  # fmt: skip
         net.config.use_cache = False

@@ -17,6 +17,9 @@ HINTS = {  # what the system turn asks for; the base model is told the form, too
 }
 
 
+RELEASED = "ultramedical_released"
+
+
 @dataclass(frozen=True)
 class Template:
     """An instruction format. `with_input` and `without_input` are prompts with {instruction} and {input}."""
@@ -28,7 +31,7 @@ class Template:
 
     def render(self, prompt: list[dict], tokenizer) -> str:
         """Text that the model is given; it ends where the answer begins."""
-        if self.name == "chat":
+        if self.name in ("chat", RELEASED):
             if not tokenizer.chat_template:
                 raise ValueError("this tokenizer has no chat template; choose template alpaca or medalpaca")
             return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -41,12 +44,19 @@ class Template:
 
     def finish(self, completion: str, tokenizer) -> str:
         """Text that the model shall produce, with its end token."""
+        if self.name == RELEASED:
+            header = role_header(tokenizer)
+            return header + completion.strip() + tokenizer.eos_token + "\n" + header
         return completion.strip() + tokenizer.eos_token
 
     def fingerprint(self, tokenizer) -> str:
         """Hash of everything that decides what this template renders."""
         text = (
-            self.with_input + "\0" + self.without_input + "\0" + (tokenizer.chat_template or "" if self.name == "chat" else "")
+            self.with_input
+            + "\0"
+            + self.without_input
+            + "\0"
+            + (tokenizer.chat_template or "" if self.name in ("chat", RELEASED) else "")
         )
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -60,6 +70,9 @@ TEMPLATES = {
     t.name: t
     for t in (
         Template("chat", "the model's own chat template"),
+        # An assistant header after every rendering: doubled before the completion, dangling after it. For the ablation
+        # "as released" only; the lint lets nothing else like it pass.
+        Template(RELEASED, "TsinghuaC3I/UltraMedical, chat template of its preference training"),
         Template(
             "alpaca",
             "tatsu-lab/stanford_alpaca, train.py",

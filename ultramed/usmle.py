@@ -135,6 +135,17 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict:
     }  # fmt: skip
 
 
+def compare_all(frames: dict[str, pd.DataFrame], wanted: list[tuple[str, str]]) -> pd.DataFrame:
+    """`compare` of every (A, B) with Holm's correction over the family; columns A, B, those of `compare`, p_holm."""
+    made = pd.DataFrame([{"A": a, "B": b, **compare(frames[a], frames[b])} for a, b in wanted])
+    return made.assign(p_holm=stats.holm(list(made.p)))
+
+
+def pool(*frames: pd.DataFrame) -> pd.DataFrame:
+    """Answers of several arms to the same questions as one arm, pairable with another pool in the same order."""
+    return pd.concat([f.assign(seed=number) for number, f in enumerate(frames)], ignore_index=True)
+
+
 def better_base(frames: dict[str, pd.DataFrame]) -> str:
     """Name of the base model's best protocol over all questions: the fine-tuned arms must beat that one."""
     return max(frames, key=lambda k: frames[k].correct.mean())

@@ -1,6 +1,7 @@
 """Training mixtures: how many rows of which source, drawn with a seed, written down with a hash of the row ids."""
 
 import random
+import re
 from pathlib import Path
 
 from pydantic import Field
@@ -14,7 +15,8 @@ from ultramed.store import Artifact, digest, stage
 class MixtureConfig(Strict):
     """`counts`: source -> rows (a whole number) or multiples of the source (a fraction such as 0.5 or 2.0).
 
-    A source is 'dataset' or 'dataset:subset'; the data set's artifact is an input of that name.
+    A source is 'dataset', 'dataset:subset' or 'dataset:subset[0:32]' (the first 32 rows of it); the data set's artifact
+    is an input of that name.
     """
 
     counts: dict[str, int | float] = Field(min_length=1)
@@ -30,7 +32,7 @@ def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
     What a source gives depends on the seed and the source only: arms that share a source and a seed see the same rows
     of it. Asking for more rows than there are is an error unless the count is a multiple (then rows repeat).
     """
-    picked, report = [], {}
+    picked, report, seen = [], {}, {}
     for source, count in sorted(config.counts.items()):
         pool = source_rows(source, config.side, datasets)
         wanted = round(count * len(pool)) if isinstance(count, float) else count
@@ -42,7 +44,6 @@ def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
         rng = random.Random(f"{source}:{config.seed}")
         turns = [rng.sample(pool, len(pool)) for _ in range(-(-wanted // len(pool)))]
         drawn = [row for turn in turns for row in turn][:wanted]
-        seen: dict[str, int] = {}
         for row in drawn:
             row = as_instruction(row, config.answer_form)
             seen[row["id"]] = seen.get(row["id"], 0) + 1
@@ -55,20 +56,22 @@ def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
 
 
 def source_rows(source: str, side: str, datasets: dict[str, Artifact]) -> list[dict]:
-    """Canonical rows of 'dataset' or 'dataset:subset' on one side of its split."""
-    name, _, subset = source.partition(":")
+    """Canonical rows of 'dataset', 'dataset:subset' or 'dataset:subset[start:stop]' on one side of its split."""
+    whole, start, stop = re.fullmatch(r"(.*?)(?:\[(\d+):(\d+)\])?", source).groups()
+    name, _, subset = whole.partition(":")
     if name not in datasets:
         raise ConfigError(f"mixture names {source!r}, but no data set {name!r} was given: {sorted(datasets)}")
     path = datasets[name] / f"{side}.parquet"
-    if subset == "open":
-        return canonical.read_instructions(datasets[name] / "open.parquet")
-    if subset == "general":
-        path = datasets[name] / f"general_{side}.parquet"
+    if subset in ("open", "general"):
+        path = datasets[name] / ("open.parquet" if subset == "open" else f"general_{side}.parquet")
     if not path.exists():
         raise ConfigError(f"data set {name!r} has no {side} side")
     kind = canonical.read_table(path)[0]
     rows = canonical.read_questions(path) if "options" in kind else canonical.read_instructions(path)
-    rows = [r for r in rows if not subset or r.get("subset") == subset]
+    rows = [r for r in rows if subset in ("", "open") or r.get("subset") == subset]
+    if stop is not None and int(stop) > len(rows):
+        raise ConfigError(f"mixture: {source!r} goes beyond the {len(rows)} rows there are")
+    rows = rows if stop is None else rows[int(start) : int(stop)]
     if not rows:
         raise ConfigError(f"no rows for {source!r} on the {side} side")
     return rows

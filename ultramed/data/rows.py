@@ -54,6 +54,25 @@ class Instruction(BaseModel):
     meta: dict = {}
 
 
+class Pair(BaseModel):
+    """Two completions of one prompt, the better one named. `meta`: scores, models, and the prompt's id."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    source: str = "own"
+    subset: str = "all"
+    prompt: list[Message] = Field(min_length=1)
+    chosen: list[Message] = Field(min_length=1, max_length=1)
+    rejected: list[Message] = Field(min_length=1, max_length=1)
+    meta: dict = {}
+
+    @model_validator(mode="after")
+    def _differ(self):
+        if self.chosen[0].content == self.rejected[0].content:
+            raise ValueError("rejected: the same text as chosen; such a pair prefers nothing")
+        return self
+
+
 def read_table(path: Path) -> list[dict]:
     """Rows of a .parquet, .jsonl or .jsonl.gz file. Raises BadRow for an empty or unreadable file."""
     path = Path(path)
@@ -114,6 +133,23 @@ def read_questions(path: Path) -> list[dict]:
 def read_instructions(path: Path) -> list[dict]:
     """Canonical instruction rows of a file."""
     return check_rows(Instruction, read_table(path), str(path))
+
+
+def read_pairs(path: Path) -> list[dict]:
+    """Canonical pair rows of a file; RewardBench's rows (texts instead of messages) are taken, too.
+
+    A text becomes a user turn (prompt) or an assistant turn (chosen, rejected); RewardBench's other columns are dropped.
+    """
+    rows = []
+    for number, row in enumerate(read_table(path), 1):
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            turns = {k: [{"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected") if k in row}
+            row = {"id": row.get("id", number), "subset": row.get("subset") or "all", **turns, "prompt": row["prompt"]}
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        if isinstance(row, dict):
+            row = {**row, "id": str(row.get("id", number))}
+        rows.append(row)
+    return check_rows(Pair, rows, str(path))
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

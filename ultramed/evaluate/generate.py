@@ -1,11 +1,12 @@
-"""Batched generation: token-budget batches, finished replies leave the batch, every item has its own random stream.
+"""Batched generation: token-budget batches, a prompt is read once for all its samples, finished replies leave the batch.
 
-A reply therefore depends on the item and its seed, not on which other items shared its batch (up to the rounding of
+Every item has its own random stream: a reply depends on the item and its seed, not on which other items shared its batch (up to the rounding of
 the dtype, which a batch's shape can change).
 """
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 50
     top_p: float = 1.0
+    stop: str | None = None  # regular expression: a reply ends where it first matches
 
 
 @dataclass(frozen=True)
@@ -53,50 +55,53 @@ def right_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
     return ids, torch.tensor([len(r) for r in rows], device=device)
 
 
-def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask), both (B, T)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
-
-
 @torch.inference_mode()
 def decode(
     model, tokenizer, prompts: list[list[int]], sampling: Sampling, rngs: list[random.Random] | None = None
 ) -> list[Reply]:
-    """Continue each prompt (token ids). One batch; see `generate` for many."""
+    """Continue each prompt (token ids). One batch; see `generate` for many. Equal prompts are read once."""
     end = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id, model.device)
+    stop = re.compile(sampling.stop) if sampling.stop else None
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    number = {prompt: i for i, prompt in enumerate(unique)}
+    source = torch.tensor([number[tuple(p)] for p in prompts], device=model.device)
+    ids, lengths = right_pad([list(u) for u in unique], tokenizer.pad_token_id, model.device)
+    read = model.base_model(input_ids=ids, use_cache=True)
+    last = read.last_hidden_state[torch.arange(len(unique), device=model.device), lengths - 1]
+    logits, cache = model.get_output_embeddings()(last)[source], read.past_key_values
+    if len(unique) < len(prompts) or len(unique) > 1:
+        cache.batch_select_indices(source)
+    position = lengths[source, None]
+    mask = (torch.arange(ids.shape[1], device=model.device) < position).long()  # (B, T), 0 at the padding
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    step = model(
-        input_ids=ids, attention_mask=None if mask.all() else mask, position_ids=position, use_cache=True, logits_to_keep=1
-    )
-    position = position[:, -1:] + 1
     finished = [False] * len(prompts)
     for made in range(1, sampling.max_new_tokens + 1):
-        chosen = _pick(step.logits[:, -1].float(), sampling, [rngs[r] for r in rows] if rngs else None)
+        chosen = _pick(logits.float(), sampling, [rngs[r] for r in rows] if rngs else None)
         for row, token in zip(rows, chosen, strict=True):
             if not finished[row]:
                 out[row].append(token)
-                finished[row] = token in end
+                finished[row] = token in end or bool(stop and stop.search(tokenizer.decode(out[row])))
         alive = [i for i, row in enumerate(rows) if not finished[row]]
         if not alive or made == sampling.max_new_tokens:
             break
         if len(alive) <= 0.75 * len(rows):  # shrinking copies the cache, so not for every single reply
             keep = torch.tensor(alive, device=model.device)
-            step.past_key_values.batch_select_indices(keep)
+            cache.batch_select_indices(keep)
             mask, position, chosen = mask[keep], position[keep], [chosen[i] for i in alive]
             rows = [rows[i] for i in alive]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         step = model(
             input_ids=torch.tensor(chosen, device=model.device)[:, None], attention_mask=None if mask.all() else mask,
-            position_ids=position, past_key_values=step.past_key_values, use_cache=True,
+            position_ids=position, past_key_values=cache, use_cache=True,
         )  # fmt: skip
-        position = position + 1
-    return [Reply(tokenizer.decode(o, skip_special_tokens=True), len(o), done) for o, done in zip(out, finished, strict=True)]
+        logits, cache, position = step.logits[:, -1], step.past_key_values, position + 1
+    return [_reply(tokenizer.decode(o, skip_special_tokens=True), len(o), d, stop) for o, d in zip(out, finished, strict=True)]
+
+
+def _reply(text: str, tokens: int, finished: bool, stop) -> Reply:
+    found = stop.search(text) if stop else None
+    return Reply(text[: found.end()] if found else text, tokens, finished)
 
 
 def _pick(logits: torch.Tensor, sampling: Sampling, rngs) -> list[int]:

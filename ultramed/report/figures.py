@@ -95,3 +95,60 @@ def verdicts(counts: pd.DataFrame):
     ax.set(xlabel="published cells", ylabel="")
     ax.legend(frameon=False, loc="lower right")
     return fig
+
+
+def lines(frame: pd.DataFrame, *, x: str, hue: str, xlabel: str, marks: dict[str, pd.DataFrame] | None = None):
+    """Accuracy against `x` with a 95% band, a line a `hue`. `marks`: name -> frame (x, accuracy) drawn dotted in grey."""
+    fig, ax = plt.subplots(figsize=(6.6, 4.0))
+    for (name, part), color in zip(frame.groupby(hue, sort=False), sns.color_palette("colorblind", 10), strict=False):
+        part = part.sort_values(x)
+        ax.plot(part[x], 100 * part.accuracy, marker="o", ms=4, color=color, label=name)
+        ax.fill_between(part[x], 100 * part.low, 100 * part.high, color=color, alpha=0.12, lw=0)
+    for name, part in (marks or {}).items():
+        ax.plot(part[x], 100 * part.accuracy, color="0.45", ls=":", lw=1.4, label=name)
+    ax.set(xlabel=xlabel, ylabel="accuracy (%), 95% band")
+    ax.legend(frameon=False, fontsize=9)
+    return fig
+
+
+def diagnostics(log: pd.DataFrame):
+    """Preference training by step, a line an arm: log-probabilities, margin, accuracy and the policy's distance.
+
+    log: arm, step, logps/chosen, logps/rejected, rewards/margins, rewards/accuracies, rewards/chosen (beta times the
+    log-ratio: its mean is a one-sample estimate of how far the policy has moved from the reference).
+    """
+    panels = {
+        "log-probability of the reply (nats)": [("logps/chosen", "-"), ("logps/rejected", "--")],
+        "margin of implicit rewards": [("rewards/margins", "-")],
+        "pairs ranked right (share)": [("rewards/accuracies", "-")],
+        "implicit reward (beta x log-ratio)": [("rewards/chosen", "-"), ("rewards/rejected", "--")],
+    }
+    fig, axes = plt.subplots(2, 2, figsize=(9.4, 6.0), sharex=True)
+    colors = dict(zip(dict.fromkeys(log.arm), sns.color_palette("colorblind", 10), strict=False))
+    for ax, (title, columns) in zip(axes.flat, panels.items(), strict=True):
+        for arm, part in log.groupby("arm", sort=False):
+            for column, style_ in columns:
+                ax.plot(part.step, part[column], style_, color=colors[arm], lw=1.5, label=arm if style_ == "-" else None)
+        ax.set_title(title)
+    for ax in axes[1]:
+        ax.set_xlabel("optimiser step")
+    axes[0][0].legend(frameon=False, fontsize=9)
+    fig.text(0.5, -0.01, "solid: chosen, dashed: rejected", ha="center", fontsize=9, color="0.35")
+    fig.tight_layout()
+    return fig
+
+
+def rounds(frame: pd.DataFrame):
+    """Test accuracy (95% interval) and mean reward by round, a colour an arm. frame: arm, round, accuracy, low, high, reward."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.6))
+    for (arm, part), color in zip(frame.groupby("arm", sort=False), sns.color_palette("colorblind", 10), strict=False):
+        error = [100 * (part.accuracy - part.low), 100 * (part.high - part.accuracy)]
+        left.errorbar(part["round"], 100 * part.accuracy, yerr=error, marker="o", capsize=3, color=color, label=arm)
+        right.plot(part["round"], part.reward, marker="o", color=color, label=arm)
+    left.set(xlabel="round (0: before)", ylabel="accuracy (%), 95% interval")
+    right.set(xlabel="round (0: before)", ylabel="mean reward of samples")
+    for ax in (left, right):
+        ax.set_xticks(sorted(frame["round"].unique()))
+    left.legend(frameon=False)
+    fig.tight_layout()
+    return fig

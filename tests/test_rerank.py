@@ -1,0 +1,70 @@
+"""Selection out of N samples: by hand, by brute force, and against recorded votes of real models."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultramed.evaluate import rerank
+
+LETTERS = np.array([list("ABBA"), ["", "C", "", ""], ["", "", "", ""], list("DDDA")])
+REWARDS = np.array([[0, 1, 2, 9], [5, 1, 0, 0], [1, 2, 3, 4], [0, 0, 0, 5.0]])
+
+
+def test_selections_by_hand():
+    assert list(rerank.majority(LETTERS)) == ["A", "C", "", "D"], "a tie goes to the first sampled; unparsed do not vote"
+    assert list(rerank.best_of_n(LETTERS, REWARDS)) == ["A", "", "", "A"]
+    assert list(rerank.reward_vote(LETTERS, REWARDS)) == ["A", "C", "", "A"]
+    assert list(rerank.majority_of_bests(LETTERS, REWARDS)) == ["B", "C", "", "D"]
+
+
+def test_pass_at_n_by_hand_and_beside_chance():
+    letters, gold = np.array([list("ABCD"), list("BBBB")]), np.array(["A", "A"])
+    assert rerank.pass_at(letters, gold, 1) == pytest.approx(0.125)
+    assert rerank.pass_at(letters, gold, 2) == pytest.approx(0.25)
+    assert rerank.pass_at(letters, gold, 4) == pytest.approx(0.5)
+    assert rerank.chance_at(8) == pytest.approx(0.8999, abs=1e-4)
+
+
+@given(st.lists(st.lists(st.sampled_from(["A", "B", "C", ""]), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_majority_is_a_most_frequent_letter_first_sampled(rows):
+    for row, got in zip(rows, rerank.majority(np.array(rows)), strict=True):
+        votes = [x for x in row if x]
+        want = max(dict.fromkeys(votes), key=votes.count) if votes else ""  # max keeps the first of equals
+        assert got == want
+
+
+def test_the_curve_ends_at_the_whole_set_and_begins_at_the_mean_sample():
+    rng = np.random.default_rng(0)
+    letters, gold = rng.choice(list("ABCD"), (200, 6)), rng.choice(list("ABCD"), 200)
+    made = rerank.curves(letters, rng.random((200, 6)), gold, [1, 3, 6], draws=200)
+    at = made.set_index(["selection", "n"])
+    assert at.loc[("self-consistency", 6), "accuracy"] == (rerank.majority(letters) == gold).mean()
+    assert at.loc[("self-consistency", 1), "accuracy"] == pytest.approx((letters == gold[:, None]).mean(), abs=0.02)
+    assert ((made.low <= made.accuracy) & (made.accuracy <= made.high)).all()
+    with pytest.raises(ValueError, match="N = 7"):
+        rerank.curves(letters, None, gold, [7])
+
+
+def test_recorded_votes_of_a_real_model(data):
+    """20 samples of Qwen2.5-14B on 1,030 MedQA questions: our vote gives the recorded self-consistency accuracy."""
+    rows = pd.read_parquet(data / "medqa_votes" / "self_consistency_20_qwen25_14b.parquet")
+    votes = rows.all_predictions.map(lambda v: json.loads(v) if isinstance(v, str) else list(v))
+    width = max(map(len, votes))
+    letters = np.array(
+        [[v if isinstance(v, str) and v in "ABCDE" else "" for v in row] + [""] * (width - len(row)) for row in votes]
+    )
+    ours = rerank.majority(letters)
+    clear = np.array(
+        [
+            sorted([row.count(x) for x in set(row) if x])[-1:] != sorted([row.count(x) for x in set(row) if x])[-2:-1]
+            for row in letters.tolist()
+        ]
+    )
+    assert (ours[clear] == rows.predicted.to_numpy()[clear]).all(), "only ties may fall differently"
+    assert (ours == rows.correct.to_numpy()).mean() == pytest.approx(rows.is_correct.mean(), abs=1e-9)
+    curve = rerank.curves(letters, None, rows.correct.to_numpy(), [1, 5, width], draws=20)
+    assert curve.accuracy.iloc[-1] == pytest.approx(rows.is_correct.mean(), abs=1e-9)

@@ -1,0 +1,1 @@
+"""Candidates judged, and judgements turned into preference pairs."""

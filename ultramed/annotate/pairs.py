@@ -1,0 +1,100 @@
+"""Rankings to preference pairs, as UltraMedical does it: section 3.2 for DPO, all ordered pairs for the reward model."""
+
+import json
+import random
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ultramed.config import ConfigError, Strict
+from ultramed.data import rows as canonical
+from ultramed.store import Artifact, digest, stage
+
+
+class PairConfig(Strict):
+    """`take`: feedback artifact -> prompts used of it (0: all).
+
+    rule: 'best_random' takes the best candidate against a random lower-ranked one; 'best_worst' against the worst;
+    'all' takes every ordered pair. Pairs whose scores differ by less than `margin`, or whose texts are equal, are ties
+    and give no pair.
+    """
+
+    take: dict[str, int] = Field(min_length=1)
+    rule: Literal["best_random", "best_worst", "all"] = "best_random"
+    margin: float = Field(0.0, ge=0)
+    max_per_prompt: int = Field(28, ge=1)
+    seed: int = 0
+
+
+def ordered_pairs(row: dict, config: PairConfig, rng: random.Random) -> list[tuple[dict, dict]]:
+    """(chosen, rejected) candidates of one prompt; may be empty, if all are ties or unscored."""
+    unique: dict[str, dict] = {}
+    for c in row["candidates"]:
+        if c["score"] is not None and c["text"].strip():
+            unique.setdefault(c["text"], c)
+    ranked = sorted(unique.values(), key=lambda c: -c["score"])
+
+    def beats(a, b):
+        return a["score"] > b["score"] and a["score"] - b["score"] >= config.margin
+
+    if config.rule == "all":
+        pairs = [(a, b) for a, b in combinations(ranked, 2) if beats(a, b)]
+        return pairs if len(pairs) <= config.max_per_prompt else sorted(
+            rng.sample(pairs, config.max_per_prompt), key=lambda p: (-p[0]["score"], -p[1]["score"])
+        )  # fmt: skip
+    lower = [c for c in ranked[1:] if beats(ranked[0], c)]
+    if not lower:
+        return []
+    return [(ranked[0], rng.choice(lower) if config.rule == "best_random" else lower[-1])]
+
+
+@stage(version=1)
+def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
+    """Write `pairs.parquet` (canonical pair rows, shuffled) and report prompts, pairs and prompts that were all ties."""
+    made, report = [], {}
+    for name, count in config.take.items():
+        if name not in feedback:
+            raise ConfigError(f"pairs: `take` names {name!r}, but no such feedback was given: {sorted(feedback)}")
+        rows = read_feedback(feedback[name])
+        if count > len(rows):
+            raise ConfigError(f"pairs: {count} prompts of {name!r} asked for, it has {len(rows)}")
+        before, ties = len(made), 0
+        for row in rows[: count or None]:
+            found = ordered_pairs(row, config, random.Random(f"{config.seed}:{row['id']}"))
+            ties += not found
+            made += [_row(name, row, number, *pair) for number, pair in enumerate(found)]
+        report[name] = {"prompts": count or len(rows), "pairs": len(made) - before, "without_pair": ties}
+    if not made:
+        raise ConfigError(f"no pair came out of {report}: all candidates are ties; lower `margin` or sample more")
+    random.Random(f"order:{config.seed}").shuffle(made)
+    canonical.write_rows(out / "pairs.parquet", made)
+    longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in made)
+    return {
+        "pairs": len(made), "sources": report, "chosen_is_longer": longer / len(made),
+        "row_ids": digest([r["id"] for r in made]),
+    }  # fmt: skip
+
+
+def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dict:
+    meta = {
+        "prompt_id": row["id"], "chosen_score": chosen["score"], "rejected_score": rejected["score"],
+        "chosen_model": chosen["model"], "rejected_model": rejected["model"],
+        "chosen_letter": chosen["letter"] or "", "rejected_letter": rejected["letter"] or "", "gold": row["gold"],
+    }  # fmt: skip
+    texts = {k: [{"role": "assistant", "content": c["text"]}] for k, c in (("chosen", chosen), ("rejected", rejected))}
+    return {
+        "id": f"{name}:{row['id']}#{number}",
+        "source": name,
+        "subset": row["subset"],
+        "prompt": row["prompt"],
+        **texts,
+        "meta": meta,
+    }
+
+
+def read_feedback(artifact: Artifact) -> list[dict]:
+    """Rows of `feedback.jsonl`, in the order of the prompts."""
+    with open(artifact / "feedback.jsonl") as fh:
+        return [json.loads(line) for line in fh]

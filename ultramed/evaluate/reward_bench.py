@@ -1,0 +1,132 @@
+"""Reward models on pairs: Medical RewardBench out of held-out preferences, and anyone's pairs in RewardBench's format."""
+
+import random
+from pathlib import Path
+
+import pandas as pd
+
+from ultramed import models, prompts
+from ultramed.annotate.pairs import read_feedback
+from ultramed.config import ConfigError, JudgeConfig, Strict
+from ultramed.data import rows as canonical
+from ultramed.evaluate import stats
+from ultramed.ledger import Ledger
+from ultramed.progress import bar as progress_bar
+from ultramed.prompts import TEMPLATES
+from ultramed.store import Artifact, digest, stage
+from ultramed.train.reward import load_reward, score_rows
+
+PAPER = {"easy": 238, "hard": 196, "length": 180, "human": 163}  # UltraMedical, section 3.3: pairs of its bench
+SECTIONS = ("chat", "chat_hard", "safety", "reasoning")  # RewardBench's; its score is the mean of the four
+
+
+class BenchConfig(Strict):
+    """domain 'medical': easy, hard, length in the paper's proportions; 'general': sections named by `kinds`."""
+
+    domain: str = "medical"
+    per_prompt: int = 3  # pairs a prompt gives to one category, at most
+    seed: int = 0
+
+
+def category(chosen: dict, rejected: dict) -> str | None:
+    """Category of a pair of candidates, of which only the first is right.
+
+    length: the wrong one is at least a quarter longer. hard: both in the asked form, so that only the content tells.
+    easy: the wrong one is not even in that form. The paper sorts by GPT-4's score and by length in the same spirit; its
+    "human" pairs have no counterpart without human rankings.
+    """
+    if len(rejected["text"]) >= 1.25 * len(chosen["text"]) and rejected["strict"]:
+        return "length"
+    return ("hard" if rejected["strict"] else "easy") if chosen["strict"] else None
+
+
+def section(row: dict) -> str:
+    """RewardBench's section of a bundled general prompt: sums are reasoning, facts are chat."""
+    return "reasoning" if row["prompt"][-1]["content"].startswith("What is ") else "chat"
+
+
+@stage(version=1)
+def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
+    """Write `pairs.parquet`, subset = category. Medical categories are cut to the paper's proportions of one another."""
+    found: dict[str, list[dict]] = {}
+    for row in read_feedback(feedback):
+        unique = list({c["text"]: c for c in row["candidates"] if c["text"].strip()}.values())
+        right = [c for c in unique if c["letter"] == row["gold"]]
+        wrong = [c for c in unique if c["letter"] != row["gold"]]
+        rng, taken = random.Random(f"{config.seed}:{row['id']}"), {}
+        pairs = [(a, b) for a in right for b in wrong]
+        for a, b in rng.sample(pairs, len(pairs)):
+            name = category(a, b) if config.domain == "medical" else section(row)
+            if name is None or taken.get(name, 0) >= config.per_prompt:
+                continue
+            taken[name] = taken.get(name, 0) + 1
+            texts = {k: [{"role": "assistant", "content": c["text"]}] for k, c in (("chosen", a), ("rejected", b))}
+            meta = {"prompt_id": row["id"], "chosen_model": a["model"], "rejected_model": b["model"]}
+            pair = {"id": f"{row['id']}#{name}{taken[name]}", "source": config.domain, "subset": name, **texts}
+            found.setdefault(name, []).append({**pair, "prompt": row["prompt"], "meta": meta})
+    if not found:
+        raise ConfigError("no prompt has both a right and a wrong candidate: nothing to compare")
+    if config.domain == "medical":
+        unit = min(len(found[c]) / PAPER[c] for c in found)
+        found = {c: rows[: max(1, round(unit * PAPER[c]))] for c, rows in found.items()}
+    made = [row for name in sorted(found) for row in found[name]]
+    canonical.write_rows(out / "pairs.parquet", made)
+    return {"pairs": len(made), "categories": {k: len(v) for k, v in found.items()}, "row_ids": digest([r["id"] for r in made])}
+
+
+@stage(version=1, also=prompts.wording)
+def pair_scores(out: Path, config: JudgeConfig, *, reward: Artifact, pairs: Artifact, template: str = "chat") -> dict:
+    """Rewards of both sides of every pair: `scores.jsonl` with chosen, rejected and whether the chosen one won."""
+    rows = canonical.read_pairs(pairs / "pairs.parquet")
+    score_pairs(reward, rows, out / "scores.jsonl", TEMPLATES[template], config.batch_tokens)
+    frame = pd.read_json(out / "scores.jsonl", lines=True, dtype={"id": str})
+    return {"pairs": len(frame), "accuracy": float(frame.correct.mean())}
+
+
+def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget: int = 8192) -> None:
+    """Score pair rows into the ledger `path`; those that are in it already are not scored again."""
+    with Ledger(path, key="id") as ledger:
+        todo = [row for row in rows if row["id"] not in ledger]
+        if not todo:
+            return
+        net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
+        with progress_bar(len(rows), "pairs", "pair", initial=len(ledger)) as bar:
+            for start in range(0, len(todo), 64):
+                part = todo[start : start + 64]
+                sides = [{"prompt": r["prompt"], "completion": r[side]} for r in part for side in ("chosen", "rejected")]
+                values = score_rows(net, tokenizer, sides, template, budget=budget)
+                ledger.add(*(_record(r, *values[2 * i : 2 * i + 2]) for i, r in enumerate(part)))
+                bar.update(len(part))
+        del net
+        models.free_memory()
+
+
+def _record(row: dict, chosen: float, rejected: float) -> dict:
+    lengths = {f"{side}_characters": len(row[side][0]["content"]) for side in ("chosen", "rejected")}
+    cluster = row["meta"].get("prompt_id", row["id"])
+    scores = {"chosen_score": round(chosen, 6), "rejected_score": round(rejected, 6), "correct": chosen > rejected}
+    return {"id": row["id"], "subset": row["subset"], "concept": cluster, **scores, **lengths}
+
+
+def table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy by subset with a 95% interval clustered by prompt; a tie counts as wrong. The last row is the mean of subsets."""
+    out = []
+    for name, part in frame.groupby("subset", sort=False):
+        e = stats.clustered(part.correct, part.concept)
+        out.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n})
+    out = pd.DataFrame(out)
+    mean = {"subset": "average", "accuracy": out.accuracy.mean(), "n": int(out.n.sum())}
+    return pd.concat([out, pd.DataFrame([mean])], ignore_index=True)
+
+
+def length_correlation(frame: pd.DataFrame) -> float:
+    """Spearman correlation of score and length in characters over all replies: how far the model pays for length."""
+    score = pd.concat([frame.chosen_score, frame.rejected_score], ignore_index=True)
+    length = pd.concat([frame.chosen_characters, frame.rejected_characters], ignore_index=True)
+    return float(score.corr(length, method="spearman"))
+
+
+def rewardbench_result(frame: pd.DataFrame, name: str) -> dict:
+    """The per-model dictionary that RewardBench's leaderboard keeps: model, type, template, and accuracy by subset."""
+    subsets = {k: float(v) for k, v in frame.groupby("subset").correct.mean().items()}
+    return {"model": name, "model_type": "Seq. Classifier", "chat_template": "tokenizer", **subsets}

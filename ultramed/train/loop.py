@@ -1,0 +1,218 @@
+"""What supervised, preference and reward training share: batches, trainer settings, the interruptible loop, the head.
+
+TRL's trainers get token ids that we made and do no preparation of their own.
+"""
+
+import functools
+import json
+import shutil
+import signal
+import threading
+import time
+import types
+import warnings
+from pathlib import Path
+
+import torch
+
+from ultramed import models, prompts
+from ultramed.config import ConfigError, OptimConfig
+from ultramed.progress import bar as progress_bar
+from ultramed.store import Artifact, StoreError, write_json
+
+
+def batch_plan(config: OptimConfig, longest: int, processes: int = 1) -> tuple[int, int]:
+    """(micro-batch per process, accumulation steps) whose product with the processes is the global batch.
+
+    The micro-batch is the largest divisor that keeps `longest` tokens a row within `micro_batch_tokens`.
+    """
+    if config.global_batch_size % processes:
+        raise ConfigError(f"global_batch_size {config.global_batch_size} does not divide by {processes} processes")
+    share = config.global_batch_size // processes
+    fits = [m for m in range(1, share + 1) if share % m == 0 and m * longest <= config.micro_batch_tokens]
+    micro = max(fits, default=1)
+    return micro, share // micro
+
+
+def step_count(config: OptimConfig, rows: int) -> int:
+    """Optimiser steps of the run: `max_steps`, or what the epochs need; the last batch may be short."""
+    return config.max_steps if config.max_steps > 0 else max(1, int(-(-rows // config.global_batch_size) * config.epochs))
+
+
+def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulation: int) -> dict:
+    """Arguments that all of TRL's configurations share."""
+    place = models.placement()
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": round(config.warmup_ratio * steps),
+        "max_steps": steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed,
+        "bf16": place.dtype == torch.bfloat16,
+        "fp16": place.dtype == torch.float16,
+        "use_cpu": place.device == "cpu",
+        "max_length": None,  # cut already
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": place.device == "cuda",
+    }
+
+
+@functools.cache
+def own_tokens(trainer: type) -> type:
+    """The TRL trainer without its preparation of the data set: ours is tokenised and linted already."""
+    return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, dataset, *_, **__: dataset})
+
+
+def run(trainer, steps: int, desc: str) -> dict:
+    """Train with a bar, from the last checkpoint if there is one; `log.jsonl` is written into the stage's folder.
+
+    Ctrl-C or SIGTERM saves a checkpoint after the step at hand and raises KeyboardInterrupt. Raises StoreError if
+    training changed nothing. Returns training loss, seconds, moved tensors and whether it went on from a checkpoint.
+    """
+    from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(trainer.args.output_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_callback(steps, desc))
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        for p in trained:  # TRL keeps adapters of quantised models in bf16, where small updates vanish
+            p.data = p.data.float()
+        before = [p.detach().abs().sum().item() for p in trained]
+        last = get_last_checkpoint(folder) if folder.is_dir() else None
+        clock = time.perf_counter()
+        with _Interruptible(trainer) as stop:
+            result = trainer.train(resume_from_checkpoint=last)
+        if stop.asked and trainer.state.global_step < steps:
+            raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {steps}; run again to go on")
+        seconds = time.perf_counter() - clock
+        moved = sum(p.detach().abs().sum().item() != b for p, b in zip(trained, before, strict=True))
+        if last is None and not moved:
+            raise StoreError(f"training changed none of {len(trained)} tensors: it does nothing here")
+    with open(folder.parent / "log.jsonl", "w") as fh:
+        fh.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    return {
+        "steps": steps, "train_loss": result.training_loss, "train_seconds": round(seconds, 1), "resumed": last is not None,
+        "trainable_parameters": sum(p.numel() for p in trained), "tensors_moved": [moved, len(trained)],
+    }  # fmt: skip
+
+
+def save(net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", **about) -> None:
+    """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go."""
+    about = {"method": method, "base": base.key, "name": models.card(base)["name"], **about}
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if method == "full":
+        net.config.use_cache = True
+        with models.quiet():
+            models.cast(net, models.placement().dtype).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        write_json(out / "model.json", {"kind": kind, **about})
+        return
+    net.peft_config["default"].base_model_name_or_path = about["name"]  # never a path of this machine
+    net.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)
+    write_json(out / "model.json", {"kind": "adapter", **about})
+
+
+def labelled_head(net) -> None:
+    """On a CPU, give TRL's trainers log-probabilities of the labelled tokens without multiplying the others.
+
+    Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
+    vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only;
+    where most positions have a label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must
+    be padded on the right: then causal attention needs no mask, and none is passed on.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
+    about = inner.config.get_text_config()
+    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    if inner.device.type != "cpu" or any(getattr(about, name, None) not in (None, 1.0) for name in scaled):
+        return
+    fused = inner.forward
+
+    @functools.wraps(fused)
+    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
+        target = labels[:, 1:] != prompts.LABEL_IGNORED if fused_lm_head else None
+        if not fused_lm_head or target.float().mean() > 0.5:
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch, **kwargs}
+            return fused(*args, fused_lm_head=fused_lm_head, **given)
+        kwargs.update(attention_mask=None, use_cache=False)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1][target]
+        logits = self.get_output_embeddings()(hidden).float()
+        wanted = labels[:, 1:][target]
+        logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        with torch.no_grad():  # what TRL's metrics read
+            p = logits.detach().log_softmax(-1)
+            shown = {"entropy": -(p.exp() * p).sum(-1), "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == wanted}
+        spread = {k: v.new_zeros(target.shape).masked_scatter(target, v) for k, v in {"log_probs": logps, **shown}.items()}
+        count = target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(loss=-logps.sum() / count, label_mask=target, **spread)
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+def _callback(steps: int, desc: str):
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        """One bar for all steps of the run."""
+
+        def on_train_begin(self, args, state, control, **_):
+            self.bar = progress_bar(steps, desc, "step", initial=state.global_step)
+
+        def on_step_end(self, args, state, control, **_):
+            self.bar.update(1)
+
+        def on_train_end(self, args, state, control, **_):
+            self.bar.close()
+
+    return Bar()
+
+
+class _Interruptible:
+    """On Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self, trainer):
+        from transformers import TrainerCallback
+
+        outer = self
+        self.asked = False
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if outer.asked:
+                    control.should_save = control.should_training_stop = True
+
+        trainer.add_callback(Stop())
+
+    def __enter__(self):
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

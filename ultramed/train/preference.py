@@ -1,0 +1,153 @@
+"""Preference learning through TRL: DPO and its relatives on pairs, KTO on single replies, pairwise KTO as released."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+from ultramed import models, prompts
+from ultramed.config import ConfigError, PreferenceConfig
+from ultramed.data import rows as canonical
+from ultramed.prompts import RELEASED, TEMPLATES, Template
+from ultramed.store import Artifact, stage
+from ultramed.train import loop, losses
+
+
+def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> tuple[list[dict], dict]:
+    """`prompt_ids`, `chosen_ids`, `rejected_ids`, linted. Pairs that do not fit whole are dropped and counted.
+
+    Cutting a completion would make a reply without an end the better one.
+    """
+    out, counts = [], {"dropped": 0, "tokens": 0}
+    for row in rows:
+        ids = {}
+        for side in ("chosen", "rejected"):
+            made = prompts.encode({"prompt": row["prompt"], "completion": row[side]}, tokenizer, template, max_length)
+            if made is None or made["truncated"]:
+                break
+            if template.name != RELEASED:
+                prompts.lint(made["input_ids"], made["completion_mask"], tokenizer)
+            start = made["completion_mask"].index(1)
+            ids["prompt_ids"], ids[f"{side}_ids"] = made["input_ids"][:start], made["input_ids"][start:]
+            counts["tokens"] += len(made["input_ids"])
+        if len(ids) == 3:
+            out.append(ids)
+        else:
+            counts["dropped"] += 1
+    if not out:
+        raise ConfigError(f"no pair fits into max_length {max_length}: nothing to train on")
+    return out, counts
+
+
+def unpair(rows: list[dict], shift: int) -> list[dict]:
+    """KTO rows of pairs: both replies with their label, and as `KL_completion_ids` the reply of another prompt.
+
+    shift: rows to look back for the other reply; two of a pair stand next to each other, so 2 is the least.
+    """
+    single = [
+        {"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{side}_ids"], "label": side == "chosen"}
+        for r in rows
+        for side in ("chosen", "rejected")
+    ]
+    return [{**r, "KL_completion_ids": single[i - shift]["completion_ids"]} for i, r in enumerate(single)]
+
+
+@functools.cache
+def pairwise_kto() -> type:
+    """TRL's DPOTrainer with the loss it no longer has."""
+    from trl import DPOTrainer
+
+    class PairwiseKTOTrainer(DPOTrainer):
+        """Same batches, log-probabilities and metrics as DPO; only the loss differs (train/losses.py)."""
+
+        def _compute_loss(self, model, inputs, return_outputs):
+            ratios = {}
+
+            def keep(outputs):  # log-probabilities of policy and reference pass through here
+                return outputs.log_probs.sum(1)
+
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, prompts.LABEL_IGNORED)
+            given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+            policy = keep(model(**given, labels=labels, fused_lm_head=True))
+            with torch.no_grad():
+                if self.ref_model is None:
+                    with self.accelerator.unwrap_model(self.model).disable_adapter():
+                        reference = keep(self.model(**given, labels=labels, fused_lm_head=True))
+                else:
+                    reference = keep(self.ref_model(**given, labels=labels, fused_lm_head=True))
+            ratios["chosen"], ratios["rejected"] = (policy - reference).chunk(2)
+            loss = losses.kto_pair(ratios["chosen"], ratios["rejected"], self.beta).mean()
+            rewards = {k: self.beta * self.accelerator.gather(v.detach()) for k, v in ratios.items()}
+            margin = rewards["chosen"] - rewards["rejected"]
+            logps = dict(zip(("chosen", "rejected"), self.accelerator.gather(policy.detach()).chunk(2), strict=True))
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name in ("chosen", "rejected"):
+                metrics[f"rewards/{name}"].append(rewards[name].mean().item())
+                metrics[f"logps/{name}"].append(logps[name].mean().item())
+            metrics["rewards/margins"].append(margin.mean().item())
+            metrics["rewards/accuracies"].append((margin > 0).float().mean().item())
+            return (loss, None) if return_outputs else loss
+
+    return PairwiseKTOTrainer
+
+
+def _trainer(config: PreferenceConfig):
+    """(trainer class, configuration class, its arguments) of a loss."""
+    import trl
+
+    if config.loss == "kto":
+        return trl.KTOTrainer, trl.KTOConfig, {"beta": config.beta, "loss_type": "kto"}
+    if config.loss == "kto_pair":
+        return pairwise_kto(), trl.DPOConfig, {"beta": config.beta}
+    name = {"dpo": "sigmoid", "nca": "nca_pair"}.get(config.loss, config.loss)
+    return trl.DPOTrainer, trl.DPOConfig, {"beta": config.beta, "loss_type": [name]}
+
+
+@stage(version=1, also=prompts.wording)
+def preference(
+    out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
+    template: str = "chat",
+) -> dict:  # fmt: skip
+    """Train `model` on `pairs`. The reference is `reference`, or a frozen copy of `model` as it starts.
+
+    Writes a model (or adapter) folder and `log.jsonl` with log-probabilities, rewards, margins and accuracy by step.
+    `as_released` renders the pairs with UltraMedical's malformed template.
+    """
+    from datasets import Dataset
+
+    shape = TEMPLATES[RELEASED if config.as_released else template]
+    tokenizer = models.load_tokenizer(model)
+    rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
+    torch.manual_seed(config.seed)
+    net = models.load_for_training(model, config.method, config.lora, checkpointing=config.gradient_checkpointing)
+    frozen = None
+    if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
+        frozen = models.load(reference or model, dtype=torch.float32 if config.method == "full" else None)
+        frozen.requires_grad_(False)
+    longest = max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows)
+    micro, accumulation = loop.batch_plan(config, 2 * longest)
+    data = rows
+    if config.loss == "kto":
+        data = unpair(rows, shift=2)
+        micro, accumulation = 2 * micro, accumulation  # a pair is two rows there
+    steps = loop.step_count(config, len(rows))
+    base, arguments, own = _trainer(config)
+    args = arguments(
+        **loop.settings(config, out, steps, micro, accumulation),
+        gradient_checkpointing=config.gradient_checkpointing,
+        disable_dropout=True,
+        **own,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = loop.own_tokens(base)(
+            net, frozen, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+        )
+        for each in filter(None, (net, frozen)):
+            loop.labelled_head(each)
+        result = loop.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
+    loop.save(net, tokenizer, out, model, config.method, template=template, loss=config.loss)
+    del trainer, net, frozen
+    models.free_memory()
+    return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": len(rows), **counts}
