@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ultramed import models
 from ultramed.attention import BLOCK, NAME, causal
-from ultramed.config import ModelConfig
+from ultramed.schema import ModelConfig
 
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])

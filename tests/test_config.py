@@ -4,17 +4,8 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.config import (
-    ConfigError,
-    apply_override,
-    arm_config,
-    load_profile,
-    merge,
-    parse_override,
-    profiles,
-    read_yaml,
-    validate,
-)
+from ultramed.config import apply_override, arm_config, load_profile, merge, parse_override, profiles, read_yaml, validate
+from ultramed.schema import ConfigError
 from ultramed.sweep import SweepConfig, _profile
 
 PARAMS = sorted((REPO / "params").glob("*.yaml"))

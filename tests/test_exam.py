@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.config import ConfigError, ExamConfig
 from ultramed.data import bundled
 from ultramed.data.rows import read_instructions, read_questions
+from ultramed.schema import ConfigError, ExamConfig
 
 
 @pytest.fixture(scope="module")

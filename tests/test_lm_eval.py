@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ultramed import models
-from ultramed.config import EvalConfig, ModelConfig
 from ultramed.data.rows import read_questions
 from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.likelihood import lm_eval_prompt
+from ultramed.schema import EvalConfig, ModelConfig
 
 N = 200
 TASK = """

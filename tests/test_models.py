@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ultramed import models, weights
-from ultramed.config import ConfigError, LoraSettings, ModelConfig
+from ultramed.schema import ConfigError, LoraSettings, ModelConfig
 from ultramed.store import StoreError
 
 CPU = models.placement().device == "cpu"

@@ -8,7 +8,8 @@ import pytest
 from conftest import REPO
 
 from ultramed import batch
-from ultramed.config import ConfigError, home
+from ultramed.config import home
+from ultramed.schema import ConfigError
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from ultramed import models, prompts
-from ultramed.config import ConfigError, TrainConfig, arm_config
+from ultramed.config import arm_config
 from ultramed.data.rows import read_instructions
+from ultramed.schema import ConfigError, TrainConfig
 from ultramed.store import StoreError
 from ultramed.train.sft import Collator, batch_plan, encode_rows, sft, trainer_class
 

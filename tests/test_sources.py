@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from ultramed.config import ConfigError
 from ultramed.data import sources
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.rows import read_instructions, read_questions
 from ultramed.data.sources import SOURCES, SourceConfig, adapt, local_files, source
+from ultramed.schema import ConfigError
 
 LOCAL = [name for name, spec in SOURCES.items() if spec.files and name != "usmle_self_assessment"]
 

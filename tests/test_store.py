@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultramed import store
-from ultramed.config import Strict
+from ultramed.schema import Strict
 from ultramed.store import Artifact, StoreError, check, digest, find, gc, stage
 
 

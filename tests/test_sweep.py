@@ -2,7 +2,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ultramed.config import ConfigError, home
+from ultramed.config import home
+from ultramed.schema import ConfigError
 from ultramed.sweep import run_sweep
 from ultramed.usmle import Bench
 

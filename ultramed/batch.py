@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ultramed.config import ConfigError, home, load_profile, nearest
+from ultramed.config import home, load_profile, nearest
 from ultramed.progress import FILE
 from ultramed.report.scorecard import folder
+from ultramed.schema import ConfigError
 from ultramed.store import digest, environment, write_json
 
 LAST = "90"  # the scorecard reads what the others recorded, so it runs alone and last

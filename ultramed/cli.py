@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ultramed import config, store
+from ultramed import config, schema, store
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -38,7 +38,7 @@ def main() -> None:
         if code == 130:
             print("\ninterrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(code)
-    except (config.ConfigError, store.StoreError, FileNotFoundError, ValueError) as err:
+    except (schema.ConfigError, store.StoreError, FileNotFoundError, ValueError) as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(2)
     except Exception as err:
@@ -147,11 +147,11 @@ def evaluate(
 
     quiet()
     if template not in TEMPLATES:
-        raise config.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
+        raise schema.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
     for text in overrides:
         data = config.apply_override(data, *config.parse_override(text))
-    setting = config.validate(config.EvalConfig, data, "eval")
+    setting = config.validate(schema.EvalConfig, data, "eval")
     asked = own_questions(questions, limit)
     art = answers(setting, model=models.resolve(model), questions=asked, template=template, dtype=dtype)
     frame = read_answers(art)

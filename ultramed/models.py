@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ultramed.attention import cpu_attention
-from ultramed.config import ConfigError, LoraSettings, ModelConfig
+from ultramed.schema import ConfigError, LoraSettings, ModelConfig
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 

@@ -8,8 +8,8 @@ import warnings
 import pandas as pd
 
 from ultramed import config, models
-from ultramed.config import ConfigError, Profile
 from ultramed.report import figures
+from ultramed.schema import ConfigError, Profile
 
 PARAMETERS = {"profile", "overrides"}
 

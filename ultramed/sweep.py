@@ -9,12 +9,12 @@ import pandas as pd
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from ultramed import config
-from ultramed.config import Strict
+from ultramed import config, schema
 from ultramed.evaluate.stats import clustered
 from ultramed.report import figures
 from ultramed.report.scorecard import folder
 from ultramed.report.tables import save_table
+from ultramed.schema import Strict
 from ultramed.store import write_json
 from ultramed.usmle import Bench
 
@@ -106,10 +106,10 @@ def _short(value) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _profile(sweep: SweepConfig, point: dict, seed: int) -> config.Profile:
+def _profile(sweep: SweepConfig, point: dict, seed: int) -> schema.Profile:
     overrides = [f"{key}={json.dumps(value)}" for key, value in point.items()]
     profile = config.load_profile(sweep.profile, overrides)
     config.arm_config(profile, sweep.arm)
     if seed not in profile.usmle.seeds:
-        raise config.ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
+        raise schema.ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
     return profile

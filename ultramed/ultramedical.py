@@ -11,11 +11,12 @@ import pandas as pd
 
 from ultramed import models
 from ultramed.annotate.judge import OracleConfig, feedback, reward_feedback
-from ultramed.annotate.pairs import PairConfig, pairs, read_feedback
-from ultramed.config import JudgeConfig, ModelConfig, PreferenceConfig, Profile, TrainConfig, merge, validate
+from ultramed.annotate.pairs import PairConfig, pairs
+from ultramed.config import merge, validate
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.evaluate.accuracy import answers, read_answers
-from ultramed.evaluate.sample import references, samples
+from ultramed.evaluate.sample import read_feedback, references, samples
+from ultramed.schema import JudgeConfig, ModelConfig, PreferenceConfig, Profile, TrainConfig
 from ultramed.store import Artifact
 from ultramed.train.preference import preference
 from ultramed.train.reward import reward

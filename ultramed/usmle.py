@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 
 from ultramed import models
-from ultramed.config import ModelConfig, Profile, TrainConfig, arm_config
+from ultramed.config import arm_config
 from ultramed.data import rows as canonical
 from ultramed.data.bundled import exam
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers
+from ultramed.schema import ModelConfig, Profile, TrainConfig
 from ultramed.store import Artifact
 from ultramed.train.sft import sft
 

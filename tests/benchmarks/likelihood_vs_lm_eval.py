@@ -20,11 +20,11 @@ import torch
 from test_lm_eval import harness
 
 from ultramed import models
-from ultramed.config import ModelConfig
 from ultramed.data.rows import read_questions
 from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.notebook import quiet
+from ultramed.schema import ModelConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--n", type=int, default=1000)

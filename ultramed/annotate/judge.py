@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ultramed import models, prompts
-from ultramed.config import JudgeConfig, Strict
 from ultramed.evaluate.sample import read_samples
 from ultramed.ledger import Ledger
 from ultramed.progress import bar as progress_bar
+from ultramed.schema import JudgeConfig, Strict
 from ultramed.store import Artifact, stage
 
 

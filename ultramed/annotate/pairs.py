@@ -1,6 +1,5 @@
 """Rankings to preference pairs, as UltraMedical does it: section 3.2 for DPO, all ordered pairs for the reward model."""
 
-import json
 import random
 from itertools import combinations
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from ultramed.config import ConfigError, Strict
 from ultramed.data import rows as canonical
+from ultramed.evaluate.sample import read_feedback
+from ultramed.schema import ConfigError, Strict
 from ultramed.store import Artifact, digest, stage
 
 
@@ -92,9 +92,3 @@ def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dic
         **texts,
         "meta": meta,
     }
-
-
-def read_feedback(artifact: Artifact) -> list[dict]:
-    """Rows of `feedback.jsonl`, in the order of the prompts."""
-    with open(artifact / "feedback.jsonl") as fh:
-        return [json.loads(line) for line in fh]

@@ -21,8 +21,8 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from ultramed.config import ConfigError, ExamConfig
 from ultramed.data.rows import Instruction, Question, check_rows, write_rows
+from ultramed.schema import ConfigError, ExamConfig
 from ultramed.store import stage
 
 LETTERS = "ABCD"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ultramed.config import AnswerForm, ConfigError, Strict
 from ultramed.data import rows as canonical
 from ultramed.prompts import as_instruction, wording
+from ultramed.schema import AnswerForm, ConfigError, Strict
 from ultramed.store import Artifact, digest, stage
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ultramed.config import ConfigError, Strict, nearest
+from ultramed.config import nearest
 from ultramed.data import rows as canonical
+from ultramed.schema import ConfigError, Strict
 from ultramed.store import sha256, stage
 
 

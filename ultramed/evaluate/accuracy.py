@@ -6,13 +6,13 @@ from pathlib import Path
 import pandas as pd
 
 from ultramed import models, prompts
-from ultramed.config import EvalConfig
 from ultramed.data import rows as canonical
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.ledger import Ledger
 from ultramed.parsing import parse
 from ultramed.progress import bar as progress_bar
+from ultramed.schema import EvalConfig
 from ultramed.store import Artifact, digest, stage
 
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth

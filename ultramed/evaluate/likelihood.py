@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from ultramed.evaluate.generate import batches, right_pad
+from ultramed.batching import batches, right_pad
 
 TAILS = 64  # continuations of several tokens scored at a time
 

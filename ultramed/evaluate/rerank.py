@@ -7,8 +7,7 @@ floats, `gold` (Q,) letters. A selection returns (Q,) letters.
 import numpy as np
 import pandas as pd
 
-from ultramed.annotate.pairs import read_feedback
-from ultramed.evaluate.sample import read_samples
+from ultramed.evaluate.sample import read_feedback, read_samples
 from ultramed.store import Artifact
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pandas as pd
 
 from ultramed import models, prompts
-from ultramed.annotate.pairs import read_feedback
-from ultramed.config import ConfigError, JudgeConfig, Strict
 from ultramed.data import rows as canonical
 from ultramed.evaluate import stats
+from ultramed.evaluate.sample import read_feedback
 from ultramed.ledger import Ledger
 from ultramed.progress import bar as progress_bar
 from ultramed.prompts import TEMPLATES
+from ultramed.schema import ConfigError, JudgeConfig, Strict
 from ultramed.store import Artifact, digest, stage
 from ultramed.train.reward import load_reward, score_rows
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from ultramed import models, prompts
-from ultramed.config import SampleConfig
 from ultramed.data import rows as canonical
 from ultramed.evaluate.accuracy import select_rows
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.ledger import Ledger
 from ultramed.parsing import parse
 from ultramed.progress import bar as progress_bar
+from ultramed.schema import SampleConfig
 from ultramed.store import Artifact, stage
 
 
@@ -96,3 +96,9 @@ def read_samples(artifact: Artifact) -> list[dict]:
     """Rows of `samples.jsonl` in the order of the questions."""
     with open(artifact / "samples.jsonl") as fh:
         return sorted((json.loads(line) for line in fh), key=lambda row: row["index"])
+
+
+def read_feedback(artifact: Artifact) -> list[dict]:
+    """Rows of `feedback.jsonl`, in the order of the prompts."""
+    with open(artifact / "feedback.jsonl") as fh:
+        return [json.loads(line) for line in fh]

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from ultramed.config import Strict, home
+from ultramed.config import home
 from ultramed.report import published
+from ultramed.schema import Strict
 from ultramed.store import environment, write_json
 
 Verdict = Literal["reproduced", "not reproduced", "differs in scale", "not run"]

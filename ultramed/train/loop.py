@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ultramed import models, prompts
-from ultramed.config import ConfigError, OptimConfig
 from ultramed.progress import bar as progress_bar
+from ultramed.schema import ConfigError, OptimConfig
 from ultramed.store import Artifact, StoreError, write_json
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from ultramed import models, prompts
-from ultramed.config import ConfigError, PreferenceConfig
 from ultramed.data import rows as canonical
 from ultramed.prompts import RELEASED, TEMPLATES, Template
+from ultramed.schema import ConfigError, PreferenceConfig
 from ultramed.store import Artifact, stage
 from ultramed.train import loop, losses
 

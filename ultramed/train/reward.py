@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from ultramed import models, prompts
-from ultramed.config import ConfigError, RewardConfig
+from ultramed.batching import batches, right_pad
 from ultramed.data import rows as canonical
-from ultramed.evaluate.generate import batches, right_pad
 from ultramed.prompts import TEMPLATES, Template
+from ultramed.schema import ConfigError, RewardConfig
 from ultramed.store import Artifact, stage
 from ultramed.train import loop, losses
 from ultramed.train.preference import encode_pairs

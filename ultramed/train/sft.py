@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from ultramed import models, prompts
-from ultramed.config import ConfigError, TrainConfig
 from ultramed.data import rows as canonical
+from ultramed.schema import ConfigError, TrainConfig
 from ultramed.store import Artifact, stage
 from ultramed.train import loop
 

@@ -1,0 +1,223 @@
+"""Pydantic models of every stage's configuration and of a profile, which holds them all. Unknown keys are errors."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["full", "lora", "lora_8bit", "lora_4bit"]
+AnswerForm = Literal["content_first", "letter_first"]
+Protocol = Literal["likelihood", "greedy", "medalpaca"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what was wanted, what came, and how to mend it."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Strict):
+    """Where weights come from and how a conversation becomes its text."""
+
+    name: str  # "bundled:smollm2-135m", "tiny:llama", a hub id, or a local folder
+    label: str  # what tables call it
+    revision: str | None = None  # of a hub id
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    template: str = "chat"  # see prompts.TEMPLATES
+
+
+class ExamConfig(Strict):
+    """The bundled exam (data/bundled.py)."""
+
+    seed: int = 0
+    train_per_step: int = Field(6000, ge=1)
+    dev_per_step: int = Field(300, ge=1)
+    test_per_step: int = Field(1000, ge=1)
+    general_train: int = Field(6000, ge=0)
+    general_test: int = Field(1000, ge=0)
+    open_instructions: int = Field(2000, ge=0)
+
+
+class LoraSettings(Strict):
+    r: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    target_modules: list[str] = ["q_proj", "v_proj"]
+
+
+class OptimConfig(Strict):
+    """What every kind of training has. `global_batch_size` is what the optimiser sees; micro-batches are derived."""
+
+    method: Method = "full"
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(1, gt=0)
+    max_steps: int = Field(-1, ge=-1)  # -1: as many as the epochs need
+    global_batch_size: int = Field(16, ge=1)
+    micro_batch_tokens: int = Field(2048, ge=16)  # padded tokens of one forward pass on one device
+    max_length: int = Field(256, ge=8)  # prompt + completion, in tokens
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"] = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    lora: LoraSettings = LoraSettings()
+    seed: int = 0
+    save_steps: int = Field(0, ge=0)  # optimiser steps between checkpoints; 0: none
+
+
+class TrainConfig(OptimConfig):
+    """One supervised fine-tuning run."""
+
+    mixture: dict[str, int | float] = Field(min_length=1)  # source -> rows (int) or multiples of the source (float)
+    answer_form: AnswerForm = "content_first"
+    train_on_inputs: bool = False  # loss on the prompt too (MedAlpaca's default)
+
+
+Loss = Literal["dpo", "ipo", "nca", "kto_pair", "kto", "hinge", "robust", "apo_zero"]
+
+
+class PreferenceConfig(OptimConfig):
+    """One run of preference learning. `global_batch_size` counts pairs."""
+
+    loss: Loss = "dpo"
+    beta: float = Field(0.1, gt=0)
+    as_released: bool = False  # UltraMedical's malformed template: doubled and dangling assistant headers
+
+
+class RewardConfig(OptimConfig):
+    """One reward model. `global_batch_size` counts prompts, all pairs of a prompt stay together."""
+
+    centre: float = Field(0.0, ge=0)  # weight of the mean-zero term
+
+
+class SampleConfig(Strict):
+    """Several sampled replies a prompt."""
+
+    n: int = Field(10, ge=1)
+    temperature: float = Field(0.7, gt=0)
+    top_k: int = Field(0, ge=0)  # 0: no limit
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(32, ge=1)
+    stop: str | None = None  # regular expression at whose first match a reply ends
+    answer_form: AnswerForm = "content_first"
+    batch_tokens: int = Field(8192, ge=64)
+    seed: int = 0
+
+
+class JudgeConfig(Strict):
+    batch_tokens: int = Field(8192, ge=64)
+
+
+class EvalConfig(Strict):
+    """How answers are asked for and read; all of it is recorded beside every number."""
+
+    protocol: Protocol = "greedy"
+    answer_form: AnswerForm = "content_first"  # the form asked for in the prompt, and read strictly
+    max_new_tokens: int = Field(32, ge=1)
+    temperature: float = Field(0.4, gt=0)  # medalpaca protocol only, as are the next three
+    top_k: int = Field(50, ge=1)
+    top_p: float = Field(0.9, gt=0, le=1)
+    tries: int = Field(5, ge=1)
+    likelihood_target: Literal["letter", "text"] = "letter"  # likelihood protocol: what is scored after the prompt
+    likelihood_prompt: Literal["template", "lm_eval"] = "template"
+    batch_tokens: int = Field(8192, ge=64)  # padded prompt tokens of one batch
+    seed: int = 0
+
+
+class UsmleConfig(Strict):
+    """Notebook 11: arms, seeds, learning rates and how many questions of which source each seed is examined on."""
+
+    questions: dict[str, int]  # question source -> questions a seed (disjoint between seeds where there are enough)
+    seeds: list[int] = Field(min_length=1)
+    arms: dict[str, dict[str, Any]]  # arm -> changes to `train`
+    grid: dict[Method, list[float]]  # learning rates tried, per method; as many for each
+    tuning_fraction: float = Field(1.0, gt=0, le=1)  # part of the rows a tuning run sees
+    dev_sources: list[str] = Field(min_length=1)  # where the loss that chooses a learning rate is measured
+    tuning_questions: int = Field(100, ge=1)  # dev questions of each of them
+    paper_learning_rate: float = 2e-5  # MedAlpaca's one rate for all arms
+    letter_seeds: int = Field(3, ge=0)  # seeds of the letter-first arms
+    letter_arms: list[str] = []
+    tries_limit: int = Field(0, ge=0)  # questions a subset under MedAlpaca's 5-try protocol; 0: all of the seed's
+    published_size: str = "7b"  # rows of the published table that ours stand beside
+    same_scale: bool = False  # whether model and questions are the paper's, so that cells may be compared as numbers
+
+    @model_validator(mode="after")
+    def _fair(self):
+        sizes = {k: len(v) for k, v in self.grid.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"every method must be tuned over as many learning rates as the others, got {sizes}")
+        unknown = set(self.letter_arms) - set(self.arms)
+        if unknown:
+            raise ValueError(f"letter_arms names {sorted(unknown)}, which arms does not have: {sorted(self.arms)}")
+        return self
+
+
+class PoolMember(Strict):
+    """A policy that gives candidates: 'base', the name of a mixture (its SFT policy), or 'reference' (the gold answer)."""
+
+    policy: str
+    temperature: float = Field(1.0, gt=0)
+    n: int = Field(2, ge=1)
+
+
+class IterativeConfig(Strict):
+    """Rounds of sample, rank with the reward model, train (the paper ran one)."""
+
+    rounds: int = Field(1, ge=1)
+    prompts: dict[str, int]  # fresh ones each round: source -> count
+    n: int = Field(4, ge=2)  # samples a prompt
+    arms: list[str]  # of preference_arms
+    reference: Literal["last", "initial"] = "last"  # the policy as the round starts, or the SFT policy
+    stop: bool = True  # when the reward rises while accuracy falls
+    changes: dict[str, Any] = {}  # to the arm, such as a smaller learning rate
+
+
+class UltraMedicalConfig(Strict):
+    """Notebooks 21 to 26. Sources are 'dataset:subset'; a domain is 'medical' or 'general'."""
+
+    seed: int = 0
+    questions: dict[Literal["medical", "general"], dict[str, int]]  # test questions
+    skip: int = Field(0, ge=0)  # test questions of every subset left to other notebooks
+    mixtures: dict[str, dict[str, int | float]]  # ultramed, ultramix, and what notebook 23 adds
+    sft: dict[str, Any] = {}  # changes to `train`
+    pool: list[PoolMember] = Field(min_length=1)
+    prompts: dict[Literal["medical", "general"], dict[str, int]]  # whose candidates are ranked for training
+    held_prompts: dict[Literal["medical", "general"], dict[str, int]]  # and for the reward benches
+    sample: SampleConfig
+    margin: float = Field(0.0, ge=0)  # score difference below which two candidates are tied
+    pairs_per_prompt: int = Field(28, ge=1)  # for reward models: C(8, 2) at most
+    preference: PreferenceConfig
+    preference_arms: dict[str, dict[str, Any]]  # arm -> changes to `preference`
+    reward: RewardConfig
+    reward_arms: dict[str, list[Literal["medical", "general"]]]
+    judge_arm: str = "medical"  # the reward model of re-ranking and iteration
+    selection_n: int = Field(10, ge=2)
+    iterative: IterativeConfig
+    same_scale: bool = False  # whether models and data are the paper's, so that cells may be compared as numbers
+
+    @model_validator(mode="after")
+    def _known(self):
+        known = {"base", "reference", *self.mixtures}
+        for name, wanted, have in (
+            ("pool", {m.policy for m in self.pool}, known),
+            ("mixtures: needs ultramed and ultramix", {"ultramed", "ultramix"}, set(self.mixtures)),
+            ("judge_arm", {self.judge_arm}, set(self.reward_arms)),
+            ("iterative.arms", set(self.iterative.arms), set(self.preference_arms)),
+        ):
+            if wanted - have:
+                raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")
+        return self
+
+
+class Profile(Strict):
+    name: str
+    description: str
+    hardware: str
+    models: list[ModelConfig] = Field(min_length=1)
+    exam: ExamConfig = ExamConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    usmle: UsmleConfig
+    ultramedical: UltraMedicalConfig | None = None
