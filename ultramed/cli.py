@@ -171,6 +171,40 @@ def evaluate(
 
 
 @app.command()
+def reward(
+    model: Annotated[str, typer.Option(help="Reward model: artifact key, local folder or hub id with one output.")],
+    pairs: Annotated[Path, typer.Option(help="JSONL or Parquet of pairs: prompt, chosen, rejected (texts or messages).")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
+    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca.")] = "chat",
+) -> None:
+    """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
+    import pandas as pd
+
+    from ultramed import models
+    from ultramed.data.rows import read_pairs
+    from ultramed.evaluate import reward_bench
+    from ultramed.notebook import quiet
+    from ultramed.prompts import TEMPLATES
+
+    quiet()
+    if template not in TEMPLATES:
+        raise schema.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
+    rows, found = read_pairs(pairs), models.resolve(model)
+    given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), "template": template}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "given.json").exists() and json.loads((out / "given.json").read_text()) != given:
+        raise schema.ConfigError(f"{out} holds scores of another model, file or template; give another --out, or remove it")
+    store.write_json(out / "given.json", given)
+    reward_bench.score_pairs(found, rows, out / "scores.jsonl", TEMPLATES[template])
+    frame = pd.read_json(out / "scores.jsonl", lines=True, dtype={"id": str})
+    store.write_json(out / "results.json", reward_bench.rewardbench_result(frame, given["model"]))
+    for row in reward_bench.table(frame).itertuples():
+        interval = "" if row.subset == "average" else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        console.print(f"{row.subset:<13} {100 * row.accuracy:.1f} {interval} n = {row.n}", highlight=False)
+    console.print(f"scores        {out / 'scores.jsonl'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def chat(
     model: Annotated[
         str, typer.Argument(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")
@@ -225,6 +259,51 @@ def train_sft(
     art = Bench.of(resolved, resolved.models[0]).train(arm, seed=seed)
     console.print_json(json.dumps(art.metrics))
     console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})", highlight=False)
+
+
+def _suite(profile: str, overrides: list[str]):
+    from ultramed.notebook import quiet
+    from ultramed.ultramedical import Suite
+
+    quiet()
+    resolved = config.load_profile(profile, overrides)
+    if resolved.ultramedical is None:
+        raise schema.ConfigError(f"profile {profile!r} has no section `ultramedical`")
+    return Suite.of(resolved)
+
+
+@train_app.command("preference")
+def train_preference(
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference_arms: dpo, kto, ...")] = "dpo",
+    mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.mixtures.")] = "ultramix",
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
+    suite = _suite(profile, overrides)
+    for name, known in ((arm, suite.own.preference_arms), (mix, suite.own.mixtures)):
+        if name not in known:
+            raise schema.ConfigError(f"no {name!r} in profile {profile!r}{config.nearest(name, known)}")
+    art = suite.prefer(mix, arm)
+    console.print_json(json.dumps(art.metrics))
+    console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
+
+
+@train_app.command("reward")
+def train_reward(
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.reward_arms: medical, general, mixed.")] = "medical",
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
+    suite = _suite(profile, overrides)
+    if arm not in suite.own.reward_arms:
+        raise schema.ConfigError(f"no {arm!r} in profile {profile!r}{config.nearest(arm, suite.own.reward_arms)}")
+    art = suite.reward(arm)
+    console.print_json(json.dumps(art.metrics))
+    console.print(
+        f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False
+    )
 
 
 @data_app.command("list")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ultramed import models, prompts
+from ultramed.batching import trees
 from ultramed.progress import bar as progress_bar
 from ultramed.schema import ConfigError, OptimConfig
 from ultramed.store import Artifact, StoreError, write_json
@@ -133,9 +134,10 @@ def labelled_head(net) -> None:
     """On a CPU, give TRL's trainers log-probabilities of the labelled tokens without multiplying the others.
 
     Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
-    vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only;
-    where most positions have a label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must
-    be padded on the right: then causal attention needs no mask, and none is passed on.
+    vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only,
+    and a prompt that several rows of the batch share (chosen and rejected) is read once. Where most positions have a
+    label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must be padded on the right and
+    have their labels in one stretch at the end: then causal attention needs no mask, and none is passed on.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -152,8 +154,7 @@ def labelled_head(net) -> None:
         if not fused_lm_head or target.float().mean() > 0.5:
             given = {"labels": labels, "num_items_in_batch": num_items_in_batch, **kwargs}
             return fused(*args, fused_lm_head=fused_lm_head, **given)
-        kwargs.update(attention_mask=None, use_cache=False)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1][target]
+        hidden = _reply_states(self.base_model, kwargs["input_ids"], target)
         logits = self.get_output_embeddings()(hidden).float()
         wanted = labels[:, 1:][target]
         logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
@@ -165,6 +166,17 @@ def labelled_head(net) -> None:
         return FusedCausalLMOutput(loss=-logps.sum() / count, label_mask=target, **spread)
 
     inner.forward = types.MethodType(forward, inner)
+
+
+def _reply_states(backbone, input_ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Hidden states (N, D) that predict the labelled tokens, in the order of `target` (B, T - 1)."""
+    first, count = target.int().argmax(1) + 1, target.sum(1)
+    rows = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
+    if len({tuple(prompt) for prompt, _ in rows}) == len(rows):
+        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
+    packed = trees(rows, pad=0, device=input_ids.device)
+    hidden = backbone(**packed.inputs, use_cache=False).last_hidden_state
+    return torch.cat([hidden[row, columns[:-1]] for row, columns in zip(packed.rows, packed.columns, strict=True)])
 
 
 def _callback(steps: int, desc: str):

@@ -2,13 +2,14 @@
 
 import functools
 import itertools
+import types
 import warnings
 from pathlib import Path
 
 import torch
 
 from ultramed import models, prompts
-from ultramed.batching import batches, right_pad
+from ultramed.batching import batches, trees
 from ultramed.data import rows as canonical
 from ultramed.prompts import TEMPLATES, Template
 from ultramed.schema import ConfigError, RewardConfig
@@ -18,9 +19,10 @@ from ultramed.train.preference import encode_pairs
 
 
 class PairCollator:
-    """Every distinct reply once, with the pairs as indices into them; right-padded, no attention mask.
+    """Every distinct reply once, behind its prompt, with the pairs as indices into the replies.
 
-    All C(K, 2) pairs of a prompt need K forward passes instead of K (K - 1) (Ouyang et al. 2022, section 3.5).
+    All C(K, 2) pairs of a prompt stay in one batch and need K replies read, not K (K - 1) (Ouyang et al. 2022, section
+    3.5), and the prompt once (batching.trees).
     """
 
     def __init__(self, pad_token_id: int):
@@ -28,9 +30,12 @@ class PairCollator:
 
     def __call__(self, groups: list[dict]) -> dict:
         seen: dict[tuple, int] = {}
-        index = [[seen.setdefault(tuple(ids), len(seen)) for ids in pair] for g in groups for pair in g["pairs"]]
-        ids, lengths = right_pad([list(row) for row in seen], self.pad, "cpu")
-        return {"input_ids": ids, "lengths": lengths, "pairs": torch.tensor(index)}
+        index = [
+            [seen.setdefault((number, tuple(reply)), len(seen)) for reply in pair]
+            for number, g in enumerate(groups)
+            for pair in g["pairs"]
+        ]
+        return {"packed": trees([(groups[n]["prompt"], list(r)) for n, r in seen], self.pad), "pairs": torch.tensor(index)}
 
 
 @functools.cache
@@ -41,7 +46,7 @@ def _trainer() -> type:
         """RewardTrainer over batches of PairCollator: same loss, each reply read once."""
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            scores = model(inputs["input_ids"], inputs["lengths"])
+            scores = model(inputs["packed"])
             chosen, rejected = scores[inputs["pairs"]].T
             loss = losses.bradley_terry(chosen, rejected, self.args.center_rewards_coefficient or 0.0)
             metrics = self._metrics["train" if self.model.training else "eval"]
@@ -54,15 +59,12 @@ def _trainer() -> type:
 
 
 def read_head(net) -> None:
-    """Make `net(input_ids, lengths)` the rewards (B,) of right-padded sequences: the score of each one's last token.
+    """Make `net(packed)` the rewards (N,) of the sequences of `batching.trees`: the score of each one's last token."""
 
-    Taken by length, not by searching for padding, and without a mask, so that neither batch nor padding changes a score.
-    """
-    import types
-
-    def forward(self, input_ids, lengths):
-        hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths.to(hidden.device) - 1]
+    def forward(self, packed):
+        inputs = {k: v.to(self.score.weight.device) for k, v in packed.inputs.items()}
+        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
+        last = hidden[packed.rows, [columns[-1] for columns in packed.columns]]
         return self.score(last)[:, 0].float()
 
     net.forward = types.MethodType(forward, net)
@@ -93,14 +95,14 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
         except ConfigError:
             counts["dropped"] += 1
             continue
-        pairs_of = [[e["prompt_ids"] + e["chosen_ids"], e["prompt_ids"] + e["rejected_ids"]] for e in encoded]
-        replies = {tuple(ids) for pair in pairs_of for ids in pair}
-        counts["pairs"] += len(pairs_of)
+        replies = {tuple(e[f"{side}_ids"]) for e in encoded for side in ("chosen", "rejected")}
+        prompt, length = encoded[0]["prompt_ids"], sum(map(len, replies))
+        counts["pairs"] += len(encoded)
         counts["dropped"] += count["dropped"]
         counts["replies"] += len(replies)
-        counts["tokens"] += sum(map(len, replies))
-        longest = max(longest, sum(map(len, replies)))
-        groups.append({"pairs": pairs_of})
+        counts["tokens"] += len(prompt) + length
+        longest = max(longest, len(prompt) + length)
+        groups.append({"prompt": prompt, "pairs": [[e["chosen_ids"], e["rejected_ids"]] for e in encoded]})
     if not groups:
         raise ConfigError(f"no pair fits into max_length {config.max_length}: nothing to train on")
     torch.manual_seed(config.seed)  # the new head
@@ -155,15 +157,17 @@ def load_reward(model: Artifact):
 @torch.inference_mode()
 def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: int = 8192, bar=None) -> list[float]:
     """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut."""
-    ids = []
-    for row in rows:
+    groups: dict[tuple, list[tuple[int, list[int]]]] = {}
+    for number, row in enumerate(rows):
         made = prompts.encode(row, tokenizer, template, max_length=10**9)
-        ids.append(made["input_ids"])
-    scores = [0.0] * len(rows)
-    for batch in batches([len(i) for i in ids], budget):
-        tokens, lengths = right_pad([ids[i] for i in batch], tokenizer.pad_token_id, net.device)
-        for i, value in zip(batch, net(tokens, lengths).tolist(), strict=True):
-            scores[i] = value
+        start = made["completion_mask"].index(1)
+        groups.setdefault(tuple(made["input_ids"][:start]), []).append((number, made["input_ids"][start:]))
+    scores, each = [0.0] * len(rows), list(groups.items())
+    for batch in batches([len(prompt) + sum(len(ids) for _, ids in part) for prompt, part in each], budget):
+        found = [(number, (list(each[i][0]), ids)) for i in batch for number, ids in each[i][1]]
+        values = net(trees([sequence for _, sequence in found], tokenizer.pad_token_id)).tolist()
+        for (number, _), value in zip(found, values, strict=True):
+            scores[number] = value
         if bar is not None:
-            bar.update(len(batch))
+            bar.update(len(found))
     return scores

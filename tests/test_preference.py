@@ -1,0 +1,246 @@
+"""Losses by hand, trainers against them, and reward models whose scores depend on the reply alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultramed import models, prompts
+from ultramed.batching import trees
+from ultramed.config import load_profile
+from ultramed.data.rows import BadRow, read_pairs
+from ultramed.evaluate.sample import read_feedback
+from ultramed.prompts import RELEASED, TEMPLATES
+from ultramed.schema import ConfigError, PreferenceConfig
+from ultramed.train import loop, losses
+from ultramed.train.preference import encode_pairs, unpair
+from ultramed.train.reward import PairCollator, load_reward, score_rows
+from ultramed.ultramedical import Suite
+
+
+@pytest.fixture(scope="module")
+def suite(places):
+    from ultramed.notebook import quiet
+
+    quiet()
+    return Suite.of(load_profile("smoke"))
+
+
+@pytest.fixture(scope="module")
+def rows(suite):
+    return read_pairs(suite.pairs("best_random") / "pairs.parquet")
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_kto_pair_by_hand():
+    """Worked by hand with beta 0.5: KL_chosen = mean(2, 0) = 1, KL_rejected = mean(-3, 1) < 0, so 0."""
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    want = [1 - sigmoid(1.0), 1 - sigmoid(0.0), 1 - sigmoid(0.5 * 4), 1 - sigmoid(0.0)]
+    assert losses.kto_pair(chosen, rejected, 0.5).numpy() == pytest.approx(np.array(want), abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=6), st.floats(0.01, 1))
+def test_kto_pair_against_numpy(ratios, beta):
+    c, r = np.array(ratios, dtype=np.float64).T
+    want = np.concatenate([1 - sigmoid(beta * (c - max(r.mean(), 0))), 1 - sigmoid(beta * (max(c.mean(), 0) - r))])
+    assert losses.kto_pair(torch.tensor(c), torch.tensor(r), beta).numpy() == pytest.approx(want, abs=1e-9)
+
+
+def test_bradley_terry_by_hand():
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    want = (np.log(1 + np.exp(-1)) + np.log(1 + np.exp(2))) / 2
+    assert losses.bradley_terry(chosen, rejected).item() == pytest.approx(want, abs=1e-6)
+    assert losses.bradley_terry(chosen, rejected, 0.1).item() == pytest.approx(want + 0.1 * 2.5, abs=1e-6)
+
+
+def test_pairs_are_tokenised_once_and_end_with_eos(suite, rows, tokenizer):
+    encoded, counts = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)
+    assert counts["dropped"] == 0
+    for row, e in zip(rows, encoded, strict=True):
+        assert tokenizer.decode(e["prompt_ids"]) == TEMPLATES["chat"].render(row["prompt"], tokenizer)
+        for side in ("chosen", "rejected"):
+            assert tokenizer.decode(e[f"{side}_ids"]) == row[side][0]["content"].strip() + tokenizer.eos_token
+    short = min(len(e["prompt_ids"]) + len(e["chosen_ids"]) for e in encoded)
+    with pytest.raises(ConfigError, match="no pair fits"):
+        encode_pairs(rows, tokenizer, TEMPLATES["chat"], short - 30)
+
+
+def test_the_released_template_is_malformed_and_only_it_passes(suite, rows, tokenizer):
+    header = prompts.role_header(tokenizer)
+    made = encode_pairs(rows[:1], tokenizer, TEMPLATES[RELEASED], 256)[0][0]
+    text = tokenizer.decode(made["prompt_ids"] + made["chosen_ids"])
+    assert header + header in text
+    assert text.endswith(header)
+    whole = made["prompt_ids"] + made["chosen_ids"]
+    mask = [0] * len(made["prompt_ids"]) + [1] * len(made["chosen_ids"])
+    with pytest.raises(prompts.TemplateError, match="doubled"):
+        prompts.lint(whole, mask, tokenizer)
+
+
+def test_unpaired_rows_borrow_the_reply_of_another_prompt(rows, tokenizer):
+    encoded = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)[0]
+    single = unpair(encoded, shift=2)
+    assert [r["label"] for r in single[:4]] == [True, False, True, False]
+    assert len(single) == 2 * len(encoded)
+    assert single[2]["KL_completion_ids"] == encoded[0]["chosen_ids"]
+    assert single[0]["KL_completion_ids"] == encoded[-1]["chosen_ids"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "nca", "kto_pair", "kto"])
+def test_every_loss_starts_where_policy_is_reference_and_moves(suite, loss):
+    """With policy = reference all log-ratios are zero: the first step's loss is known exactly."""
+    art = suite.prefer("ultramed", "dpo", loss=loss, learning_rate=1e-3)
+    log = [json.loads(line) for line in (art / "log.jsonl").read_text().splitlines()]
+    first = next(e for e in log if "loss" in e)
+    want = {"dpo": np.log(2), "ipo": 25.0, "nca": 2 * np.log(2), "kto_pair": 0.5, "kto": 0.5}[loss]
+    assert first["loss"] == pytest.approx(want, rel=2e-3)
+    assert art.metrics["tensors_moved"][0] == art.metrics["tensors_moved"][1]
+    assert models.card(art)["loss"] == loss
+
+
+def test_training_raises_the_margin(suite):
+    art = suite.prefer("ultramed", "dpo", learning_rate=3e-3, epochs=6)
+    log = [json.loads(line) for line in (art / "log.jsonl").read_text().splitlines()]
+    margins = [e["rewards/margins"] for e in log if "rewards/margins" in e]
+    assert margins[0] == pytest.approx(0, abs=5e-3)
+    assert margins[-1] > 0.05
+
+
+def test_an_adapter_is_its_own_reference(suite):
+    art = suite.prefer("ultramed", "dpo", method="lora", learning_rate=1e-2)
+    assert models.card(art)["kind"] == "adapter"
+    assert art.metrics["train_loss"] < np.log(2) + 0.05
+
+
+def test_unknown_losses_and_impossible_configurations_are_refused():
+    with pytest.raises(ValueError, match="loss"):
+        PreferenceConfig(loss="kto_pairs", learning_rate=1)
+    with pytest.raises(ConfigError, match="judge_arm"):
+        load_profile("smoke", ["ultramedical.judge_arm=medicine"])
+    with pytest.raises(ConfigError, match="beta"):
+        load_profile("smoke", ["ultramedical.preference_arms.dpo.beta=-1"])
+
+
+# ------------------------------------------------------------------------------------------------------- reward models
+
+
+def test_a_batch_reads_prompt_and_replies_once():
+    """Two replies behind prompt [1, 7], one behind another prompt; a third row for what would make the first too long."""
+    packed = trees([([1, 7], [2, 3]), ([1, 7], [4]), ([9], [5]), ([1, 7], [6, 6])], pad=0, limit=5)
+    assert packed.input_ids.tolist() == [[1, 7, 2, 3, 4], [9, 5, 0, 0, 0], [1, 7, 6, 6, 0]]
+    assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 2]
+    assert packed.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert packed.rows == [0, 0, 1, 2]
+    assert packed.columns == [[1, 2, 3], [1, 4], [0, 1], [1, 2, 3]]
+    groups = [{"prompt": [1, 7], "pairs": [[[2], [3]], [[2], [4, 5]]]}, {"prompt": [9], "pairs": [[[2], [8, 8]]]}]
+    batch = PairCollator(0)(groups)
+    assert batch["pairs"].tolist() == [[0, 1], [0, 2], [3, 4]], "equal replies to different prompts are different replies"
+    assert batch["packed"].input_ids.tolist() == [[1, 7, 2, 3, 4, 5], [9, 2, 8, 8, 0, 0]]
+
+
+def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokenizer):
+    """DPO's head over a batch of pairs against the same model's plain logits, row by row."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    encoded = encode_pairs(rows[:3], tokenizer, TEMPLATES["chat"], 256)[0]
+    both = [(e["prompt_ids"], e[f"{side}_ids"]) for side in ("chosen", "rejected") for e in encoded]
+    width = max(len(p) + len(r) for p, r in both)
+    ids = torch.tensor([p + r + [tokenizer.pad_token_id] * (width - len(p) - len(r)) for p, r in both])
+    labels = torch.tensor([[-100] * len(p) + r + [-100] * (width - len(p) - len(r)) for p, r in both])
+    net = models.load(suite.base, dtype=torch.float32)
+    plain = net(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    mask = labels[:, 1:] != -100
+    want = plain.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * mask
+    want.sum().backward()
+    grads = {n: p.grad.clone() for n, p in net.named_parameters()}
+    net.zero_grad()
+    add_fused_lm_head(net)
+    loop.labelled_head(net)
+    got = net(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert torch.allclose(got, want, atol=1e-4)
+    got.sum().backward()
+    for name, p in net.named_parameters():
+        assert torch.allclose(p.grad, grads[name], atol=2e-3, rtol=1e-3), name
+
+
+def test_rewards_do_not_depend_on_batch_or_padding(suite, tokenizer):
+    net = load_reward(suite.reward("medical"))
+    net.float()
+    candidates = [(r["prompt"], c["text"]) for r in read_feedback(suite.feedback("medical"))[:6] for c in r["candidates"][:3]]
+    rows = [{"prompt": p, "completion": [{"role": "assistant", "content": t}]} for p, t in candidates]
+    together = score_rows(net, tokenizer, rows, TEMPLATES["chat"], budget=10**6)
+    alone = [score_rows(net, tokenizer, [row], TEMPLATES["chat"])[0] for row in rows]
+    assert together == pytest.approx(alone, abs=1e-5)
+    from transformers import AutoModelForSequenceClassification
+
+    art = suite.reward("medical")
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        art.path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = prompts.encode(rows[0], tokenizer, TEMPLATES["chat"], 10**6)["input_ids"]
+    with torch.inference_mode():
+        want = plain(torch.tensor([ids])).logits.item()
+    assert alone[0] == pytest.approx(want, abs=1e-5), "what anyone else's loader gives"
+
+
+def test_a_reward_model_learns_its_pairs(suite):
+    art = suite.reward("medical", learning_rate=1e-2, epochs=8)
+    log = [json.loads(line) for line in (art / "log.jsonl").read_text().splitlines()]
+    accuracy = [e["accuracy"] for e in log if "accuracy" in e]
+    assert np.mean(accuracy[-3:]) > 0.8
+    with pytest.raises(ConfigError, match="not a reward model"):
+        load_reward(suite.base)
+
+
+def test_reward_from_the_command_line_scores_anyones_pairs(suite, tmp_path):
+    rows = [
+        {"id": i, "subset": "mine", "prompt": f"What is {i} + 1?", "chosen": str(i + 1), "rejected": "no idea"}
+        for i in range(5)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def call(arm):
+        command = [
+            "reward",
+            "--model",
+            suite.reward(arm).key,
+            "--pairs",
+            str(tmp_path / "pairs.jsonl"),
+            "--out",
+            str(tmp_path / "o"),
+        ]
+        return subprocess.run([sys.executable, "-m", "ultramed", *command], capture_output=True, text=True, check=False)
+
+    first = call("medical")
+    assert first.returncode == 0, first.stderr
+    assert "mine" in first.stdout
+    assert call("medical").returncode == 0
+    assert set(json.loads((tmp_path / "o" / "results.json").read_text())) == {"model", "model_type", "chat_template", "mine"}
+    assert len((tmp_path / "o" / "scores.jsonl").read_text().splitlines()) == 5, "scored once"
+    other = call("general")
+    assert other.returncode == 2
+    assert "another model" in other.stderr
+
+
+def test_bad_pairs_name_file_row_and_field(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a", "rejected": "a"}')
+    with pytest.raises(BadRow, match=r"pairs.jsonl, row 2.*prefers nothing"):
+        read_pairs(path)
+    path.write_text('{"prompt": "p", "chosen": "a"}')
+    with pytest.raises(BadRow, match=r"row 1.*rejected"):
+        read_pairs(path)
