@@ -187,11 +187,13 @@ class UltraMedicalConfig(Strict):
     held_prompts: dict[Literal["medical", "general"], dict[str, int]]  # and for the reward benches
     sample: SampleConfig
     margin: float = Field(0.0, ge=0)  # score difference below which two candidates are tied
+    preference_prompts: dict[Literal["medical", "general"], int] = {}  # prompts used for preference learning; default all
     pairs_per_prompt: int = Field(28, ge=1)  # for reward models: C(8, 2) at most
     preference: PreferenceConfig
     preference_arms: dict[str, dict[str, Any]]  # arm -> changes to `preference`
     reward: RewardConfig
     reward_arms: dict[str, list[Literal["medical", "general"]]]
+    reward_start: str = "base"  # what reward models start from: 'base', or a mixture's SFT policy
     judge_arm: str = "medical"  # the reward model of re-ranking and iteration
     selection_n: int = Field(10, ge=2)
     iterative: IterativeConfig
@@ -203,6 +205,7 @@ class UltraMedicalConfig(Strict):
         for name, wanted, have in (
             ("pool", {m.policy for m in self.pool}, known),
             ("mixtures: needs ultramed and ultramix", {"ultramed", "ultramix"}, set(self.mixtures)),
+            ("reward_start", {self.reward_start}, known - {"reference"}),
             ("judge_arm", {self.judge_arm}, set(self.reward_arms)),
             ("iterative.arms", set(self.iterative.arms), set(self.preference_arms)),
         ):

@@ -115,6 +115,8 @@ class Suite:
         """Preference pairs; with several domains every one gives all its prompts times `share`."""
         judged = {d: self.feedback(d, held) for d in domains}
         take = {d: round(share * art.metrics["prompts"]) if share < 1 else 0 for d, art in judged.items()}
+        if rule == "best_random":
+            take = {d: self.own.preference_prompts.get(d, 0) for d in domains}
         config = PairConfig(
             take=take, rule=rule, margin=self.own.margin, seed=self.own.seed,
             max_per_prompt=1 if rule != "all" else self.own.pairs_per_prompt,
@@ -128,7 +130,8 @@ class Suite:
         domains = tuple(self.own.reward_arms[arm])
         data = self.pairs("all", domains, share=1 / len(domains))
         config = self.own.reward.model_copy(update=changes)
-        return reward(config, model=self.base, pairs=data, template=self.config.template)
+        start = self.base if self.own.reward_start == "base" else self.sft(self.own.reward_start)
+        return reward(config, model=start, pairs=data, template=self.config.template)
 
     def scored(self, sampled: dict[str, Artifact], arm: str | None = None) -> Artifact:
         """A reward model's feedback on samples."""

@@ -50,7 +50,7 @@ def ordered_pairs(row: dict, config: PairConfig, rng: random.Random) -> list[tup
     return [(ranked[0], rng.choice(lower) if config.rule == "best_random" else lower[-1])]
 
 
-@stage(version=1)
+@stage(version=2)
 def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     """Write `pairs.parquet` (canonical pair rows, shuffled) and report prompts, pairs and prompts that were all ties."""
     made, report = [], {}
@@ -61,11 +61,12 @@ def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
         if count > len(rows):
             raise ConfigError(f"pairs: {count} prompts of {name!r} asked for, it has {len(rows)}")
         before, ties = len(made), 0
-        for row in rows[: count or None]:
+        rows = random.Random(f"{config.seed}:{name}").sample(rows, count or len(rows))  # of every subset its part
+        for row in rows:
             found = ordered_pairs(row, config, random.Random(f"{config.seed}:{row['id']}"))
             ties += not found
             made += [_row(name, row, number, *pair) for number, pair in enumerate(found)]
-        report[name] = {"prompts": count or len(rows), "pairs": len(made) - before, "without_pair": ties}
+        report[name] = {"prompts": len(rows), "pairs": len(made) - before, "without_pair": ties}
     if not made:
         raise ConfigError(f"no pair came out of {report}: all candidates are ties; lower `margin` or sample more")
     random.Random(f"order:{config.seed}").shuffle(made)
