@@ -21,7 +21,7 @@ def test_every_profile_loads_with_all_its_arms(path):
 
 
 def test_the_profiles_of_the_book_are_there():
-    assert {"smoke", "laptop", "gpu", "medalpaca-7b", "medalpaca-13b"} <= set(profiles())
+    assert {"smoke", "laptop", "gpu", "medalpaca-7b", "medalpaca-13b", "paper-8b", "paper-70b"} <= set(profiles())
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)

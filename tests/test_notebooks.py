@@ -46,6 +46,9 @@ def test_the_whole_book_runs_at_smoke(book):
     entries = json.loads((folder / "scorecard.json").read_text())
     claims = {e["id"]: e for e in entries if e["kind"] == "claim"}
     assert {"medalpaca:finetuned-beats-base", "medalpaca:full-beats-lora", "medalpaca:format"} <= set(claims)
+    wanted = ("sft-beats-base", "xpo-beats-sft", "iterative-beats-vanilla", "ensemble-beats-greedy", "mix-keeps-general",
+              "mix-costs-nothing", "rm-beats-sc", "medical-rm-beats-general", "medical-rm-competitive")  # fmt: skip
+    assert {f"ultramedical:{name}" for name in wanted} <= set(claims)
     assert all(c["n"] and c["p"] is not None for c in claims.values())
 
 

@@ -178,8 +178,6 @@ def reward(
     template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca.")] = "chat",
 ) -> None:
     """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
-    import pandas as pd
-
     from ultramed import models
     from ultramed.data.rows import read_pairs
     from ultramed.evaluate import reward_bench
@@ -196,7 +194,7 @@ def reward(
         raise schema.ConfigError(f"{out} holds scores of another model, file or template; give another --out, or remove it")
     store.write_json(out / "given.json", given)
     reward_bench.score_pairs(found, rows, out / "scores.jsonl", TEMPLATES[template])
-    frame = pd.read_json(out / "scores.jsonl", lines=True, dtype={"id": str})
+    frame = reward_bench.read_scores(out)
     store.write_json(out / "results.json", reward_bench.rewardbench_result(frame, given["model"]))
     for row in reward_bench.table(frame).itertuples():
         interval = "" if row.subset == "average" else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"

@@ -1,31 +1,41 @@
-"""Sweeps: one arm of a profile over a grid (or a list) of overrides and seeds; one tidy row a run, and a figure."""
+"""Sweeps: one experiment of a profile over a grid (or a list) of overrides and seeds; one tidy row a run, and a figure."""
 
 import itertools
 import json
 import logging
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from pydantic import Field, model_validator
 from rich.console import Console
 
 from ultramed import config, schema
+from ultramed.evaluate import rerank, reward_bench
 from ultramed.evaluate.stats import clustered
 from ultramed.report import figures
 from ultramed.report.scorecard import folder
 from ultramed.report.tables import save_table
 from ultramed.schema import Strict
-from ultramed.store import write_json
+from ultramed.store import Artifact, write_json
+from ultramed.ultramedical import Suite
 from ultramed.usmle import Bench
 
 log = logging.getLogger(__name__)
 
 
 class SweepConfig(Strict):
-    """`grid`: dotted key -> values, all combinations. `runs`: a list of {key: value} instead of (or added to) it."""
+    """`grid`: dotted key -> values, all combinations. `runs`: a list of {key: value} instead of (or added to) it.
+
+    experiment: 'sft' trains an arm of the section `usmle`; the others belong to `ultramedical`: 'policy' fine-tunes on
+    the mixture `mix`, 'preference' adds the arm to it, 'reward' trains a reward model and measures it on the medical
+    bench, 'vote' takes the majority of samples of the policy `mix`.
+    """
 
     profile: str = "laptop"
+    experiment: Literal["sft", "policy", "preference", "reward", "vote"] = "sft"
     arm: str = "full"
+    mix: str = "ultramix"
     seeds: list[int] = Field(default=[0], min_length=1)
     grid: dict[str, list] = Field(default_factory=dict)
     runs: list[dict] = Field(default_factory=list)
@@ -65,9 +75,7 @@ def run_sweep(file: Path, console: Console) -> bool:
         row = {**{k: _short(v) for k, v in point.items()}, "seed": seed}
         try:
             profile = _profile(sweep, point, seed)
-            bench = Bench.of(profile, profile.models[0])
-            model = bench.train(sweep.arm, seed=seed)
-            frame, arts = bench.examine(model, seed)
+            frame, model, arts = _run(sweep, profile, seed)
         except Exception as err:  # one bad point must not stop the others; it is reported and tried again next time
             log.error("%d/%d %s seed %d failed: %s", number, len(points), label, seed, err)
             rows.append({**row, "state": "failed", "error": f"{type(err).__name__}: {err}"})
@@ -102,14 +110,45 @@ def run_sweep(file: Path, console: Console) -> bool:
     return len(done) == len(points)
 
 
+def _run(sweep: SweepConfig, profile: schema.Profile, seed: int) -> tuple[pd.DataFrame, Artifact, list[Artifact]]:
+    """(rows with `correct` and `concept`, the model that was trained, artifacts) of one point."""
+    if sweep.experiment == "sft":
+        bench = Bench.of(profile, profile.models[0])
+        model = bench.train(sweep.arm, seed=seed)
+        return bench.examine(model, seed)[0], model, []
+    suite = Suite.of(profile)
+    if sweep.experiment == "reward":
+        model = suite.reward(sweep.arm, seed=seed)
+        pairs = reward_bench.bench(reward_bench.BenchConfig(), feedback=suite.feedback("medical", held=True))
+        scores = reward_bench.pair_scores(schema.JudgeConfig(), reward=model, pairs=pairs, template=suite.config.template)
+        return reward_bench.read_scores(scores), model, [pairs, scores]
+    if sweep.experiment == "preference":
+        model = suite.prefer(sweep.mix, sweep.arm, seed=seed)
+        return suite.examine(model)[0], model, []
+    model = suite.sft(sweep.mix)
+    frame, made = suite.examine(model)
+    return (rerank.voted(suite.sample_test(model), frame) if sweep.experiment == "vote" else frame), model, made
+
+
 def _short(value) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _profile(sweep: SweepConfig, point: dict, seed: int) -> schema.Profile:
     overrides = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+    if sweep.experiment in ("policy", "vote"):
+        overrides.append(f"ultramedical.seed={seed}")
     profile = config.load_profile(sweep.profile, overrides)
-    config.arm_config(profile, sweep.arm)
-    if seed not in profile.usmle.seeds:
-        raise schema.ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
+    if sweep.experiment == "sft":
+        config.arm_config(profile, sweep.arm)
+        if seed not in profile.usmle.seeds:
+            raise schema.ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
+        return profile
+    own = profile.ultramedical
+    if own is None:
+        raise schema.ConfigError(f"profile {sweep.profile!r} has no section `ultramedical`")
+    arms = {"preference": own.preference_arms, "reward": own.reward_arms}.get(sweep.experiment, [sweep.arm])
+    for name, known in ((sweep.arm, arms), (sweep.mix, own.mixtures)):
+        if name not in known:
+            raise schema.ConfigError(f"sweep: no {name!r} in profile {sweep.profile!r}{config.nearest(name, known)}")
     return profile

@@ -82,6 +82,13 @@ def alpaca_row(row: dict, i: int) -> dict:
     }  # fmt: skip
 
 
+def _conversation(row: dict, i: int) -> dict:
+    """ShareGPT's `conversations` (UltraMedical): turns of 'human' and 'gpt', the last one is the answer."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    turns = [{"role": roles[t["from"]], "content": t["value"].strip()} for t in row["conversations"]]
+    return {"id": f"ultramedical:{i}:{row['id']}", "prompt": turns[:-1], "completion": turns[-1:]}
+
+
 def _gsm8k(row: dict, i: int) -> dict:
     return alpaca_row({"instruction": row["question"], "output": row["answer"]}, i)
 
@@ -139,6 +146,11 @@ SOURCES = {
         Source(
             "alpaca", "instructions", "CC BY-NC 4.0", "Taori et al. 2023", alpaca_row,
             {"train": ("alpaca_early5000.parquet", 5000)}, {"train": ("tatsu-lab/alpaca", None, "train", 52002)},
+        ),
+        Source(
+            "ultramedical", "instructions", "see its hub page", "Zhang et al. 2024, arXiv 2406.03949", _conversation,
+            {"train": ("examples.jsonl.gz", 50)}, {"train": ("TsinghuaC3I/UltraMedical", None, "train", 409593)},
+            "locally the repository's 50 examples",
         ),
         Source(
             "gsm8k", "instructions", "MIT", "Cobbe et al. 2021, arXiv 2110.14168", _gsm8k,

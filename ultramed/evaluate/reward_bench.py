@@ -79,8 +79,13 @@ def pair_scores(out: Path, config: JudgeConfig, *, reward: Artifact, pairs: Arti
     """Rewards of both sides of every pair: `scores.jsonl` with chosen, rejected and whether the chosen one won."""
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     score_pairs(reward, rows, out / "scores.jsonl", TEMPLATES[template], config.batch_tokens)
-    frame = pd.read_json(out / "scores.jsonl", lines=True, dtype={"id": str})
+    frame = read_scores(out)
     return {"pairs": len(frame), "accuracy": float(frame.correct.mean())}
+
+
+def read_scores(folder: Artifact | Path) -> pd.DataFrame:
+    """`scores.jsonl` of a folder, one row a pair."""
+    return pd.read_json(folder / "scores.jsonl", lines=True, dtype={"id": str, "concept": str})
 
 
 def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget: int = 8192) -> None:
