@@ -2,7 +2,17 @@
 
 import pytest
 
-from ultramed.prompts import TEMPLATES, TemplateError, as_instruction, encode, lint, preview, question_prompt, role_header
+from ultramed.prompts import (
+    RELEASED,
+    TEMPLATES,
+    TemplateError,
+    as_instruction,
+    encode,
+    lint,
+    preview,
+    question_prompt,
+    role_header,
+)
 
 ROW = {
     "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Which organ?\nA. eye\nB. ear"}],
@@ -14,7 +24,7 @@ QUESTION = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != RELEASED])
 def test_exactly_the_answer_and_its_end_token_are_trained(tokenizer, name):
     row = encode(ROW, tokenizer, TEMPLATES[name], 256)
     trained = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]

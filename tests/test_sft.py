@@ -16,7 +16,8 @@ from ultramed.config import arm_config
 from ultramed.data.rows import read_instructions
 from ultramed.schema import ConfigError, TrainConfig
 from ultramed.store import StoreError
-from ultramed.train.sft import Collator, batch_plan, encode_rows, sft, trainer_class
+from ultramed.train.loop import batch_plan, labelled_head
+from ultramed.train.sft import Collator, encode_rows, sft
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(bench, me
 
 def test_our_loss_is_trls_loss(bench, config, rows, tokenizer):
     """The mean over trained tokens of minus log p, as a plain forward pass over all logits gives it."""
-    from trl import SFTConfig
+    from trl import SFTConfig, SFTTrainer
 
     data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)
     batch = Collator(tokenizer.pad_token_id)(data[:4])
@@ -89,11 +90,10 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer):
         output_dir=str(rows.path.parent / "x"), use_cpu=True, bf16=False, report_to="none", max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
-    trainer = trainer_class()(
-        net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer
-    )
-    assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5)
-    assert super(trainer_class(), trainer).compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5)
+    trainer = SFTTrainer(net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer)
+    assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "TRL's own head"
+    labelled_head(net)
+    assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "ours"
 
 
 def test_padding_and_neighbours_do_not_change_a_rows_loss(bench, config, rows, tokenizer):

@@ -51,13 +51,8 @@ class Template:
 
     def fingerprint(self, tokenizer) -> str:
         """Hash of everything that decides what this template renders."""
-        text = (
-            self.with_input
-            + "\0"
-            + self.without_input
-            + "\0"
-            + (tokenizer.chat_template or "" if self.name in ("chat", RELEASED) else "")
-        )
+        chat = (tokenizer.chat_template or "") if self.name in ("chat", RELEASED) else ""
+        text = self.with_input + "\0" + self.without_input + "\0" + chat + (RELEASED if self.name == RELEASED else "")
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
