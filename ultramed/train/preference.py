@@ -62,29 +62,23 @@ def pairwise_kto() -> type:
         """Same batches, log-probabilities and metrics as DPO; only the loss differs (train/losses.py)."""
 
         def _compute_loss(self, model, inputs, return_outputs):
-            ratios = {}
-
-            def keep(outputs):  # log-probabilities of policy and reference pass through here
-                return outputs.log_probs.sum(1)
-
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, prompts.LABEL_IGNORED)
-            given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-            policy = keep(model(**given, labels=labels, fused_lm_head=True))
+            given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+            given |= {"labels": labels, "use_cache": False, "fused_lm_head": True}
+            policy = model(**given).log_probs.sum(1)
             with torch.no_grad():
-                if self.ref_model is None:
+                if self.ref_model is None:  # an adapter's reference is the model without it
                     with self.accelerator.unwrap_model(self.model).disable_adapter():
-                        reference = keep(self.model(**given, labels=labels, fused_lm_head=True))
+                        reference = self.model(**given).log_probs.sum(1)
                 else:
-                    reference = keep(self.ref_model(**given, labels=labels, fused_lm_head=True))
-            ratios["chosen"], ratios["rejected"] = (policy - reference).chunk(2)
-            loss = losses.kto_pair(ratios["chosen"], ratios["rejected"], self.beta).mean()
-            rewards = {k: self.beta * self.accelerator.gather(v.detach()) for k, v in ratios.items()}
-            margin = rewards["chosen"] - rewards["rejected"]
-            logps = dict(zip(("chosen", "rejected"), self.accelerator.gather(policy.detach()).chunk(2), strict=True))
+                    reference = self.ref_model(**given).log_probs.sum(1)
+            chosen, rejected = (policy - reference).chunk(2)
+            loss = losses.kto_pair(chosen, rejected, self.beta).mean()
             metrics = self._metrics["train" if self.model.training else "eval"]
-            for name in ("chosen", "rejected"):
-                metrics[f"rewards/{name}"].append(rewards[name].mean().item())
-                metrics[f"logps/{name}"].append(logps[name].mean().item())
+            for name, ratio, logps in zip(("chosen", "rejected"), (chosen, rejected), policy.chunk(2), strict=True):
+                metrics[f"logps/{name}"].append(self.accelerator.gather(logps.detach()).mean().item())
+                metrics[f"rewards/{name}"].append(self.beta * self.accelerator.gather(ratio.detach()).mean().item())
+            margin = self.beta * self.accelerator.gather((chosen - rejected).detach())
             metrics["rewards/margins"].append(margin.mean().item())
             metrics["rewards/accuracies"].append((margin > 0).float().mean().item())
             return (loss, None) if return_outputs else loss
