@@ -146,8 +146,7 @@ def evaluate(
     from ultramed.prompts import TEMPLATES
 
     quiet()
-    if template not in TEMPLATES:
-        raise schema.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
+    config.known(template, TEMPLATES, "templates")
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
     for text in overrides:
         data = config.apply_override(data, *config.parse_override(text))
@@ -185,8 +184,7 @@ def reward(
     from ultramed.prompts import TEMPLATES
 
     quiet()
-    if template not in TEMPLATES:
-        raise schema.ConfigError(f"no template {template!r}{config.nearest(template, TEMPLATES)}")
+    config.known(template, TEMPLATES, "templates")
     rows, found = read_pairs(pairs), models.resolve(model)
     given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), "template": template}
     out.mkdir(parents=True, exist_ok=True)
@@ -264,10 +262,7 @@ def _suite(profile: str, overrides: list[str]):
     from ultramed.ultramedical import Suite
 
     quiet()
-    resolved = config.load_profile(profile, overrides)
-    if resolved.ultramedical is None:
-        raise schema.ConfigError(f"profile {profile!r} has no section `ultramedical`")
-    return Suite.of(resolved)
+    return Suite.of(config.load_profile(profile, overrides))
 
 
 @train_app.command("preference")
@@ -278,11 +273,7 @@ def train_preference(
     overrides: SetOption = [],  # noqa: B006
 ) -> None:
     """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
-    suite = _suite(profile, overrides)
-    for name, known in ((arm, suite.own.preference_arms), (mix, suite.own.mixtures)):
-        if name not in known:
-            raise schema.ConfigError(f"no {name!r} in profile {profile!r}{config.nearest(name, known)}")
-    art = suite.prefer(mix, arm)
+    art = _suite(profile, overrides).prefer(mix, arm)
     console.print_json(json.dumps(art.metrics))
     console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
 
@@ -294,10 +285,7 @@ def train_reward(
     overrides: SetOption = [],  # noqa: B006
 ) -> None:
     """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
-    suite = _suite(profile, overrides)
-    if arm not in suite.own.reward_arms:
-        raise schema.ConfigError(f"no {arm!r} in profile {profile!r}{config.nearest(arm, suite.own.reward_arms)}")
-    art = suite.reward(arm)
+    art = _suite(profile, overrides).reward(arm)
     console.print_json(json.dumps(art.metrics))
     console.print(
         f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False

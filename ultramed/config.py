@@ -65,6 +65,12 @@ def nearest(word: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def known(name: str, there, where: str) -> None:
+    """Raises ConfigError, with the nearest one, if `name` is none of the names `there` are."""
+    if name not in there:
+        raise ConfigError(f"no {name!r} in {where}{nearest(name, there)}")
+
+
 def read_yaml(path: Path) -> dict:
     try:
         data = yaml.load(path.read_text(), Loader=_UniqueKeys)
@@ -138,8 +144,8 @@ def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = 
     for arm in profile.usmle.arms:
         arm_config(profile, arm)  # an impossible arm should fail now, not an hour into the run
     own = profile.ultramedical
-    for arm, changes in (own.preference_arms if own else {}).items():
-        validate(PreferenceConfig, merge(own.preference.model_dump(mode="json"), changes), f"{source}, preference_arms.{arm}")
+    for arm in own.preference_arms if own else ():
+        preference_config(profile, arm)
     return profile
 
 
@@ -149,6 +155,14 @@ def arm_config(profile: Profile, arm: str, **changes) -> TrainConfig:
         raise ConfigError(f"no arm {arm!r} in profile {profile.name!r}{nearest(arm, profile.usmle.arms)}")
     data = merge(merge(profile.train.model_dump(mode="json"), profile.usmle.arms[arm]), changes)
     return validate(TrainConfig, data, f"profile {profile.name!r}, usmle.arms.{arm}")
+
+
+def preference_config(profile: Profile, arm: str, **changes) -> PreferenceConfig:
+    """One arm of `ultramedical.preference_arms`: `preference`, the arm's changes, then `changes`."""
+    own = profile.ultramedical
+    known(arm, own.preference_arms, f"profile {profile.name!r}, ultramedical.preference_arms")
+    data = merge(merge(own.preference.model_dump(mode="json"), own.preference_arms[arm]), changes)
+    return validate(PreferenceConfig, data, f"profile {profile.name!r}, ultramedical.preference_arms.{arm}")
 
 
 def validate(model: type[BaseModel], data: dict, source: str):

@@ -110,11 +110,16 @@ def answer_text(row: dict, answer_form: str) -> str:
     return f"{letter}: {text}" if answer_form == "letter_first" else f"{text} ({letter})"
 
 
+def said(text: str) -> list[dict]:
+    """A completion: one assistant message."""
+    return [{"role": "assistant", "content": text}]
+
+
 def as_instruction(row: dict, answer_form: str) -> dict:
     """A training row of any canonical row: instruction rows as they are, questions with their gold answer."""
     if "options" not in row:
         return {k: row[k] for k in ("id", "source", "prompt", "completion")}
-    answer = [{"role": "assistant", "content": answer_text(row, answer_form)}]
+    answer = said(answer_text(row, answer_form))
     return {"id": row["id"], "source": row["source"], "prompt": question_prompt(row, answer_form), "completion": answer}
 
 

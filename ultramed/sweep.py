@@ -148,7 +148,6 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> schema.Profile:
     if own is None:
         raise schema.ConfigError(f"profile {sweep.profile!r} has no section `ultramedical`")
     arms = {"preference": own.preference_arms, "reward": own.reward_arms}.get(sweep.experiment, [sweep.arm])
-    for name, known in ((sweep.arm, arms), (sweep.mix, own.mixtures)):
-        if name not in known:
-            raise schema.ConfigError(f"sweep: no {name!r} in profile {sweep.profile!r}{config.nearest(name, known)}")
+    config.known(sweep.arm, arms, f"profile {sweep.profile!r}")
+    config.known(sweep.mix, own.mixtures, f"profile {sweep.profile!r}, ultramedical.mixtures")
     return profile

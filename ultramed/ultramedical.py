@@ -12,11 +12,11 @@ import pandas as pd
 from ultramed import models
 from ultramed.annotate.judge import OracleConfig, feedback, reward_feedback
 from ultramed.annotate.pairs import PairConfig, pairs
-from ultramed.config import merge, validate
+from ultramed.config import known, merge, preference_config, validate
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.sample import read_feedback, references, samples
-from ultramed.schema import JudgeConfig, ModelConfig, PreferenceConfig, Profile, TrainConfig
+from ultramed.schema import ConfigError, JudgeConfig, ModelConfig, Profile, TrainConfig
 from ultramed.store import Artifact
 from ultramed.train.preference import preference
 from ultramed.train.reward import reward
@@ -36,6 +36,8 @@ class Suite:
 
     @classmethod
     def of(cls, profile: Profile) -> "Suite":
+        if profile.ultramedical is None:
+            raise ConfigError(f"profile {profile.name!r} has no section `ultramedical`")
         return cls(profile, profile.models[0], models.base_model(profile.models[0]))
 
     @property
@@ -58,6 +60,7 @@ class Suite:
         'control' is UltraMix with the questions whose answers the medical reward model was trained on: without it,
         re-ranking would be praised for what more labelled questions do.
         """
+        known(name, [*self.own.mixtures, "control"], f"profile {self.profile.name!r}, ultramedical.mixtures")
         counts = dict(self.own.mixtures["ultramix" if name == "control" else name])
         if name == "control":
             labelled = {f"{source}[0:{count}]": 1.0 for source, count in self.own.prompts["medical"].items()}
@@ -68,12 +71,9 @@ class Suite:
 
     def prefer(self, mix: str, arm: str, **changes) -> Artifact:
         """Preference learning from the SFT policy `mix`, on medical pairs for UltraMed, on all for UltraMix."""
+        config = preference_config(self.profile, arm, **changes)  # a wrong arm should fail before anything is trained
         start, data = self.sft(mix), self.pairs("best_random", DOMAINS if mix == "ultramix" else ("medical",))
-        return preference(self.preference_config(arm, **changes), model=start, pairs=data, template=self.config.template)
-
-    def preference_config(self, arm: str, **changes) -> PreferenceConfig:
-        raw = merge(merge(self.own.preference.model_dump(mode="json"), self.own.preference_arms[arm]), changes)
-        return validate(PreferenceConfig, raw, f"ultramedical.preference_arms.{arm}")
+        return preference(config, model=start, pairs=data, template=self.config.template)
 
     # ---------------------------------------------------------------------------------------------------- preferences
 
@@ -127,6 +127,7 @@ class Suite:
 
     def reward(self, arm: str, **changes) -> Artifact:
         """A reward model trained on the pairs of the arm's domains; equal steps for all arms."""
+        known(arm, self.own.reward_arms, f"profile {self.profile.name!r}, ultramedical.reward_arms")
         domains = tuple(self.own.reward_arms[arm])
         data = self.pairs("all", domains, share=1 / len(domains))
         config = self.own.reward.model_copy(update=changes)
@@ -194,7 +195,11 @@ class Suite:
             changes = {"seed": number + 1, **self.own.iterative.changes}
             reference = {"reference": initial} if self.own.iterative.reference == "initial" else {}
             model = preference(
-                self.preference_config(arm, **changes), model=model, pairs=data, template=self.config.template, **reference
+                preference_config(self.profile, arm, **changes),
+                model=model,
+                pairs=data,
+                template=self.config.template,
+                **reference,
             )
             first += max(self.own.iterative.prompts.values())
             last = now

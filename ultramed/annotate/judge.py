@@ -14,6 +14,7 @@ from ultramed.ledger import Ledger
 from ultramed.progress import bar as progress_bar
 from ultramed.schema import JudgeConfig, Strict
 from ultramed.store import Artifact, stage
+from ultramed.train.reward import load_reward, score_rows
 
 
 class Annotator(Protocol):
@@ -55,7 +56,7 @@ class OracleConfig(Strict):
 @stage(version=1)
 def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
     """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and judged by the oracle."""
-    judge = Oracle()
+    judge: Annotator = Oracle()
     joined = join(samples)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         ledger.add(*(judged(row, judge.rate(row, row["candidates"])) for row in joined if row["id"] not in ledger))
@@ -65,8 +66,6 @@ def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
 @stage(version=1, also=prompts.wording)
 def reward_feedback(out: Path, config: JudgeConfig, *, reward: Artifact, template: str = "chat", **samples: Artifact) -> dict:
     """The same, judged by a reward model. Equal texts of a prompt are scored once."""
-    from ultramed.train.reward import load_reward, score_rows
-
     joined = join(samples)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         todo = [row for row in joined if row["id"] not in ledger]
@@ -74,7 +73,7 @@ def reward_feedback(out: Path, config: JudgeConfig, *, reward: Artifact, templat
             net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
             shape = prompts.TEMPLATES[template]
             unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
-            rows = [{"prompt": todo[i]["prompt"], "completion": [{"role": "assistant", "content": text}]} for i, text in unique]
+            rows = [{"prompt": todo[i]["prompt"], "completion": prompts.said(text)} for i, text in unique]
             with progress_bar(len(rows), "rewards", "reply") as bar:
                 scores = score_rows(net, tokenizer, rows, shape, budget=config.batch_tokens, bar=bar)
             found = dict(zip(unique, scores, strict=True))

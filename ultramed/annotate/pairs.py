@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ultramed.data import rows as canonical
 from ultramed.evaluate.sample import read_feedback
+from ultramed.prompts import said
 from ultramed.schema import ConfigError, Strict
 from ultramed.store import Artifact, digest, stage
 
@@ -84,12 +85,7 @@ def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dic
         "chosen_model": chosen["model"], "rejected_model": rejected["model"],
         "chosen_letter": chosen["letter"] or "", "rejected_letter": rejected["letter"] or "", "gold": row["gold"],
     }  # fmt: skip
-    texts = {k: [{"role": "assistant", "content": c["text"]}] for k, c in (("chosen", chosen), ("rejected", rejected))}
     return {
-        "id": f"{name}:{row['id']}#{number}",
-        "source": name,
-        "subset": row["subset"],
-        "prompt": row["prompt"],
-        **texts,
-        "meta": meta,
-    }
+        "id": f"{name}:{row['id']}#{number}", "source": name, "subset": row["subset"], "prompt": row["prompt"],
+        "chosen": said(chosen["text"]), "rejected": said(rejected["text"]), "meta": meta,
+    }  # fmt: skip

@@ -1,7 +1,7 @@
 """Batched generation: token-budget batches, a prompt is read once for all its samples, finished replies leave the batch.
 
-Every item has its own random stream: a reply depends on the item and its seed, not on which other items shared its batch (up to the rounding of
-the dtype, which a batch's shape can change).
+Every item has its own random stream: a reply depends on the item and its seed, not on which other items shared its
+batch (up to the rounding of the dtype, which a batch's shape can change).
 """
 
 import hashlib
@@ -38,6 +38,15 @@ def item_rng(*parts) -> random.Random:
     return random.Random(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest())
 
 
+def prefill(model, rows: list[list[int]], pad: int, use_cache: bool = True):
+    """Read token rows: (logits after each row's last token (B, V), cache or None, mask (B, T) with 0 at the padding)."""
+    ids, lengths = right_pad(rows, pad, model.device)
+    read = model.base_model(input_ids=ids, use_cache=use_cache)
+    last = read.last_hidden_state[torch.arange(len(rows), device=model.device), lengths - 1]
+    mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
+    return model.get_output_embeddings()(last), read.past_key_values, mask
+
+
 @torch.inference_mode()
 def decode(
     model, tokenizer, prompts: list[list[int]], sampling: Sampling, rngs: list[random.Random] | None = None
@@ -48,14 +57,11 @@ def decode(
     unique = list(dict.fromkeys(map(tuple, prompts)))
     number = {prompt: i for i, prompt in enumerate(unique)}
     source = torch.tensor([number[tuple(p)] for p in prompts], device=model.device)
-    ids, lengths = right_pad([list(u) for u in unique], tokenizer.pad_token_id, model.device)
-    read = model.base_model(input_ids=ids, use_cache=True)
-    last = read.last_hidden_state[torch.arange(len(unique), device=model.device), lengths - 1]
-    logits, cache = model.get_output_embeddings()(last)[source], read.past_key_values
-    if len(unique) < len(prompts) or len(unique) > 1:
+    logits, cache, mask = prefill(model, [list(u) for u in unique], tokenizer.pad_token_id)
+    if len(unique) < len(prompts):
+        logits, mask = logits[source], mask[source]
         cache.batch_select_indices(source)
-    position = lengths[source, None]
-    mask = (torch.arange(ids.shape[1], device=model.device) < position).long()  # (B, T), 0 at the padding
+    position = mask.sum(1, keepdim=True)
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     finished = [False] * len(prompts)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from ultramed.batching import batches, right_pad
+from ultramed.batching import batches
+from ultramed.evaluate.generate import prefill
 
 TAILS = 64  # continuations of several tokens scored at a time
 
@@ -53,27 +54,24 @@ def score(
     """
     results: list[list[float]] = [[] for _ in items]
     for batch in batches([len(c) for c, _ in items], budget):
-        ids, lengths = right_pad([items[i][0] for i in batch], tokenizer.pad_token_id, model.device)
         several = any(len(c) > 1 for i in batch for c in items[i][1])
-        read = model.base_model(input_ids=ids, use_cache=several)
-        last = read.last_hidden_state[torch.arange(len(batch), device=model.device), lengths - 1]
-        logp = model.get_output_embeddings()(last).float().log_softmax(-1)
+        logits, cache, mask = prefill(model, [items[i][0] for i in batch], tokenizer.pad_token_id, use_cache=several)
+        logp = logits.float().log_softmax(-1)
         for row, i in enumerate(batch):
             results[i] = [logp[row, c[0]].item() for c in items[i][1]]
         if several:
-            _add_tails(model, tokenizer, items, batch, read.past_key_values, lengths, results)
+            _add_tails(model, tokenizer, items, batch, cache, mask, results)
         if done:
             done(batch, [results[i] for i in batch])
     return results
 
 
-def _add_tails(model, tokenizer, items, batch, cache, lengths, results) -> None:
+def _add_tails(model, tokenizer, items, batch, cache, mask, results) -> None:
     """Add the log-probabilities of all but the first token of every continuation, on copies of the context's cache.
 
     Continuations of similar length go together, `TAILS` at a time: the logits of all of them at once, padded to the
     longest, would be the largest tensor of the whole evaluation.
     """
-    context = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]  # (B, T), False at the padding
     where = [(row, i, n) for row, i in enumerate(batch) for n in range(len(items[i][1])) if len(items[i][1][n]) > 1]
     where.sort(key=lambda w: len(items[w[1]][1][w[2]]))
     for start in range(0, len(where), TAILS):
@@ -89,8 +87,8 @@ def _add_tails(model, tokenizer, items, batch, cache, lengths, results) -> None:
         want = torch.tensor([(t[1:] + pad)[:width] for t in tails], device=model.device)
         real = torch.tensor([[i < len(t) - 1 for i in range(width)] for t in tails], device=model.device)
         logits = model(
-            input_ids=fed, attention_mask=torch.cat([context[pick], context.new_ones(len(part), width)], dim=1).long(),
-            position_ids=lengths[pick, None] + torch.arange(width, device=model.device), past_key_values=copy, use_cache=True,
+            input_ids=fed, attention_mask=torch.cat([mask[pick], mask.new_ones(len(part), width)], dim=1),
+            position_ids=mask[pick].sum(1, keepdim=True) + torch.arange(width, device=model.device), past_key_values=copy, use_cache=True,
         ).logits  # fmt: skip
         logp = torch.zeros(real.shape, device=model.device)
         kept = logits[real].float()

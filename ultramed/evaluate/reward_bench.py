@@ -60,7 +60,7 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
             if name is None or taken.get(name, 0) >= config.per_prompt:
                 continue
             taken[name] = taken.get(name, 0) + 1
-            texts = {k: [{"role": "assistant", "content": c["text"]}] for k, c in (("chosen", a), ("rejected", b))}
+            texts = {"chosen": prompts.said(a["text"]), "rejected": prompts.said(b["text"])}
             meta = {"prompt_id": row["id"], "chosen_model": a["model"], "rejected_model": b["model"]}
             pair = {"id": f"{row['id']}#{name}{taken[name]}", "source": config.domain, "subset": name, **texts}
             found.setdefault(name, []).append({**pair, "prompt": row["prompt"], "meta": meta})
