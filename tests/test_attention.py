@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ultramed import models
-from ultramed.attention import BLOCK, NAME, causal
-from ultramed.schema import ModelConfig
+from ultramed.attention import BLOCK, NAME, SHORT, causal, masked
+from ultramed.batching import trees
+from ultramed.schema import LoraSettings, ModelConfig
 
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
@@ -36,3 +37,32 @@ def test_a_model_gives_the_same_logits_with_it_with_padding_cache_and_gradients(
     for a, b in zip(ours, outputs(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert torch.allclose(ours[0][:, 80:], ours[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_training_attention_has_the_gradients_of_scaled_dot_product_attention(tree):
+    length, mask = 24, None
+    if tree:
+        packed = trees([([1, 2, 3], [4, 5]), ([1, 2, 3], [6]), ([7, 8], [9] * 15)], pad=0)
+        length, mask = packed.input_ids.shape[1], packed.attention_mask
+    q, k, v = (torch.randn(2, h, length, 16, requires_grad=True) for h in (6, 2, 2))
+    want = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+    ours = masked(q, k, v, mask, 16**-0.5)
+    assert torch.allclose(ours, want, atol=1e-5)
+    weights = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (ours, want)), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [40, SHORT + 8])
+def test_a_model_is_trained_alike_with_it(length):
+    base = models.base_model(ModelConfig(name="tiny:llama", label="x"))
+    net = models.load_for_training(base, "full", LoraSettings())
+    ids = torch.randint(5, net.config.vocab_size, (2, length))
+    found = {}
+    for name in (NAME, "sdpa"):
+        net.set_attn_implementation(name)
+        net.zero_grad()
+        net(input_ids=ids, labels=ids).loss.backward()
+        found[name] = [p.grad.clone() for p in net.parameters()]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found.values(), strict=True))

@@ -1,12 +1,14 @@
 """Generation and likelihood against plain reference computations."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ultramed import models
-from ultramed.evaluate.generate import Sampling, _pick, batches, decode, generate, item_rng
+from ultramed.evaluate.generate import NUCLEUS, Sampling, _pick, batches, decode, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, score
 
 
@@ -64,6 +66,22 @@ def test_sampling_follows_the_distribution_within_top_k_and_top_p():
     assert set(drawn.tolist()) == {0, 1}, "0.5 alone is below 0.6, 0.5 + 0.3 reaches it"
     drawn = torch.tensor(_pick(logits, Sampling(1, temperature=1.0, top_k=1, top_p=1.0), rngs))
     assert set(drawn.tolist()) == {0}
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.9), (1.2, 0.9), (5.0, 0.9), (1.0, 1.0)])
+def test_sampling_without_top_k_picks_what_a_sort_of_the_vocabulary_picks(temperature, top_p):
+    logits = torch.randn(200, 2000, generator=torch.Generator().manual_seed(0)) * 4
+    sampling = Sampling(1, temperature=temperature, top_k=0, top_p=top_p)
+    quick = _pick(logits, sampling, [random.Random(i) for i in range(200)])
+    p, tokens = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    flat = (p[:, :NUCLEUS].sum(-1) < top_p).float().mean().item()
+    assert {5.0: 1.0, 0.7: 0.0}.get(temperature, flat) == pytest.approx(flat, abs=0.05), "both ways should be taken"
+    p[p.cumsum(-1) - p >= top_p] = 0
+    u = torch.tensor([[random.Random(i).random()] for i in range(200)])
+    sure = ((p.cumsum(-1) / p.sum(-1, keepdim=True) - u).abs() > 1e-5).all(-1)
+    want = tokens.gather(-1, ((p / p.sum(-1, keepdim=True)).cumsum(-1) < u).sum(-1, keepdim=True))[:, 0]
+    assert sure.sum() > 150
+    assert [q for q, s in zip(quick, sure, strict=True) if s] == want[sure].tolist()
 
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(500, 2000))

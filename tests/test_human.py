@@ -3,6 +3,7 @@
 import pytest
 
 from ultramed.annotate.human import HumanConfig, human_feedback, human_pairs
+from ultramed.data.public_pairs import SECTIONS, PublicConfig, public_pairs
 from ultramed.data.rows import read_pairs
 from ultramed.evaluate.sample import read_feedback
 from ultramed.schema import ConfigError, RewardConfig
@@ -25,3 +26,26 @@ def test_pairs_follow_the_expert(data, bench):
     assert {p["subset"] for p in pairs} == {"human"}
     setting = RewardConfig(learning_rate=1e-3, global_batch_size=5, max_length=256)
     assert reward(setting, model=bench.model, pairs=made).metrics["prompts"] <= 25
+
+
+def test_public_pairs_have_rewardbench_sections(data):
+    made = public_pairs(PublicConfig(count=20, words=150))
+    pairs = read_pairs(made / "pairs.parquet")
+    by = {name: [p for p in pairs if p["subset"] == name] for name in SECTIONS}
+    assert {name: len(part) for name, part in by.items()} == dict.fromkeys(SECTIONS, 20)
+    for pair in by["reasoning"]:
+        (steps, right), (same, wrong) = (pair[side][0]["content"].rsplit("#### ", 1) for side in ("chosen", "rejected"))
+        assert steps == same
+        assert int(right) != int(wrong)
+    for pair in by["safety"]:
+        assert [m["role"] for m in pair["prompt"]][::2] == ["user"] * (len(pair["prompt"]) // 2 + 1)
+    assert made.metrics["sections"]["safety"]["of"] > 2000
+    assert {p["id"] for p in read_pairs(public_pairs(PublicConfig(count=5, words=150)) / "pairs.parquet")}.issubset(
+        {p["id"] for p in pairs}
+    )
+
+
+def test_public_pairs_say_what_is_missing(monkeypatch):
+    monkeypatch.delenv("ULTRAMED_DATA", raising=False)
+    with pytest.raises(ConfigError, match=r"need ULTRAMED_DATA with gsm8k/test.parquet"):
+        public_pairs(PublicConfig())

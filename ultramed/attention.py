@@ -1,7 +1,8 @@
-"""Causal attention for reading whole sequences on a CPU, where PyTorch's own kernel is slow in bf16.
+"""Attention for a CPU, where PyTorch's own kernel is slow in bf16: causal for reading, and short rows for training.
 
 Measured on two cores (9 heads of 64 over 3 key heads, 213 tokens, batch 8): 1.8 ms a layer against 5.3 ms of
-`scaled_dot_product_attention`, which makes the whole forward pass of a 135M model 1.25 times as fast.
+`scaled_dot_product_attention`, which makes the whole forward pass of a 135M model 1.25 times as fast. Training steps
+of 8 rows of 96 tokens take 0.85 times as long.
 """
 
 import functools
@@ -10,6 +11,12 @@ import torch
 
 NAME = "ultramed_cpu"
 BLOCK = 64  # queries at a time; what lies beyond a block's last query is never multiplied
+SHORT = 512  # tokens up to which training keeps the weights of a whole row for its backward pass
+
+
+def attention_for(device: str) -> str:
+    """The `attn_implementation` of a device: ours on a CPU, PyTorch's elsewhere."""
+    return cpu_attention() if device == "cpu" else "sdpa"
 
 
 @functools.cache
@@ -21,10 +28,13 @@ def cpu_attention() -> str:
 
     def forward(module, query, key, value, mask, scaling=None, **kwargs):
         """query (B, H, T, D), key and value (B, G, T, D); returns (B, T, H, D) and no weights."""
-        plain = mask is None and query.shape[2] == key.shape[2] and getattr(module, "is_causal", True)
-        if torch.is_grad_enabled() or query.shape[2] == 1 or not plain:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-        return causal(query, key, value, scaling or query.shape[-1] ** -0.5), None
+        scaling = scaling or query.shape[-1] ** -0.5
+        whole = query.shape[2] == key.shape[2] > 1 and getattr(module, "is_causal", True)
+        if whole and torch.is_grad_enabled() and query.shape[2] <= SHORT and not kwargs.get("dropout"):
+            return masked(query, key, value, mask, scaling), None
+        if whole and mask is None and not torch.is_grad_enabled():
+            return causal(query, key, value, scaling), None
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -46,4 +56,18 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
         scores[..., start:] += later[: stop - start, : stop - start]
         weights = scores.softmax(-1).view(groups, -1, stop)
         out[:, :, start:stop] = torch.bmm(weights, value[:, :stop]).view(groups, each, stop - start, width)
+    return out.view(b, heads, length, width).transpose(1, 2)
+
+
+def masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """The same under a mask (B, 1, T, T), True where a token may look (None: causal), with gradients."""
+    b, heads, length, width = query.shape
+    groups, each = b * key.shape[1], heads // key.shape[1]
+    key, value = key.reshape(groups, length, width).transpose(1, 2), value.reshape(groups, length, width)
+    scores = torch.bmm((query * scaling).reshape(groups, each * length, width), key)
+    seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask[:, :, None]
+    scores = scores.view(b, -1, each, length, length).masked_fill(~seen, torch.finfo(scores.dtype).min)
+    out = torch.bmm(scores.softmax(-1).view(groups, each * length, length).to(value.dtype), value)
     return out.view(b, heads, length, width).transpose(1, 2)

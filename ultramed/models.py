@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ultramed.attention import cpu_attention
+from ultramed.attention import attention_for
 from ultramed.schema import ConfigError, LoraSettings, ModelConfig
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
@@ -99,6 +99,13 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     """A model to start from, with a tokenizer whose pad token is not its end token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if config.name.startswith(("http://", "https://")):
+        url, mark, model = config.name.partition("#")
+        if not mark or not model:
+            raise ConfigError(f"a server's model is url#model, such as http://localhost:8000/v1#my-model; got {config.name!r}")
+        about = {"kind": "server", "name": config.name, "url": url, "model": model, "template": config.template}
+        write_json(out / "model.json", about)
+        return {}
     if config.name == TINY:
         model, tokenizer = tiny_llama()
     elif config.name in BUNDLED:
@@ -191,6 +198,8 @@ def resolve(name: str) -> Artifact:
 def location(model: Artifact) -> dict:
     """Arguments of `from_pretrained` for the whole model under an artifact."""
     about = card(base_of(model))
+    if about["kind"] == "server":
+        raise ConfigError(f"{about['name']} is a server: it can answer questions, but its weights are not at hand")
     if about["kind"] == "reference":
         return {"pretrained_model_name_or_path": about["name"], "revision": about["revision"]}
     return {"pretrained_model_name_or_path": str(base_of(model).path)}
@@ -226,7 +235,7 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
         )
     with quiet():
         net = AutoModelForCausalLM.from_pretrained(
-            **location(model), dtype=dtype, attn_implementation=cpu_attention() if device == "cpu" else "sdpa",
+            **location(model), dtype=dtype, attn_implementation=attention_for(device),
             use_safetensors=True, **extra,
         )  # fmt: skip
     if about["kind"] == "adapter":
@@ -299,8 +308,8 @@ def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, check
     }.get(method, {})
     with quiet():
         net = AutoModelForCausalLM.from_pretrained(
-            **location(model), dtype=torch.float32 if method == "full" else place.dtype, attn_implementation="sdpa",
-            use_safetensors=True, **extra,
+            **location(model), dtype=torch.float32 if method == "full" else place.dtype,
+            attn_implementation=attention_for(place.device), use_safetensors=True, **extra,
         )  # fmt: skip
         net.config.use_cache = False
         if method == "full":

@@ -33,6 +33,9 @@ class _FileBar:
         self.n += n
         self._show()
 
+    def set_postfix_str(self, text: str):
+        """Only a bar has room for it."""
+
     def close(self):
         self._show()
 

@@ -6,6 +6,7 @@ into two texts, which are tokenised apart and joined, so that training and gener
 
 import hashlib
 import html
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -102,6 +103,12 @@ def question_text(row: dict) -> str:
 def question_prompt(row: dict, answer_form: str) -> list[dict]:
     """Messages that ask a multiple-choice question and name the wanted form of the answer."""
     return [{"role": "system", "content": HINTS[answer_form]}, {"role": "user", "content": question_text(row)}]
+
+
+def names_option(prompt: list[dict], letter: str | None, reply: str) -> bool:
+    """Whether the reply holds the text that `letter` stands for in the question's list of options."""
+    found = re.search(rf"^{letter}\. (.+)$", prompt[-1]["content"], re.MULTILINE) if letter else None
+    return bool(found) and found[1].casefold() in reply.casefold()
 
 
 def answer_text(row: dict, answer_form: str) -> str:

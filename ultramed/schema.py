@@ -121,7 +121,7 @@ class EvalConfig(Strict):
     top_p: float = Field(0.9, gt=0, le=1)
     tries: int = Field(5, ge=1)
     likelihood_target: Literal["letter", "text"] = "letter"  # likelihood protocol: what is scored after the prompt
-    likelihood_prompt: Literal["template", "lm_eval"] = "template"
+    likelihood_prompt: Literal["template", "cloze", "lm_eval"] = "template"  # cloze: the question without its options
     batch_tokens: int = Field(8192, ge=64)  # padded prompt tokens of one batch
     seed: int = 0
 
@@ -155,7 +155,7 @@ class UsmleConfig(Strict):
 
 
 class PoolMember(Strict):
-    """A policy that gives candidates: 'base', the name of a mixture (its SFT policy), or 'reference' (the gold answer)."""
+    """Who gives candidates: 'base', the name of a mixture (its SFT policy), 'reference' (the gold answer), or 'guess'."""
 
     policy: str
     temperature: float = Field(1.0, gt=0)
@@ -195,17 +195,18 @@ class UltraMedicalConfig(Strict):
     reward_arms: dict[str, list[Literal["medical", "general"]]]
     reward_start: str = "base"  # what reward models start from: 'base', or a mixture's SFT policy
     judge_arm: str = "medical"  # the reward model of re-ranking and iteration
+    public_pairs: int = Field(100, ge=1)  # pairs a section of the public data that notebook 24 adds where it is at hand
     selection_n: int = Field(10, ge=2)
     iterative: IterativeConfig
     same_scale: bool = False  # whether models and data are the paper's, so that cells may be compared as numbers
 
     @model_validator(mode="after")
     def _known(self):
-        known = {"base", "reference", *self.mixtures}
+        known = {"base", "reference", "guess", *self.mixtures}
         for name, wanted, have in (
             ("pool", {m.policy for m in self.pool}, known),
             ("mixtures: needs ultramed and ultramix", {"ultramed", "ultramix"}, set(self.mixtures)),
-            ("reward_start", {self.reward_start}, known - {"reference"}),
+            ("reward_start", {self.reward_start}, known - {"reference", "guess"}),
             ("judge_arm", {self.judge_arm}, set(self.reward_arms)),
             ("iterative.arms", set(self.iterative.arms), set(self.preference_arms)),
         ):

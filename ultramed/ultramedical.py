@@ -57,17 +57,17 @@ class Suite:
     def sft(self, name: str) -> Artifact:
         """The policy fine-tuned on a mixture of the profile: 'ultramed', 'ultramix', or 'control'.
 
-        'control' is UltraMix with the questions whose answers the medical reward model was trained on: without it,
-        re-ranking would be praised for what more labelled questions do.
+        'control' is UltraMix trained on with the questions whose answers the medical reward model has seen: without
+        it, re-ranking would be praised for what more labelled questions do.
         """
         known(name, [*self.own.mixtures, "control"], f"profile {self.profile.name!r}, ultramedical.mixtures")
-        counts = dict(self.own.mixtures["ultramix" if name == "control" else name])
+        start, counts = self.base, self.own.mixtures.get(name)
         if name == "control":
-            labelled = {f"{source}[0:{count}]": 1.0 for source, count in self.own.prompts["medical"].items()}
-            counts = {**counts, **labelled}
+            start = self.sft("ultramix")
+            counts = {f"{source}[0:{count}]": 1.0 for source, count in self.own.prompts["medical"].items()}
         config = self.sft_config(counts)
         data = self.rows(config.mixture, config.seed)
-        return sft(config, model=self.base, data=data, template=self.config.template)
+        return sft(config, model=start, data=data, template=self.config.template)
 
     def prefer(self, mix: str, arm: str, **changes) -> Artifact:
         """Preference learning from the SFT policy `mix`, on medical pairs for UltraMed, on all for UltraMix."""
@@ -94,7 +94,7 @@ class Suite:
         made = {}
         for number, member in enumerate(self.own.pool):
             name, model = f"{member.policy}_t{str(member.temperature).replace('.', '')}", None
-            if member.policy != "reference":
+            if member.policy not in ("reference", "guess"):
                 model = self.base if member.policy == "base" else self.sft(member.policy)
             changes = {"n": member.n, "temperature": member.temperature, "seed": number}
             config = self.own.sample.model_copy(update=changes)
@@ -102,7 +102,7 @@ class Suite:
             for questions, side, select in self.prompts(spec, held=held):
                 given = {"questions": questions, "side": side, "select": select}
                 if model is None:
-                    made["reference"] = references(config, **given)
+                    made[member.policy] = references(config, **given, guess=member.policy == "guess")
                 else:
                     made[name] = samples(config, model=model, template=self.config.template, **given)
         return made

@@ -29,6 +29,8 @@ class Oracle:
     """Sees the reference answer: 6 points for the right option, 2 for the asked form, 1 for an end, up to half a point
     each for being short and for looking like the reference, which orders the wrong ones.
 
+    A reply whose text is not that of the option its letter stands for ("kidney stones (B)" where B is the heart) was
+    not meant: it has half the points of a right letter, and none for its form.
     Deterministic. Stands in for the paper's GPT-4 feedback where no judge is at hand; scores are on its scale, 0 to 10.
     """
 
@@ -36,9 +38,10 @@ class Oracle:
 
     def rate(self, row: dict, candidates: list[dict]) -> list[float | None]:
         def score(c: dict) -> float:
-            right = 6.0 if c["letter"] == row["gold"] else 0.0
+            meant = prompts.names_option(row["prompt"], c["letter"], c["text"])
+            right = (6.0 if meant else 3.0) if c["letter"] == row["gold"] else 0.0
             short, alike = min(1.0, 12 / max(c["tokens"], 1)), SequenceMatcher(None, c["text"], row["reference"]).ratio()
-            return right + 2.0 * c["strict"] + 1.0 * c["finished"] + 0.5 * short + 0.5 * alike
+            return right + 2.0 * (c["strict"] and meant) + 1.0 * c["finished"] + 0.5 * short + 0.5 * alike
 
         return [round(score(c), 3) for c in candidates]
 
@@ -53,7 +56,7 @@ class OracleConfig(Strict):
     annotator: str = "oracle"
 
 
-@stage(version=1)
+@stage(version=2)
 def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
     """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and judged by the oracle."""
     judge: Annotator = Oracle()

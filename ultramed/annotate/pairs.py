@@ -18,7 +18,7 @@ class PairConfig(Strict):
     """`take`: feedback artifact -> prompts used of it (0: all).
 
     rule: 'best_random' takes the best candidate against a random lower-ranked one; 'best_worst' against the worst;
-    'all' takes every ordered pair. Pairs whose scores differ by less than `margin`, or whose texts are equal, are ties
+    'all' takes every ordered pair, the closest `max_per_prompt` of a prompt. Pairs whose scores differ by less than `margin`, or whose texts are equal, are ties
     and give no pair.
     """
 
@@ -42,16 +42,14 @@ def ordered_pairs(row: dict, config: PairConfig, rng: random.Random) -> list[tup
 
     if config.rule == "all":
         pairs = [(a, b) for a, b in combinations(ranked, 2) if beats(a, b)]
-        return pairs if len(pairs) <= config.max_per_prompt else sorted(
-            rng.sample(pairs, config.max_per_prompt), key=lambda p: (-p[0]["score"], -p[1]["score"])
-        )  # fmt: skip
+        return sorted(pairs, key=lambda p: p[0]["score"] - p[1]["score"])[: config.max_per_prompt]
     lower = [c for c in ranked[1:] if beats(ranked[0], c)]
     if not lower:
         return []
     return [(ranked[0], rng.choice(lower) if config.rule == "best_random" else lower[-1])]
 
 
-@stage(version=2)
+@stage(version=3)
 def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     """Write `pairs.parquet` (canonical pair rows, shuffled) and report prompts, pairs and prompts that were all ties."""
     made, report = [], {}

@@ -7,6 +7,7 @@ import pandas as pd
 
 from ultramed import models, prompts
 from ultramed.data import rows as canonical
+from ultramed.evaluate.engine import open_engine, weights
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.ledger import Ledger
@@ -33,12 +34,12 @@ def answers(
     with Ledger(out / "answers.jsonl", key="id") as ledger:
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
-            tokenizer = models.load_tokenizer(model)
-            net = models.load(model, dtype=place.dtype, quantize=quantize)
-            bar = progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger))
-            with bar:
-                ASK[config.protocol](net, tokenizer, todo, config, prompts.TEMPLATES[template], ledger, bar)
-            del net
+            engine = open_engine(
+                model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype, quantize=quantize
+            )
+            with progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger)) as bar:
+                ASK[config.protocol](engine, todo, config, ledger, bar)
+            del engine
             models.free_memory()
         result = [ledger.rows[r["id"]] for r in rows]
     about = {"protocol": config.protocol, "template": template, "dtype": str(place.dtype), "device": place.device}
@@ -75,22 +76,19 @@ def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> d
     }  # fmt: skip
 
 
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _likelihood(net, tokenizer, rows, config, template, ledger, bar):
+def _likelihood(engine, rows, config, ledger, bar):
     """The option whose letter (or text) is most likely after the prompt; ties go to the first, as in the harness."""
-    items = []
+    local, items = weights(engine, "the likelihood protocol"), []
     for row in rows:
         if config.likelihood_prompt == "lm_eval":
             context, endings = lm_eval_prompt(row)
-            pairs = [encode_pair(tokenizer, context, e) for e in endings]
+            pairs = [encode_pair(local.tokenizer, context, e) for e in endings]
             items.append((pairs[0][0], [p[1] for p in pairs]))
         else:
-            prompt = template.render(prompts.question_prompt(row, config.answer_form), tokenizer)
+            closed = [{"role": "user", "content": row["question"]}]
+            asked = closed if config.likelihood_prompt == "cloze" else prompts.question_prompt(row, config.answer_form)
             wanted = row["options"].keys() if config.likelihood_target == "letter" else row["options"].values()
-            items.append((_ids(tokenizer, prompt), [_ids(tokenizer, w) for w in wanted]))
+            items.append((local.ids(local.shown(asked)), [local.ids(w) for w in wanted]))
 
     def done(batch, scores):
         made = []
@@ -100,18 +98,18 @@ def _likelihood(net, tokenizer, rows, config, template, ledger, bar):
         ledger.add(*made)
         bar.update(len(made))
 
-    score(net, tokenizer, items, budget=config.batch_tokens, done=done)
+    score(local.net, local.tokenizer, items, budget=config.batch_tokens, done=done)
 
 
-def _greedy(net, tokenizer, rows, config, template, ledger, bar):
-    texts = [template.render(prompts.question_prompt(row, config.answer_form), tokenizer) for row in rows]
+def _greedy(engine, rows, config, ledger, bar):
+    asked = [prompts.question_prompt(row, config.answer_form) for row in rows]
 
     def done(batch, replies):
-        ledger.add(*(_reply(rows[i], r, config, texts[i], 1) for i, r in zip(batch, replies, strict=True)))
+        made = zip(batch, replies, strict=True)
+        ledger.add(*(_reply(rows[i], r, config, engine.shown(asked[i]), 1) for i, r in made))
         bar.update(len(batch))
 
-    ids = [_ids(tokenizer, t) for t in texts]
-    generate(net, tokenizer, ids, Sampling(config.max_new_tokens), budget=config.batch_tokens, done=done)
+    engine.replies(asked, Sampling(config.max_new_tokens), done)
 
 
 def _reply(row, reply, config, prompt, tries) -> dict:
@@ -122,20 +120,22 @@ def _reply(row, reply, config, prompt, tries) -> dict:
     )  # fmt: skip
 
 
-def _medalpaca(net, tokenizer, rows, config, template, ledger, bar):
+def _medalpaca(engine, rows, config, ledger, bar):
     """Sampled answers behind a forced beginning, asked again up to `tries` times until one looks like an option.
 
     MedAlpaca, medalpaca/inferer.py and eval: T 0.4, top-k 50, top-p 0.9. What counts as looking like an option is our
     strict form 'B: text' or 'B. text', not the original pattern, which accepts 'I think' as option I.
     """
+    local = weights(engine, "MedAlpaca's forced beginning")
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     left, last = list(range(len(rows))), {}
-    texts = [template.render(prompts.question_prompt(row, "letter_first"), tokenizer) + PREFIX + " " for row in rows]
+    texts = [local.shown(prompts.question_prompt(row, "letter_first")) + PREFIX + " " for row in rows]
     # The space before the answer belongs to its first token, so that " B" is what the model is asked for.
-    ids = [_ids(tokenizer, t.rstrip(" ")) for t in texts]
+    ids = [local.ids(t.rstrip(" ")) for t in texts]
     for attempt in range(1, config.tries + 1):
         rngs = [item_rng(config.seed, rows[i]["id"], attempt) for i in left]
-        replies = generate(net, tokenizer, [ids[i] for i in left], sampling, budget=config.batch_tokens, rngs=rngs)
+        given = [ids[i] for i in left]
+        replies = generate(local.net, local.tokenizer, given, sampling, budget=config.batch_tokens, rngs=rngs)
         again = []
         for i, reply in zip(left, replies, strict=True):
             last[i] = _reply(rows[i], reply, config, texts[i], attempt)

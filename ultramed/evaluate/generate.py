@@ -14,6 +14,8 @@ import torch
 
 from ultramed.batching import batches, right_pad
 
+NUCLEUS = 256  # tokens sorted before the whole vocabulary is
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -97,14 +99,29 @@ def _pick(logits: torch.Tensor, sampling: Sampling, rngs) -> list[int]:
     """Next tokens of (B, V) logits; sampling draws one uniform number a row from that row's own stream."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    values, tokens = (logits / sampling.temperature).topk(k)
-    p = values.softmax(-1)
-    p = p.where(p.cumsum(-1) - p < sampling.top_p, 0)  # the most likely token always stays
+    u = torch.tensor([[r.random()] for r in rngs], device=logits.device, dtype=logits.dtype)
+    scaled, whole = logits / sampling.temperature, logits.shape[-1]
+    k = min(sampling.top_k or whole, whole)
+    if k < whole:
+        values, tokens = scaled.topk(k)
+        return _nucleus(values.softmax(-1), tokens, sampling.top_p, u).tolist()
+    # Sorting the vocabulary would take longer than the model: the likeliest few nearly always hold the nucleus.
+    values, tokens = scaled.topk(min(NUCLEUS, whole))
+    p = (values - scaled.logsumexp(-1, keepdim=True)).exp()
+    chosen = _nucleus(p, tokens, sampling.top_p, u)
+    flat = p.sum(-1) < sampling.top_p
+    if flat.any():
+        p, tokens = scaled[flat].softmax(-1).sort(-1, descending=True)
+        chosen[flat] = _nucleus(p, tokens, sampling.top_p, u[flat])
+    return chosen.tolist()
+
+
+def _nucleus(p: torch.Tensor, tokens: torch.Tensor, top_p: float, u: torch.Tensor) -> torch.Tensor:
+    """Tokens (B,) at the quantiles u (B, 1) of the sorted probabilities p (B, K), cut where they add up to top_p."""
+    p = p.where(p.cumsum(-1) - p < top_p, 0)  # the most likely token always stays
     cumulative = (p / p.sum(-1, keepdim=True)).cumsum(-1)
-    u = torch.tensor([[r.random()] for r in rngs], device=logits.device, dtype=p.dtype)
-    index = (cumulative < u).sum(-1, keepdim=True).clamp(max=k - 1)
-    return tokens.gather(-1, index)[:, 0].tolist()
+    index = (cumulative < u).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    return tokens.gather(-1, index)[:, 0]
 
 
 def _as_list(value) -> list:

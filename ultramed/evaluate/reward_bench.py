@@ -28,16 +28,16 @@ class BenchConfig(Strict):
     seed: int = 0
 
 
-def category(chosen: dict, rejected: dict) -> str | None:
-    """Category of a pair of candidates, of which only the first is right.
+def category(chosen: dict, rejected: dict) -> str:
+    """Category of a pair of candidates, of which only the first is right; both have `strict`.
 
-    length: the wrong one is at least a quarter longer. hard: both in the asked form, so that only the content tells.
-    easy: the wrong one is not even in that form. The paper sorts by GPT-4's score and by length in the same spirit; its
+    length: the wrong one is at least a quarter longer. hard: both in the asked form, the text that of the letter's
+    option, so that only the content tells. easy: the wrong one is not even in that form. The paper sorts by GPT-4's score and by length in the same spirit; its
     "human" pairs have no counterpart without human rankings.
     """
     if len(rejected["text"]) >= 1.25 * len(chosen["text"]) and rejected["strict"]:
         return "length"
-    return ("hard" if rejected["strict"] else "easy") if chosen["strict"] else None
+    return "hard" if rejected["strict"] else "easy"
 
 
 def section(row: dict) -> str:
@@ -45,19 +45,21 @@ def section(row: dict) -> str:
     return "reasoning" if row["prompt"][-1]["content"].startswith("What is ") else "chat"
 
 
-@stage(version=1)
+@stage(version=2)
 def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
     """Write `pairs.parquet`, subset = category. Medical categories are cut to the paper's proportions of one another."""
     found: dict[str, list[dict]] = {}
     for row in read_feedback(feedback):
         unique = list({c["text"]: c for c in row["candidates"] if c["text"].strip()}.values())
-        right = [c for c in unique if c["letter"] == row["gold"]]
+        for c in unique:
+            c["strict"] = c["strict"] and prompts.names_option(row["prompt"], c["letter"], c["text"])
+        right = [c for c in unique if c["letter"] == row["gold"] and c["strict"]]
         wrong = [c for c in unique if c["letter"] != row["gold"]]
         rng, taken = random.Random(f"{config.seed}:{row['id']}"), {}
         pairs = [(a, b) for a in right for b in wrong]
         for a, b in rng.sample(pairs, len(pairs)):
             name = category(a, b) if config.domain == "medical" else section(row)
-            if name is None or taken.get(name, 0) >= config.per_prompt:
+            if taken.get(name, 0) >= config.per_prompt:
                 continue
             taken[name] = taken.get(name, 0) + 1
             texts = {"chosen": prompts.said(a["text"]), "rejected": prompts.said(b["text"])}

@@ -6,7 +6,8 @@ from pathlib import Path
 from ultramed import models, prompts
 from ultramed.data import rows as canonical
 from ultramed.evaluate.accuracy import select_rows
-from ultramed.evaluate.generate import Sampling, generate, item_rng
+from ultramed.evaluate.engine import open_engine
+from ultramed.evaluate.generate import Sampling, item_rng
 from ultramed.ledger import Ledger
 from ultramed.parsing import parse
 from ultramed.progress import bar as progress_bar
@@ -14,7 +15,7 @@ from ultramed.schema import SampleConfig
 from ultramed.store import Artifact, stage
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def samples(
     out: Path, config: SampleConfig, *, model: Artifact, questions: Artifact, side: str = "test",
     select: dict | None = None, template: str = "chat", dtype: str = "auto",
@@ -25,14 +26,14 @@ def samples(
     An interrupted run goes on after the last finished batch.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
-    place, shape = models.placement(dtype), prompts.TEMPLATES[template]
+    place = models.placement(dtype)
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
-            tokenizer, net = models.load_tokenizer(model), models.load(model, dtype=place.dtype)
+            engine = open_engine(model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype)
             with progress_bar(len(rows), f"{config.n} samples", "question", initial=len(ledger)) as bar:
-                _sample(net, tokenizer, todo, config, shape, ledger, bar)
-            del net
+                _sample(engine, todo, config, ledger, bar)
+            del engine
             models.free_memory()
         kept = list(ledger.rows.values())
     replies = [reply for row in kept for reply in row["replies"]]
@@ -44,20 +45,32 @@ def samples(
     }  # fmt: skip
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def references(
-    out: Path, config: SampleConfig, *, questions: Artifact, side: str = "train", select: dict | None = None
-) -> dict:
-    """The reference answers in the shape of samples: the strong models of the paper's pool, where there is none."""
+    out: Path, config: SampleConfig, *, questions: Artifact, side: str = "train", select: dict | None = None,
+    guess: bool = False,
+) -> dict:  # fmt: skip
+    """`config.n` answers without a model, in the asked form: the reference answer, or guesses among all options.
+
+    The reference stands where the paper's pool has GPT-4. The guesser is the pool's weakest member, and the only one
+    that is wrong in perfect form: without it, wrong candidates differ from right ones in form, and that is all that a
+    reward model learns.
+    """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         for index, row in enumerate(rows):
-            text = prompts.answer_text(row, config.answer_form)
-            found = {"text": text, "letter": row["gold"], "rule": "reference", "strict": True, "tokens": len(text.split())}
-            if row["id"] not in ledger:
-                messages = prompts.question_prompt(row, config.answer_form)
-                ledger.add({**_about(row, index, config), "prompt": messages, "replies": [{**found, "finished": True}]})
-    return {"prompts": len(rows), "samples": len(rows)}
+            if row["id"] in ledger:
+                continue
+            rng = item_rng(config.seed, row["id"], "guess")
+            letters = [rng.choice(list(row["options"])) if guess else row["gold"] for _ in range(config.n)]
+            texts = [prompts.answer_text({**row, "gold": letter}, config.answer_form) for letter in letters]
+            how = {"rule": "guess" if guess else "reference", "strict": True, "finished": True}
+            replies = [
+                {"text": t, "letter": letter, "tokens": len(t.split()), **how} for t, letter in zip(texts, letters, strict=True)
+            ]
+            messages = prompts.question_prompt(row, config.answer_form)
+            ledger.add({**_about(row, index, config), "prompt": messages, "replies": replies})
+    return {"prompts": len(rows), "samples": config.n * len(rows)}
 
 
 def _about(row: dict, index: int, config: SampleConfig) -> dict:
@@ -67,10 +80,9 @@ def _about(row: dict, index: int, config: SampleConfig) -> dict:
     }  # fmt: skip
 
 
-def _sample(net, tokenizer, todo, config: SampleConfig, shape, ledger, bar) -> None:
+def _sample(engine, todo, config: SampleConfig, ledger, bar) -> None:
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.stop)
     messages = [prompts.question_prompt(row, config.answer_form) for _, row in todo]
-    ids = [tokenizer(shape.render(m, tokenizer), add_special_tokens=False)["input_ids"] for m in messages]
     waiting: dict[int, dict[int, dict]] = {n: {} for n in range(len(todo))}
 
     def done(batch, made):
@@ -87,9 +99,9 @@ def _sample(net, tokenizer, todo, config: SampleConfig, shape, ledger, bar) -> N
                 ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": given})
                 bar.update(1)
 
-    repeated = [p for p in ids for _ in range(config.n)]
+    repeated = [m for m in messages for _ in range(config.n)]
     rngs = [item_rng(config.seed, row["id"], k) for _, row in todo for k in range(config.n)]
-    generate(net, tokenizer, repeated, sampling, budget=config.batch_tokens, rngs=rngs, done=done)
+    engine.replies(repeated, sampling, done, rngs)
 
 
 def read_samples(artifact: Artifact) -> list[dict]:

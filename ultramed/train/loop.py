@@ -60,6 +60,7 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
         "fp16": place.dtype == torch.float16,
         "use_cpu": place.device == "cpu",
         "max_length": None,  # cut already
+        "train_sampling_strategy": "group_by_length",  # of the rows' column `length`
         "logging_steps": 1,
         "logging_first_step": True,
         "save_strategy": "steps" if config.save_steps else "no",

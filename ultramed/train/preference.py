@@ -15,7 +15,7 @@ from ultramed.train import loop, losses
 
 
 def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> tuple[list[dict], dict]:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids`, linted. Pairs that do not fit whole are dropped and counted.
+    """`prompt_ids`, `chosen_ids`, `rejected_ids`, linted, and `length`, the longer one's with its prompt. Pairs that do not fit whole are dropped and counted.
 
     Cutting a completion would make a reply without an end the better one.
     """
@@ -31,8 +31,9 @@ def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: in
             start = made["completion_mask"].index(1)
             ids["prompt_ids"], ids[f"{side}_ids"] = made["input_ids"][:start], made["input_ids"][start:]
             counts["tokens"] += len(made["input_ids"])
-        if len(ids) == 3:
-            out.append(ids)
+        if "rejected_ids" in ids:
+            length = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+            out.append({**ids, "length": length})
         else:
             counts["dropped"] += 1
     if not out:
@@ -46,7 +47,7 @@ def unpair(rows: list[dict], shift: int) -> list[dict]:
     shift: rows to look back for the other reply; two of a pair stand next to each other, so 2 is the least.
     """
     single = [
-        {"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{side}_ids"], "label": side == "chosen"}
+        {"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{side}_ids"], "label": side == "chosen", "length": r["length"]}
         for r in rows
         for side in ("chosen", "rejected")
     ]
@@ -98,7 +99,7 @@ def _trainer(config: PreferenceConfig):
     return trl.DPOTrainer, trl.DPOConfig, {"beta": config.beta, "loss_type": [name]}
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def preference(
     out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
     template: str = "chat",
@@ -119,7 +120,7 @@ def preference(
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
         frozen = models.load(reference or model, dtype=torch.float32 if config.method == "full" else None)
         frozen.requires_grad_(False)
-    longest = max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows)
+    longest = max(r["length"] for r in rows)
     micro, accumulation = loop.batch_plan(config, 2 * longest)
     data = rows
     if config.loss == "kto":

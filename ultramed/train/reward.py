@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ultramed import models, prompts
+from ultramed.attention import attention_for
 from ultramed.batching import batches, trees
 from ultramed.data import rows as canonical
 from ultramed.prompts import TEMPLATES, Template
@@ -70,7 +71,7 @@ def read_head(net) -> None:
     net.forward = types.MethodType(forward, net)
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str = "chat") -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
 
@@ -102,13 +103,18 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
         counts["replies"] += len(replies)
         counts["tokens"] += len(prompt) + length
         longest = max(longest, len(prompt) + length)
-        groups.append({"prompt": prompt, "pairs": [[e["chosen_ids"], e["rejected_ids"]] for e in encoded]})
+        pairs_of = [[e["chosen_ids"], e["rejected_ids"]] for e in encoded]
+        groups.append({"prompt": prompt, "pairs": pairs_of, "length": len(prompt) + length})
     if not groups:
         raise ConfigError(f"no pair fits into max_length {config.max_length}: nothing to train on")
     torch.manual_seed(config.seed)  # the new head
     with models.quiet():
         net = AutoModelForSequenceClassification.from_pretrained(
-            **models.location(model), num_labels=1, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            **models.location(model),
+            num_labels=1,
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation=attention_for(models.placement().device),
         )
     net.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(net.score.weight, std=1 / (net.config.hidden_size + 1) ** 0.5)  # Stiennon et al. 2020
@@ -138,15 +144,13 @@ def load_reward(model: Artifact):
     """The reward model, ready for `score_rows`. Raises ConfigError if the artifact is not one."""
     from transformers import AutoModelForSequenceClassification
 
-    from ultramed.attention import cpu_attention
-
     place, about = models.placement(), models.card(model)
     if about["kind"] not in ("reward", "reference"):
         raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {about['kind']}; train one with `reward`")
     with models.quiet():
         net = AutoModelForSequenceClassification.from_pretrained(
             **models.location(model), dtype=place.dtype, use_safetensors=True,
-            attn_implementation=cpu_attention() if place.device == "cpu" else "sdpa",
+            attn_implementation=attention_for(place.device),
         )  # fmt: skip
     if net.config.num_labels != 1:
         raise ConfigError(f"{models.card(model)['name']}: a reward model has one output, this one {net.config.num_labels}")

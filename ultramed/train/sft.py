@@ -51,7 +51,7 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
-@stage(version=2, also=prompts.wording)
+@stage(version=3, also=prompts.wording)
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
 ) -> dict:
@@ -77,8 +77,6 @@ def sft(
         **loop.settings(config, out, steps, micro, accumulation),
         activation_checkpointing=config.gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,239 @@
+"""The client against a server that misbehaves, over real sockets; test_server.py has a real model behind it."""
+
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from pydantic import BaseModel
+
+from ultramed.client import BudgetError, Request, ServerConfig, ServerError, ask, read_json, spent
+from ultramed.ledger import Ledger
+from ultramed.schema import ConfigError
+
+KEY = "sk-not-to-be-seen-anywhere"
+
+
+class Faulty:
+    """Answers with the last message reversed; `faults(number)` names what goes wrong with the n-th request, or None."""
+
+    def __init__(self, faults=lambda number: None, delay=0.0, answer=lambda body: body["messages"][-1]["content"][::-1]):
+        self.bodies, self.headers, self.busy, self.most, self.lock = [], [], 0, 0, threading.Lock()
+        self.done = collections.Counter()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with outer.lock:
+                    number = len(outer.bodies)
+                    outer.bodies.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer.busy += 1
+                    outer.most = max(outer.most, outer.busy)
+                try:
+                    time.sleep(delay)
+                    self.reply(faults(number), body)
+                finally:
+                    with outer.lock:
+                        outer.busy -= 1
+
+            def reply(self, fault, body):
+                if fault == "drop":
+                    self.connection.close()
+                    return
+                if isinstance(fault, tuple):
+                    status, text, extra = fault
+                else:
+                    status, extra = fault or 200, {}
+                    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+                    choice = {"message": {"role": "assistant", "content": answer(body)}, "finish_reason": "stop"}
+                    text = json.dumps({"choices": [choice], "usage": usage}) if status == 200 else "no"
+                    outer.done[body["messages"][0]["content"]] += status == 200
+                data = text.encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("content-length", str(len(data)))
+                    for name, value in extra.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client was killed
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def config(self, **more):
+        given = {"url": f"http://127.0.0.1:{self.http.server_port}/v1", "model": "m", "longest_wait": 0.05, **more}
+        return ServerConfig(**given)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def requests(count, **options):
+    return [Request(f"q{i}", [{"role": "user", "content": f"question {i}"}], options) for i in range(count)]
+
+
+def test_every_request_is_answered_once_in_order_and_never_more_than_allowed_at_a_time(tmp_path):
+    with Faulty(delay=0.01) as server:
+        rows = ask(server.config(concurrency=4), requests(40, temperature=0.5), tmp_path / "l.jsonl")
+        assert [r["id"] for r in rows] == [f"q{i}" for i in range(40)]
+        assert [r["text"] for r in rows] == [f"question {i}"[::-1] for i in range(40)]
+        assert server.most == 4
+        assert {b["temperature"] for b in server.bodies} == {0.5}
+        again = ask(server.config(), requests(40, temperature=0.5), tmp_path / "l.jsonl")
+        assert again == rows
+        assert len(server.bodies) == 40, "nothing is paid twice"
+        ask(server.config(), requests(1, temperature=0.9), tmp_path / "l.jsonl")
+        assert len(server.bodies) == 41, "other options are another request"
+
+
+def test_faults_are_tried_again_and_the_wait_that_the_server_asks_for_is_kept(tmp_path):
+    kinds = {0: "drop", 1: 500, 2: (429, "slow", {"retry-after": "1"}), 3: (200, "not json", {}), 4: (200, "{}", {}), 5: 503}
+    with Faulty(lambda n: kinds.get(n)) as server:
+        start = time.monotonic()
+        rows = ask(server.config(concurrency=1, longest_wait=1.0), requests(2), tmp_path / "l.jsonl")
+        assert time.monotonic() - start >= 1.0
+    assert [(r["status"], r["requests"]) for r in rows] == [("ok", 7), ("ok", 1)]
+
+
+def test_what_stays_unanswered_is_an_error_and_the_rest_is_kept(tmp_path):
+    with Faulty(lambda n: None if n < 3 else 500) as server:
+        with pytest.raises(ServerError, match=r"2 of 5 requests have no answer after 2 tries each.*HTTP 500"):
+            ask(server.config(concurrency=1, tries=2), requests(5), tmp_path / "l.jsonl")
+    with Ledger(tmp_path / "l.jsonl") as ledger:
+        assert len(ledger) == 3
+    with Faulty() as server:
+        rows = ask(server.config(), requests(5), tmp_path / "l.jsonl")
+        assert len(server.bodies) == 2
+        assert len(rows) == 5
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "OPENAI_API_KEY"), (404, "/chat/completions"), (400, "did not understand")])
+def test_what_no_other_try_can_mend_stops_at_once(tmp_path, monkeypatch, status, hint):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Faulty(lambda n: (status, f"your key {KEY} is wrong", {})) as server:
+        with pytest.raises(ConfigError, match=hint) as caught:
+            ask(server.config(concurrency=2), requests(30), tmp_path / "l.jsonl")
+        assert len(server.bodies) <= 4
+        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in str(caught.value)
+    assert KEY not in (tmp_path / "l.jsonl").read_text()
+
+
+def test_budgets_stop_the_run_and_count_what_earlier_runs_spent(tmp_path):
+    with Faulty() as server:
+        with pytest.raises(BudgetError, match=r"used up \(6 requests, 30 tokens\); 4 of 10 are left"):
+            ask(server.config(concurrency=1, max_requests=6), requests(10), tmp_path / "l.jsonl")
+        with pytest.raises(BudgetError):
+            ask(server.config(concurrency=1, max_tokens=40), requests(10), tmp_path / "l.jsonl")
+        assert len(server.bodies) == 8
+        ask(server.config(), requests(10), tmp_path / "l.jsonl")
+    with Ledger(tmp_path / "l.jsonl") as ledger:
+        assert spent(ledger) == {"requests": 10, "tokens": 50}
+
+
+class Score(BaseModel):
+    score: int
+    why: str = ""
+
+
+def test_structured_answers_are_asked_for_mended_once_and_named_when_they_fail(tmp_path):
+    def answer(body):
+        first, last = body["messages"][0]["content"], body["messages"][-1]["content"]
+        if first == "question 0":
+            return 'Sure:\n```json\n{"score": 7, "why": "ok",}\n```'
+        if first == "question 1":
+            return '{"score": 3}' if "cannot be used" in last else "seven"
+        return '{"score": "many"}'
+
+    with Faulty(answer=answer) as server:
+        rows = ask(server.config(concurrency=1), requests(3), tmp_path / "l.jsonl", schema=Score)
+        assert server.bodies[0]["response_format"]["json_schema"]["schema"]["required"] == ["score"]
+    assert [r["status"] for r in rows] == ["ok", "ok", "unparsed"]
+    assert [r["value"] for r in rows] == [{"score": 7, "why": "ok"}, {"score": 3, "why": ""}, None]
+    assert [r["requests"] for r in rows] == [1, 2, 2]
+    assert "score" in rows[2]["reason"]
+
+
+def test_a_server_without_structured_outputs_is_asked_without(tmp_path):
+    def faults(n):
+        return (400, '{"error": "unknown field response_format"}', {}) if n == 0 else None
+
+    with Faulty(faults, answer=lambda body: '{"score": 1}') as server:
+        rows = ask(server.config(concurrency=1), requests(2), tmp_path / "l.jsonl", schema=Score)
+        assert ["response_format" in b for b in server.bodies] == [True, False, False]
+    assert [r["value"]["score"] for r in rows] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"score": 2}', 'x {"a": 1} {"score": 2}', '```\n{"score": 2, }```', '{"score": 2} {"score": 3}']
+)
+def test_the_first_object_that_fits_is_read(text):
+    assert read_json(text, Score)[0] == {"score": 2, "why": ""}
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "https://me:key@host/v1", "https://host/v1?key=1"])
+def test_addresses_that_cannot_be_used_or_hold_a_key(url):
+    with pytest.raises(ValueError, match="url"):
+        ServerConfig(url=url, model="m")
+
+
+def test_it_works_where_an_event_loop_is_running_as_in_a_notebook(tmp_path):
+    import asyncio
+
+    async def cell(server):
+        return ask(server.config(), requests(3), tmp_path / "l.jsonl")
+
+    with Faulty() as server:
+        assert len(asyncio.run(cell(server))) == 3
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from ultramed.client import Request, ServerConfig, ask
+requests = [Request(f"q{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(500)]
+ask(ServerConfig(url=sys.argv[1], model="m", longest_wait=0.2, tries=20), requests, Path(sys.argv[2]))
+"""
+
+
+def test_500_requests_survive_faults_and_three_kills(tmp_path):
+    """20% of the requests fail, connections drop, the client is killed three times: 500 rows, each once."""
+    rng = random.Random(0)
+
+    def faults(number):
+        return rng.choice([500, 429, 503, "drop"]) if rng.random() < 0.2 else None
+
+    path, size = tmp_path / "l.jsonl", lambda: path.read_text().count("\n") if path.exists() else 0
+    with Faulty(faults, delay=0.02) as server:
+        command = [sys.executable, "-c", CLIENT, server.config().url, str(path)]
+        for stop in (100, 230, 390):
+            client = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "TQDM_DISABLE": "1"})
+            while client.poll() is None and size() < stop:
+                time.sleep(0.005)
+            client.send_signal(signal.SIGKILL)
+            client.wait()
+            assert stop <= size() < 500
+        assert subprocess.run(command, stderr=subprocess.PIPE, check=False).returncode == 0
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert sorted(r["id"] for r in rows) == sorted(f"q{i}" for i in range(500))
+        assert all(r["text"] == f"question {r['id'][1:]}"[::-1] for r in rows)
+        # Only what was on its way when the client was killed can have been answered without having been written down.
+        assert sum(server.done.values()) - 500 <= 3 * 16

@@ -1,0 +1,89 @@
+"""Who writes the replies: weights on this machine, or a server behind a URL (vLLM, transformers serve, a hosted model).
+
+A model named 'http://host:port/v1#model' is a server's. Both engines take conversations and give `Reply`s; what needs
+the weights themselves (likelihoods, words put into the model's mouth) only the local one can do.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ultramed import models
+from ultramed.client import Request, ServerConfig, ask
+from ultramed.evaluate.generate import Reply, Sampling, generate
+from ultramed.prompts import Template
+from ultramed.schema import ConfigError
+from ultramed.store import Artifact
+
+Done = Callable[[list[int], list[Reply]], None]
+
+
+class Engine(Protocol):
+    """`replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling."""
+
+    def shown(self, messages: list[dict]) -> str: ...
+
+    def replies(
+        self, conversations: list[list[dict]], sampling: Sampling, done: Done, rngs: list[random.Random] | None = None
+    ) -> None: ...
+
+
+class Local:
+    """Weights in memory: token-budget batches, a prompt read once for all its samples."""
+
+    def __init__(self, model: Artifact, template: Template, budget: int, dtype=None, quantize: str | None = None):
+        self.tokenizer, self.template, self.budget = models.load_tokenizer(model), template, budget
+        self.net = models.load(model, dtype=dtype, quantize=quantize)
+
+    def shown(self, messages: list[dict]) -> str:
+        return self.template.render(messages, self.tokenizer)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def replies(self, conversations, sampling, done, rngs=None) -> None:
+        given = [self.ids(self.shown(messages)) for messages in conversations]
+        generate(self.net, self.tokenizer, given, sampling, budget=self.budget, rngs=rngs, done=done)
+
+
+class Server:
+    """A server's replies. The template is the server's own; `path` keeps what was paid for."""
+
+    def __init__(self, config: ServerConfig, path: Path):
+        self.config, self.path = config, path
+
+    def shown(self, messages: list[dict]) -> str:
+        return json.dumps(messages, ensure_ascii=False)
+
+    def replies(self, conversations, sampling, done, rngs=None) -> None:
+        options: dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        if sampling.temperature:
+            options["top_p"] = sampling.top_p
+        requests = [
+            Request(str(i), messages, options | ({"seed": rngs[i].getrandbits(31)} if rngs else {}))
+            for i, messages in enumerate(conversations)
+        ]
+        rows = ask(self.config, requests, self.path, desc=f"{self.config.model} replies")
+        made = [Reply(row["text"], row["completion_tokens"], row["finish_reason"] != "length") for row in rows]
+        done(list(range(len(made))), made)
+
+
+def open_engine(
+    model: Artifact, template: Template, out: Path, *, budget: int, dtype=None, quantize: str | None = None
+) -> Local | Server:
+    """The engine that a model's card names; a server's ledger goes to `out`/requests.jsonl."""
+    about = models.card(model)
+    if about["kind"] != "server":
+        return Local(model, template, budget, dtype, quantize)
+    if quantize:
+        raise ConfigError(f"{about['name']} is behind a URL: start the server with quantised weights instead")
+    return Server(ServerConfig(url=about["url"], model=about["model"]), out / "requests.jsonl")
+
+
+def weights(engine: Local | Server, what: str) -> Local:
+    """The engine, if it has weights; else ConfigError saying that `what` needs them."""
+    if isinstance(engine, Server):
+        raise ConfigError(f"{what} needs the weights, and {engine.config.url} gives replies only; use protocol=greedy")
+    return engine
