@@ -60,7 +60,8 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
         "fp16": place.dtype == torch.float16,
         "use_cpu": place.device == "cpu",
         "max_length": None,  # cut already
-        "train_sampling_strategy": "group_by_length",  # of the rows' column `length`
+        "train_sampling_strategy": "group_by_length",  # of the rows' column `length`,
+        "remove_unused_columns": False,  # which would go otherwise
         "logging_steps": 1,
         "logging_first_step": True,
         "save_strategy": "steps" if config.save_steps else "no",

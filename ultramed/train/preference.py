@@ -92,7 +92,7 @@ def _trainer(config: PreferenceConfig):
     import trl
 
     if config.loss == "kto":
-        return trl.KTOTrainer, trl.KTOConfig, {"beta": config.beta, "loss_type": "kto"}
+        return trl.KTOTrainer, trl.KTOConfig, {"beta": config.beta, "loss_type": "kto", "train_sampling_strategy": "sequential"}
     if config.loss == "kto_pair":
         return pairwise_kto(), trl.DPOConfig, {"beta": config.beta}
     name = {"dpo": "sigmoid", "nca": "nca_pair"}.get(config.loss, config.loss)
@@ -128,12 +128,8 @@ def preference(
         micro, accumulation = 2 * micro, accumulation  # a pair is two rows there
     steps = loop.step_count(config, len(rows))
     base, arguments, own = _trainer(config)
-    args = arguments(
-        **loop.settings(config, out, steps, micro, accumulation),
-        gradient_checkpointing=config.gradient_checkpointing,
-        disable_dropout=True,
-        **own,
-    )
+    shared = loop.settings(config, out, steps, micro, accumulation)
+    args = arguments(**{**shared, **own}, gradient_checkpointing=config.gradient_checkpointing, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = loop.own_tokens(base)(

@@ -125,7 +125,6 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
         **loop.settings(config, out, steps, micro, accumulation),
         gradient_checkpointing=config.gradient_checkpointing,
         center_rewards_coefficient=config.centre or None,
-        remove_unused_columns=False,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

