@@ -114,9 +114,9 @@ def test_faults_are_tried_again_and_the_wait_that_the_server_asks_for_is_kept(tm
 
 
 def test_what_stays_unanswered_is_an_error_and_the_rest_is_kept(tmp_path):
-    with Faulty(lambda n: None if n < 3 else 500) as server:
-        with pytest.raises(ServerError, match=r"2 of 5 requests have no answer after 2 tries each.*HTTP 500"):
-            ask(server.config(concurrency=1, tries=2), requests(5), tmp_path / "l.jsonl")
+    why = r"2 of 5 requests have no answer after 2 tries each.*HTTP 500"
+    with Faulty(lambda n: None if n < 3 else 500) as server, pytest.raises(ServerError, match=why):
+        ask(server.config(concurrency=1, tries=2), requests(5), tmp_path / "l.jsonl")
     with Ledger(tmp_path / "l.jsonl") as ledger:
         assert len(ledger) == 3
     with Faulty() as server:

@@ -29,7 +29,8 @@ def found(r, c):
 def test_rules_by_hand():
     r = row(3, 9, 9, 5)
     assert found(r, config("best_worst")) == [(9, 3)]
-    assert found(r, config("all")) == [(9, 5), (9, 3), (9, 5), (9, 3), (5, 3)]
+    assert found(r, config("all")) == [(5, 3), (9, 5), (9, 5), (9, 3), (9, 3)], "the closest first"
+    assert found(r, config("all", max_per_prompt=2)) == [(5, 3), (9, 5)]
     assert found(r, config("all", margin=4.5)) == [(9, 3), (9, 3)]
     assert found(r, config("best_random"))[0] in {(9, 5), (9, 3)}
     seen = {ordered_pairs(r, config("best_random"), random.Random(i))[0][1]["score"] for i in range(50)}

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from ultramed.data import sources
+from ultramed.data.catalog import SOURCES, stated_score
 from ultramed.data.mixture import MixtureConfig, mixture
-from ultramed.data.rows import read_instructions, read_questions
-from ultramed.data.sources import SOURCES, SourceConfig, adapt, local_files, source
+from ultramed.data.rows import read_instructions, read_questions, read_table
+from ultramed.data.sources import SourceConfig, adapt, local_files, source
 from ultramed.schema import ConfigError
 
 LOCAL = [name for name, spec in SOURCES.items() if spec.files and name != "usmle_self_assessment"]
@@ -30,6 +31,46 @@ def test_medqa_rows(data):
     assert rows[0]["dataset"] == rows[0]["subset"] == "medqa"
 
 
+def test_models_answers_come_with_the_questions_and_give_the_recorded_accuracy(data):
+    rows = read_questions(source(SourceConfig(name="mirage_medqa")) / "test.parquet")
+    made = {}
+    for row in rows:
+        for answer in row["meta"]["answers"]:
+            made.setdefault((answer["model"], answer["setting"]), []).append(answer["predicted"] == row["gold"])
+    share = {key: round(100 * sum(hits) / len(hits), 2) for key, hits in made.items()}
+    assert share["gpt-4-32k", "cot"] == 82.95
+    assert share["gpt-35-turbo-16k", "cot"] == 64.88
+
+
+@pytest.mark.parametrize(
+    ("sentence", "score"),
+    [
+        ("This question would likely be rated around a 7 or 8. It requires", 7),
+        ("I would rate this question a 10.", 10),
+        ("Question 3 is hard.\n\nScore: 8\n\nJustification: two steps", 8),
+        ("It names 3 drugs.", None),
+        (None, None),
+    ],
+)
+def test_the_score_in_a_sentence(sentence, score):
+    assert stated_score(sentence) == score
+
+
+def test_ultramedicals_rows_keep_task_score_and_answer(data):
+    rows = read_instructions(source(SourceConfig(name="ultramedical")) / "train.parquet")
+    assert {r["meta"]["task"] for r in rows} >= {"MedQA"}
+    assert sum(r["meta"]["score"] is not None for r in rows) == 50
+
+
+def test_prompts_and_statements_are_kept(data):
+    kqa = read_table(source(SourceConfig(name="k_qa")) / "test.parquet")
+    assert all(row["meta"]["must_have"] for row in kqa)
+    turns = read_table(source(SourceConfig(name="mt_bench")) / "test.parquet")
+    assert {len(row["meta"]["turns"]) for row in turns} == {2}
+    languages = {row["meta"]["language"] for row in read_table(source(SourceConfig(name="curemed")) / "test.parquet")}
+    assert len(languages) == 13
+
+
 def test_a_rejected_row_names_file_row_and_reason():
     good, bad = adapt(
         SOURCES["alpaca"], [{"instruction": "Hi", "input": "", "output": "Hello"}, {"instruction": "x"}], "train", "a.parquet"
@@ -42,8 +83,8 @@ def test_a_set_that_is_not_at_hand_says_what_to_put_where(monkeypatch):
     monkeypatch.delenv("ULTRAMED_DATA", raising=False)
     with pytest.raises(ConfigError, match=r"questions\.jsonl into \$ULTRAMED_DATA/usmle_self_assessment"):
         source(SourceConfig(name="usmle_self_assessment"))
-    with pytest.raises(ConfigError, match="did you mean 'medqa'"):
-        sources.get("medqua")
+    with pytest.raises(ConfigError, match="did you mean 'pubmedqa'"):
+        sources.get("pubmedq")
     monkeypatch.setenv("ULTRAMED_DATA", "/nowhere/at/all")
     with pytest.raises(ConfigError, match="not a folder"):
         sources.data_root()

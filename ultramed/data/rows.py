@@ -54,6 +54,17 @@ class Instruction(BaseModel):
     meta: dict = {}
 
 
+class Prompt(BaseModel):
+    """Something to answer, for which there is no training answer; `reference` is what a judge may look at."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    source: str
+    prompt: list[Message] = Field(min_length=1)
+    reference: str = ""
+    meta: dict = {}
+
+
 class Pair(BaseModel):
     """Two completions of one prompt, the better one named. `meta`: scores, models, and the prompt's id."""
 
@@ -71,6 +82,9 @@ class Pair(BaseModel):
         if self.chosen[0].content == self.rejected[0].content:
             raise ValueError("rejected: the same text as chosen; such a pair prefers nothing")
         return self
+
+
+KINDS: dict[str, type[BaseModel]] = {"questions": Question, "instructions": Instruction, "prompts": Prompt, "pairs": Pair}
 
 
 def read_table(path: Path) -> list[dict]:
