@@ -50,6 +50,7 @@ def test_imports_only_go_down():
         "progress",
         "store",
         "weights",
+        "client",
         "attention",
         "batching",
         "models",
