@@ -137,6 +137,7 @@ class UsmleConfig(Strict):
     dev_sources: list[str] = Field(min_length=1)  # where the loss that chooses a learning rate is measured
     tuning_questions: int = Field(100, ge=1)  # dev questions of each of them
     paper_learning_rate: float = 2e-5  # MedAlpaca's one rate for all arms
+    paper_rate_arms: list[str] | None = None  # arms that are run at it, too; None: all that differ in method
     letter_seeds: int = Field(3, ge=0)  # seeds of the letter-first arms
     letter_arms: list[str] = []
     tries_limit: int = Field(0, ge=0)  # questions a subset under MedAlpaca's 5-try protocol; 0: all of the seed's
@@ -148,9 +149,10 @@ class UsmleConfig(Strict):
         sizes = {k: len(v) for k, v in self.grid.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"every method must be tuned over as many learning rates as the others, got {sizes}")
-        unknown = set(self.letter_arms) - set(self.arms)
-        if unknown:
-            raise ValueError(f"letter_arms names {sorted(unknown)}, which arms does not have: {sorted(self.arms)}")
+        for name in ("letter_arms", "paper_rate_arms"):
+            unknown = set(getattr(self, name) or ()) - set(self.arms)
+            if unknown:
+                raise ValueError(f"{name} names {sorted(unknown)}, which arms does not have: {sorted(self.arms)}")
         return self
 
 
