@@ -53,7 +53,7 @@ def tokenizer(bench):
 
 @pytest.fixture(scope="session")
 def exam(smoke):
-    from ultramed.usmle import dataset
+    from ultramed.data.sources import dataset
 
     return dataset(smoke, "exam")
 

@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on(bench, exam, fresh_store, monkeypatch):
 
     own = {"model": models.base_model(bench.config), "select": {"step1": [0, 6]}}
     from ultramed.config import load_profile
-    from ultramed.usmle import dataset
+    from ultramed.data.sources import dataset
 
     own["questions"] = dataset(load_profile("smoke"), "exam")
     real, calls = module.generate, []

@@ -310,18 +310,42 @@ def data_list() -> None:
     console.print(table)
 
 
-@data_app.command("build")
-def data_build(
+@data_app.command("read")
+def data_read(
     names: Annotated[list[str], typer.Argument(help="Names of `ultramed data list`, or 'exam'.")],
     profile: ProfileOption = "laptop",
 ) -> None:
     """Read data sets into canonical rows in the store and print their counts."""
-    from ultramed.usmle import dataset
+    from ultramed.data.sources import dataset
 
     resolved = config.load_profile(profile)
     for name in names:
         art = dataset(resolved, name)
         console.print(f"{name}: {art.metrics['counts']}  {art.stage}/{art.key}", highlight=False)
+
+
+@data_app.command("build")
+def data_build(
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the collection.")],
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+    push: Annotated[str, typer.Option("--push", help="Hub id to publish it as; nothing is sent without it.")] = "",
+) -> None:
+    """Build the profile's collection of the sources at hand: filtered, checked against test sets, with its card."""
+    from shutil import copytree
+
+    from ultramed.data.collection import collect
+
+    if out.exists():
+        raise schema.ConfigError(f"{out} exists; give a new folder")
+    found = collect(config.load_profile(profile, overrides))
+    copytree(found.made.path, out)
+    console.print(f"{found.made.metrics['rows']} rows in {out}; not at hand: {', '.join(found.missing) or 'nothing'}")
+    if push:
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(push, repo_type="dataset", private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=push, folder_path=out, repo_type="dataset")
 
 
 @store_app.command("ls")

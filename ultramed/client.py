@@ -37,18 +37,19 @@ class BudgetError(ServerError):
 class ServerConfig(Strict):
     """Where to ask, how hard, and how much it may cost. `url` ends before /chat/completions, mostly in /v1.
 
-    The budgets count everything in the ledger, earlier runs included; 0 means no limit.
+    Only url and model say what comes out; the rest is left out of an artifact's key. The budgets count everything in
+    the ledger, earlier runs included; 0 means no limit.
     """
 
     url: str
     model: str
-    key_env: str = "OPENAI_API_KEY"  # environment variable with the key; need not be set for a server without one
-    concurrency: int = Field(16, ge=1)
-    timeout: float = Field(120.0, gt=0)  # seconds for one answer
-    tries: int = Field(8, ge=1)  # of one request, before it is given up for this run
-    longest_wait: float = Field(60.0, gt=0)  # seconds between two tries
-    max_requests: int = Field(0, ge=0)
-    max_tokens: int = Field(0, ge=0)  # prompt and completion together
+    key_env: str = Field("OPENAI_API_KEY", exclude=True)  # variable with the key; need not be set for a server without one
+    concurrency: int = Field(16, ge=1, exclude=True)
+    timeout: float = Field(120.0, gt=0, exclude=True)  # seconds for one answer
+    tries: int = Field(8, ge=1, exclude=True)  # of one request, before it is given up for this run
+    longest_wait: float = Field(60.0, gt=0, exclude=True)  # seconds between two tries
+    max_requests: int = Field(0, ge=0, exclude=True)
+    max_tokens: int = Field(0, ge=0, exclude=True)  # prompt and completion together
 
     @field_validator("url")
     @classmethod

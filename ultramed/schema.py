@@ -217,6 +217,43 @@ class UltraMedicalConfig(Strict):
         return self
 
 
+How = Literal["exact", "ngram", "minhash", "cosine", "ultramedical"]
+
+
+class CheckConfig(Strict):
+    """How training rows are compared with test questions; `how` in the order of the report."""
+
+    how: list[How] = ["exact", "ngram", "minhash", "cosine", "ultramedical"]
+    ngram: int = Field(10, ge=2)  # words in a run
+    share: float = Field(0.5, ge=0, le=1)  # of the test question's runs
+    jaccard: float = Field(0.5, gt=0, le=1)
+    cosine: float = Field(0.9, gt=0, le=1)
+    encoder: Literal["tfidf", "minilm"] = "tfidf"
+    examples: int = Field(3, ge=0)  # of hits, for each source, test set and way
+
+
+class BuildConfig(Strict):
+    """`min_score`: rows whose complexity is known and lower go; `near`: Jaccard similarity from which two are one."""
+
+    name: str = "ultramed-collection"
+    min_score: float = Field(0.0, ge=0)
+    near: float = Field(0.8, gt=0, le=1)
+    answer_form: AnswerForm = "content_first"
+
+
+class CollectionConfig(Strict):
+    """Notebook 20. Names are of data sets, or ours where the value says what is taken ('exam:open'); what is not at hand
+    is left out and listed."""
+
+    sources: dict[str, str | None]  # None leaves one out that a profile beneath names
+    tests: list[str]  # data sets whose test side must not be in the collection
+    check: CheckConfig = CheckConfig()
+    build: BuildConfig = BuildConfig()
+    planted: int = Field(300, ge=3)  # perturbed test questions, to see what the checks find
+    map_rows: int = Field(1200, ge=20)  # rows of the topic map, drawn evenly from the sources
+    clusters: int = Field(12, ge=2)
+
+
 class Profile(Strict):
     name: str
     description: str
@@ -227,3 +264,4 @@ class Profile(Strict):
     eval: EvalConfig = EvalConfig()
     usmle: UsmleConfig
     ultramedical: UltraMedicalConfig | None = None
+    collection: CollectionConfig | None = None

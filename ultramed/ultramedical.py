@@ -14,6 +14,7 @@ from ultramed.annotate.judge import OracleConfig, feedback, reward_feedback
 from ultramed.annotate.pairs import PairConfig, pairs
 from ultramed.config import known, merge, preference_config, validate
 from ultramed.data.mixture import MixtureConfig, mixture
+from ultramed.data.sources import dataset
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.sample import read_feedback, references, samples
 from ultramed.schema import ConfigError, JudgeConfig, ModelConfig, Profile, TrainConfig
@@ -21,7 +22,6 @@ from ultramed.store import Artifact
 from ultramed.train.preference import preference
 from ultramed.train.reward import reward
 from ultramed.train.sft import sft
-from ultramed.usmle import dataset
 
 DOMAINS = ("medical", "general")
 

@@ -12,19 +12,13 @@ import pandas as pd
 from ultramed import models
 from ultramed.config import arm_config
 from ultramed.data import rows as canonical
-from ultramed.data.bundled import exam
 from ultramed.data.mixture import MixtureConfig, mixture
-from ultramed.data.sources import SourceConfig, source
+from ultramed.data.sources import dataset
 from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.schema import ModelConfig, Profile, TrainConfig
 from ultramed.store import Artifact
 from ultramed.train.sft import sft
-
-
-def dataset(profile: Profile, name: str) -> Artifact:
-    """The artifact of a data set: 'exam' is the bundled one, anything else is looked up in data/sources.py."""
-    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=name))
 
 
 def _names(counts: dict[str, Any]) -> list[str]:

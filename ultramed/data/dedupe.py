@@ -11,6 +11,7 @@ Four ways to look, from strict to loose:
 
 import hashlib
 import importlib.util
+import random
 import re
 import unicodedata
 from collections import defaultdict
@@ -226,3 +227,43 @@ def embedding_hits(
             ]
             bar.update(len(part))
     return out
+
+
+# ------------------------------------------------------------------------------------------------------ a known case
+
+SYNONYMS = {
+    "man": "gentleman", "woman": "lady", "patient": "person", "comes": "presents", "presents": "comes", "history": "record",
+    "physician": "doctor", "emergency department": "emergency room", "following": "next", "shows": "reveals", "most likely": "probable",
+    "because": "since", "notable": "remarkable", "reports": "states", "which": "what", "pain": "ache", "years": "yrs",
+}  # fmt: skip
+STRENGTHS = {"light": 0.05, "medium": 0.2, "heavy": 0.45}
+
+
+def perturb(text: str, strength: float, rng: random.Random) -> str:
+    """A copy with about `strength` of its words changed: a synonym, a slip of the keys, a word left out, a number off by
+    one; from 0.2 on its sentences also change places. Stands in for the copies and paraphrases that real data hold."""
+    sentences = re.split(r"(?<=[.?!])\s+", text)
+    if strength >= 0.2:
+        rng.shuffle(sentences)
+    out = []
+    for word in " ".join(sentences).split():
+        if rng.random() >= strength:
+            out.append(word)
+        elif word.casefold() in SYNONYMS:
+            out.append(SYNONYMS[word.casefold()])
+        elif word.isdigit():
+            out.append(str(int(word) + rng.choice((-1, 1))))
+        elif len(word) > 3 and rng.random() < 0.5:
+            k = rng.randrange(len(word) - 1)
+            out.append(word[:k] + word[k + 1] + word[k] + word[k + 2 :])
+        # else the word is left out
+    return " ".join(out)
+
+
+def recall_precision(found: set[tuple[int, int]], planted: set[tuple[int, int]]) -> dict:
+    """Share of planted (train, test) pairs that were found, and share of the rows found that were planted."""
+    rows = {i for i, _ in found}
+    return {
+        "planted": len(planted), "recall": len(found & planted) / len(planted) if planted else None, "rows found": len(rows),
+        "precision": len(rows & {i for i, _ in planted}) / len(rows) if rows else None,
+    }  # fmt: skip

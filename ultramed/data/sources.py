@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ultramed.config import nearest
 from ultramed.data import rows as canonical
+from ultramed.data.bundled import exam
 from ultramed.data.catalog import SOURCES, Source
-from ultramed.schema import ConfigError, Strict
-from ultramed.store import sha256, stage
+from ultramed.schema import ConfigError, Profile, Strict
+from ultramed.store import Artifact, sha256, stage
 
 
 class SourceConfig(Strict):
@@ -111,6 +112,11 @@ def _own(out: Path, path: Path, *, limit: int = 0) -> dict:
     rows = canonical.read_questions(path)[: limit or None]
     canonical.write_rows(out / "test.parquet", rows)
     return {"counts": {"test": len(rows)}}
+
+
+def dataset(profile: Profile, name: str) -> Artifact:
+    """The artifact of a data set: 'exam' is the bundled one, anything else is a named source."""
+    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=name))
 
 
 def own_questions(path: Path, limit: int = 0):

@@ -91,3 +91,23 @@ def holm(pvalues: list[float]) -> list[float]:
         running = max(running, (len(pvalues) - rank) * pvalues[i])
         adjusted[i] = min(1.0, running)
     return adjusted.tolist()
+
+
+def krippendorff(ratings, level: str = "nominal") -> float:
+    """Krippendorff's alpha of ratings (units, raters), NaN where a rater gave none; 1 is agreement, 0 is chance.
+
+    level 'nominal' counts any difference as one, 'interval' takes its square. NaN if all ratings are the same.
+    Source: Krippendorff 2011, "Computing Krippendorff's alpha-reliability".
+    """
+    x = np.asarray(ratings, dtype=float)
+    x = x[(~np.isnan(x)).sum(1) >= 2]
+
+    def distance(a):
+        d = a[:, None] - a[None, :]
+        return (d != 0).astype(float) if level == "nominal" else d**2
+
+    values = [row[~np.isnan(row)] for row in x]
+    every = np.concatenate(values) if values else np.array([])
+    observed = sum(distance(v).sum() / (len(v) - 1) for v in values) / max(1, len(every))
+    expected = distance(every).sum() / (len(every) * (len(every) - 1)) if len(every) > 1 else 0.0
+    return float(1 - observed / expected) if expected else float("nan")

@@ -1,0 +1,62 @@
+"""Planted paraphrases found, and minutes taken, when many instructions are compared with the medical test questions.
+
+    ULTRAMED_DATA=... python tests/benchmarks/decontamination.py [--rows 10000 30000 100000] [--encoder tfidf] [--embed 10000]
+
+Train rows are real ones (ChatDoctor, MedQuAD, Alpaca, Medical Meadow, MedMCQA, …); beyond their number, perturbed copies
+of them. Test rows are MedQA, MedMCQA, PubMedQA and MMLU. Into each size 600 perturbed test questions are planted, 200 of
+each strength. Precision counts every row that was not planted as a false one, though real rows may hold a question, too.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from ultramed.data import dedupe
+from ultramed.data.collection import find_hits, text_of
+from ultramed.data.mixture import source_rows
+from ultramed.data.rows import read_questions
+from ultramed.data.sources import SourceConfig, source
+from ultramed.schema import CheckConfig
+
+TRAIN = ["chatdoctor", "medquad", "alpaca", "medical_meadow", "medmcqa_open", "gsm8k", "medqa", "medmcqa"]
+TEST = ["medqa", "medmcqa", "pubmedqa", "mmlu_medical"]
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+parser.add_argument("--encoder", default="tfidf")
+parser.add_argument("--embed", type=int, default=10_000, help="largest size that embeddings are run at")
+args = parser.parse_args()
+
+rng = random.Random(0)
+real = [text_of(row) for name in TRAIN for row in source_rows(name, "train", {name: source(SourceConfig(name=name))})]
+test = [text_of(row) for name in TEST for row in read_questions(source(SourceConfig(name=name)) / "test.parquet")]
+rng.shuffle(real)
+for size in args.rows:
+    rows = real[:size] + [dedupe.perturb(rng.choice(real), 0.5, rng) for _ in range(size - len(real))]
+    places, targets = rng.sample(range(size), 600), rng.sample(range(len(test)), 600)
+    planted: dict[str, set[tuple[int, int]]] = {name: set() for name in dedupe.STRENGTHS}
+    for k, (i, j) in enumerate(zip(places, targets, strict=True)):
+        name = list(dedupe.STRENGTHS)[k % 3]
+        rows[i] = dedupe.perturb(test[j], dedupe.STRENGTHS[name], rng)
+        planted[name].add((i, j))
+    every = set().union(*planted.values())
+    ways = [CheckConfig(how=["exact"]), CheckConfig(how=["ngram"], ngram=8, share=0.2)]
+    ways += [CheckConfig(how=["minhash"], jaccard=t) for t in (0.3, 0.5, 0.7)]
+    if size <= args.embed:
+        ways += [CheckConfig(how=["cosine"], cosine=t, encoder=args.encoder) for t in (0.6, 0.75, 0.9)]
+        ways += [CheckConfig(how=["ultramedical"], encoder=args.encoder)]
+    for config in ways:
+        start = time.perf_counter()
+        found = {(h.train, h.test) for h in find_hits(rows, test, config)}
+        seconds = time.perf_counter() - start
+        recall = {name: round(len(found & pairs) / len(pairs), 3) for name, pairs in planted.items()}
+        about = {"ngram": config.share, "minhash": config.jaccard, "cosine": config.cosine}.get(config.how[0])
+        precision = dedupe.recall_precision(found, every)["precision"]
+        print(
+            json.dumps({"rows": size, "test": len(test), "how": config.how[0], "threshold": about, "seconds": round(seconds, 1),
+                        "recall": recall, "precision": precision and round(precision, 4)}), flush=True,
+        )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Contamination, filters and the published folder, on rows whose fate is known."""
+
+import json
+
+import pytest
+from datasets import load_dataset
+
+from ultramed.data import rows as canonical
+from ultramed.data.collection import build, contamination, read_report, statistics, text_of
+from ultramed.schema import BuildConfig, CheckConfig, ConfigError
+from ultramed.store import stage
+
+TEST = (
+    "A 45-year-old man has crushing chest pain for two hours with ST elevation in the inferior leads. Which artery is blocked?"
+)
+
+
+@stage(version=1)
+def given(out, config, *, rows, side="train"):
+    canonical.write_rows(out / f"{side}.parquet", rows)
+
+
+def instruction(name, text, **meta):
+    return {
+        "id": name, "source": "x", "prompt": [{"role": "user", "content": text}],
+        "completion": [{"role": "assistant", "content": "answer"}], "meta": {"k": 1, **meta},
+    }  # fmt: skip
+
+
+def question(name, text):
+    options = {"A": "right coronary artery", "B": "circumflex artery"}
+    return {"id": name, "question": text, "options": options, "gold": "A", "source": "x", "meta": {"k": 1}}
+
+
+@pytest.fixture(scope="module")
+def parts(places):
+    whole = text_of(question("t", TEST))
+    train = given(
+        rows=[
+            instruction("copy", whole, score=9.0),
+            instruction("inside", f"Please solve: {whole} Explain your steps.", score=9.0),
+            instruction("edited", whole.replace("45", "46").replace("crushing", "severe"), score=9.0),
+            instruction("easy", "What is a cell?", score=2.0),
+            instruction(
+                "fresh", "Explain how insulin lowers the glucose in the blood of a healthy adult after a meal", score=8.0
+            ),
+            instruction(
+                "again", "explain how insulin lowers the glucose in the blood of a healthy adult, after a meal!", score=8.0
+            ),
+            instruction(
+                "nearly", "Explain how insulin lowers the glucose in the blood of a healthy adult after every meal", score=8.0
+            ),
+        ]
+    )
+    test = given(
+        rows=[question("t1", TEST), question("t2", "Which vitamin is missing in scurvy of sailors on long voyages?")],
+        side="test",
+    )
+    return train, test
+
+
+def test_the_report_says_who_was_hit_how(parts):
+    train, test = parts
+    made = contamination(CheckConfig(), sources={"mine": "mine"}, tests=["exam"], mine=train, exam=test)
+    report = read_report(made).set_index("how")
+    assert dict(report.rows) == {"exact": 1, "ngram": 3, "minhash": 3, "cosine": 3, "ultramedical": 1}
+    assert set(report.questions) == {1}
+    assert report.share["exact"] == pytest.approx(1 / 7)
+    assert report.examples["ngram"][0]["score"] == 1.0
+    assert TEST[:40] in report.examples["exact"][0]["test"]
+
+
+def test_a_collection_counts_what_went_and_datasets_reads_it(parts):
+    train, test = parts
+    checked = contamination(
+        CheckConfig(how=["exact", "ngram"]), sources={"mine": "mine"}, tests=["exam"], mine=train, exam=test
+    )
+    made = build(BuildConfig(min_score=7, near=0.6), sources={"mine": "mine"}, checked=checked, mine=train)
+    assert made.metrics["sources"]["mine"] == {
+        "original": 7, "low score": 1, "contaminated": 3, "duplicate": 1, "near-duplicate": 1, "retained": 1,
+    }  # fmt: skip
+    loaded = load_dataset(str(made.path), split="train")
+    assert loaded["id"][:] == ["fresh"]
+    assert loaded[0]["completion"] == [{"content": "answer", "role": "assistant"}]
+    text = (made / "README.md").read_text()
+    assert "| mine | 7 | 1 | 3 | 1 | 1 | 1 |" in text
+    assert "| mine | exam | ngram | 3 | 1 |" in text
+    table = statistics(made, {"mine": "mine"}, {"mine": train})
+    assert table.original[0] == 7
+    assert table.avg_score[0] == pytest.approx((9 * 3 + 2 + 8 * 3) / 7)
+    assert json.loads((made / "manifest.json").read_text())["metrics"]["rows"] == 1
+
+
+def test_nothing_left_and_wrong_names_are_errors(parts):
+    train, _ = parts
+    with pytest.raises(ConfigError, match="no row is left"):
+        build(BuildConfig(min_score=10), sources={"mine": "mine"}, mine=train)
+    with pytest.raises(ConfigError, match="no data set 'other' was given"):
+        build(BuildConfig(), sources={"mine": "other"}, mine=train)

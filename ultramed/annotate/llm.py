@@ -1,0 +1,177 @@
+"""A language model behind a URL as annotator: complexity of instructions, feedback on candidates, one reply or the other.
+
+The rubrics are this project's own words for what UltraMedical describes (sections 2.3 and 3.1). Candidates are shown in
+an order drawn with a seed, and two replies are judged in both orders: what a judge prefers for its place is not a
+preference.
+"""
+
+import random
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from ultramed import prompts
+from ultramed.annotate.judge import join, judged
+from ultramed.client import Request, ServerConfig, ask
+from ultramed.data import rows as canonical
+from ultramed.ledger import Ledger
+from ultramed.schema import Strict
+from ultramed.store import Artifact, stage
+
+COMPLEXITY = """\
+You grade how demanding a biomedical instruction is, from 1 to 10.
+1-3: a fact that anyone could look up. 4-6: knowledge of one field, applied directly. 7-8: several facts must be brought \
+together, or a case must be worked through. 9-10: a specialist would have to think about it.
+Judge the instruction, not a possible answer. Length alone does not make it demanding.
+Answer with a JSON object: {"reason": "one sentence", "score": a number from 1 to 10}."""
+
+FEEDBACK = """\
+You compare replies to the same biomedical question. Give every reply a score from 1 to 10 for, in this order: is it \
+medically correct; does it do what was asked; is it complete; is it clear. A wrong statement that could harm a patient \
+caps the score at 3. Neither length nor the order of the replies is a merit.{reference}
+Answer with a JSON object: {{"scores": [one number for each reply, in the order shown]}}."""
+
+PAIRWISE = """\
+Two replies to the same biomedical question. Which is better: medically correct first, then doing what was asked, then \
+complete and clear? Neither length nor the order of the replies is a merit.{reference}
+Answer with a JSON object: {{"reason": "one sentence", "better": "A", "B" or "tie"}}."""
+
+
+class Complexity(BaseModel):
+    reason: str = ""
+    score: float = Field(ge=1, le=10)
+
+
+class Scores(BaseModel):
+    scores: list[float]
+
+
+class Better(BaseModel):
+    reason: str = ""
+    better: Literal["A", "B", "tie"]
+
+
+class LLMConfig(Strict):
+    """`see_reference`: show the judge the reference answer, where there is one."""
+
+    server: ServerConfig
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(512, ge=1)
+    see_reference: bool = True
+    seed: int = 0
+
+
+def wording(config=None) -> str:
+    """Of the rubrics, for the keys of the stages."""
+    return repr((COMPLEXITY, FEEDBACK, PAIRWISE))
+
+
+def _options(config: LLMConfig) -> dict:
+    return {"temperature": config.temperature, "max_tokens": config.max_tokens}
+
+
+def _conversation(messages: list[dict]) -> str:
+    return "\n\n".join(m["content"] for m in messages if m["role"] != "system") or messages[-1]["content"]
+
+
+def _reference(rubric: str, text: str, config: LLMConfig) -> str:
+    told = f"\nThe reference answer is: {text}" if config.see_reference and text else ""
+    return rubric.format(reference=told)
+
+
+@stage(version=1, also=wording)
+def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "train") -> dict:
+    """`scores.jsonl`: id and score (1 to 10, or None where the judge gave none) of every row of `data`."""
+    rows = canonical.read_table(data / f"{side}.parquet")
+    asked = [
+        Request(
+            row["id"],
+            [
+                {"role": "system", "content": COMPLEXITY},
+                {"role": "user", "content": _conversation(row["prompt"]) if "prompt" in row else prompts.question_text(row)},
+            ],
+            _options(config),
+        )
+        for row in rows
+    ]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Complexity, desc="complexity")
+    with Ledger(out / "scores.jsonl", key="id") as ledger:
+        ledger.add(
+            *({"id": m["id"], "score": m["value"]["score"] if m["value"] else None} for m in made if m["id"] not in ledger)
+        )
+    scores = [m["value"]["score"] for m in made if m["value"]]
+    return {"rows": len(rows), "unparsed": len(made) - len(scores), "mean_score": sum(scores) / len(scores) if scores else None}
+
+
+@stage(version=1, also=wording)
+def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
+    """`feedback.jsonl` as `judge.feedback` writes it, with the model's scores; None for all candidates of a prompt whose
+    judgement could not be read. The candidates are shuffled with the seed before they are shown."""
+    joined, asked, orders = join(samples), [], {}
+    for row in joined:
+        order = list(range(len(row["candidates"])))
+        random.Random(f"{config.seed}:{row['id']}").shuffle(order)
+        orders[row["id"]] = order
+        shown = "\n\n".join(f"Reply {n}:\n{row['candidates'][i]['text']}" for n, i in enumerate(order, 1))
+        asked.append(
+            Request(
+                row["id"],
+                [
+                    {"role": "system", "content": _reference(FEEDBACK, row.get("reference", ""), config)},
+                    {"role": "user", "content": f"Question:\n{_conversation(row['prompt'])}\n\n{shown}"},
+                ],
+                _options(config),
+            )
+        )
+    unread = 0
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Scores, desc="feedback")
+    with Ledger(out / "feedback.jsonl", key="id") as ledger:
+        for row, answer in zip(joined, made, strict=True):
+            given = answer["value"]["scores"] if answer["value"] else []
+            whole = len(given) == len(row["candidates"])
+            unread += not whole
+            scores: list[float | None] = [None] * len(row["candidates"])
+            for place, i in enumerate(orders[row["id"]] if whole else ()):
+                scores[i] = given[place]
+            if row["id"] not in ledger:
+                ledger.add(judged(row, scores))
+    candidates = sum(len(row["candidates"]) for row in joined)
+    return {"prompts": len(joined), "candidates": candidates, "unread": unread, "annotator": config.server.model}
+
+
+@stage(version=1, also=wording)
+def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
+    """`verdicts.jsonl`: each pair judged in both orders.
+
+    verdict is 'chosen', 'rejected' or 'tie' where both orders agree, 'inconsistent' where they do not, and 'unread'
+    where one could not be read. Returns their counts and the consistency: agreeing pairs among those read twice.
+    """
+    rows = canonical.read_pairs(pairs / "pairs.parquet")
+    asked = []
+    for row in rows:
+        rubric = _reference(PAIRWISE, row["meta"].get("reference", ""), config)
+        for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
+            shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
+            text = f"Question:\n{_conversation(row['prompt'])}\n\n{shown}"
+            messages = [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
+            asked.append(Request(f"{row['id']}/{first}", messages, _options(config)))
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Better, desc="pairs, both orders")
+    counts = dict.fromkeys(("chosen", "rejected", "tie", "inconsistent", "unread"), 0)
+    with Ledger(out / "verdicts.jsonl", key="id") as ledger:
+        for row, forth, back in zip(rows, made[::2], made[1::2], strict=True):
+            verdict = combine(forth["value"], back["value"])
+            counts[verdict] += 1
+            if row["id"] not in ledger:
+                ledger.add({"id": row["id"], "subset": row["subset"], "verdict": verdict})
+    read = len(rows) - counts["unread"]
+    return {"pairs": len(rows), **counts, "consistency": (read - counts["inconsistent"]) / read if read else None}
+
+
+def combine(forth: dict | None, back: dict | None) -> str:
+    """Verdict of two judgements, `forth` with chosen as A, `back` with chosen as B."""
+    if forth is None or back is None:
+        return "unread"
+    one = {"A": "chosen", "B": "rejected", "tie": "tie"}[forth["better"]]
+    two = {"B": "chosen", "A": "rejected", "tie": "tie"}[back["better"]]
+    return one if one == two else "inconsistent"

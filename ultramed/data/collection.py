@@ -1,0 +1,211 @@
+"""A collection of instructions out of many sources: statistics, filters, contamination, and a folder that `datasets` loads.
+
+UltraMedical (section 2): sources are annotated with a complexity score, near-duplicates and rows close to test questions
+are removed, low scores are filtered out, and the rest is one collection with the counts of its Table 1.
+"""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ultramed import __version__
+from ultramed.data import dedupe
+from ultramed.data import rows as canonical
+from ultramed.data.catalog import SOURCES
+from ultramed.data.mixture import source_rows
+from ultramed.data.sources import dataset, local_files
+from ultramed.prompts import as_instruction, question_text
+from ultramed.schema import BuildConfig, CheckConfig, ConfigError, Profile
+from ultramed.store import Artifact, digest, stage
+
+
+def text_of(row: dict) -> str:
+    """What is asked: the question with its options, or the turns of the user."""
+    if "options" in row:
+        return question_text(row)
+    return "\n".join(m["content"] for m in row["prompt"] if m["role"] != "assistant")
+
+
+def find_hits(train: list[str], test: list[str], config: CheckConfig) -> list[dedupe.Hit]:
+    """Hits of all ways of `config.how`."""
+    encode, hits = None, []
+    for how in config.how:
+        if how == "exact":
+            hits += dedupe.exact_hits(train, test)
+        elif how == "ngram":
+            hits += dedupe.ngram_hits(train, test, config.ngram, config.share)
+        elif how == "minhash":
+            hits += dedupe.minhash_hits(train, test, config.jaccard)
+        else:
+            encode = encode or (dedupe.minilm_encoder() if config.encoder == "minilm" else dedupe.tfidf_encoder(test))
+            hits += dedupe.embedding_hits(train, test, encode, config.cosine, how)
+    return hits
+
+
+@stage(version=1)
+def contamination(out: Path, config: CheckConfig, *, sources: dict[str, str], tests: list[str], **data: Artifact) -> dict:
+    """Which rows of the sources hold test questions of `tests` (names in `data`). Sources are those of `build`.
+
+    Writes `hits.parquet` (source, row id, test set, test id, how, score) and `report.json`: rows hit by source, test set
+    and way, with the closest examples.
+    """
+    train = [(name, row) for name, what in sources.items() for row in source_rows(what, "train", data)]
+    test = [(name, row) for name in tests for row in canonical.read_questions(data[name] / "test.parquet")]
+    hits = find_hits([text_of(r) for _, r in train], [text_of(r) for _, r in test], config)
+    frame = pd.DataFrame(
+        [
+            {
+                "source": train[h.train][0], "id": train[h.train][1]["id"], "test_set": test[h.test][0],
+                "test_id": test[h.test][1]["id"], "how": h.how, "score": h.score, "train": h.train, "test": h.test,
+            }
+            for h in hits
+        ],
+        columns=["source", "id", "test_set", "test_id", "how", "score", "train", "test"],
+    )  # fmt: skip
+    report = []
+    for (source, test_set, how), part in frame.groupby(["source", "test_set", "how"], sort=False):
+        best = part.sort_values("score", ascending=False).drop_duplicates("id").head(config.examples)
+        shown = [
+            {"score": round(b.score, 3), "train": text_of(train[b.train][1])[:300], "test": text_of(test[b.test][1])[:300]}
+            for b in best.itertuples()
+        ]
+        rows, questions = int(part.id.nunique()), int(part.test_id.nunique())
+        report.append(
+            {"source": source, "test_set": test_set, "how": how, "rows": rows, "questions": questions, "examples": shown}
+        )
+    frame.drop(columns=["train", "test"]).to_parquet(out / "hits.parquet")
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    sizes = {"train": dict(Counter(s for s, _ in train)), "test": dict(Counter(s for s, _ in test))}
+    return {"rows_hit": len(frame[["source", "id"]].drop_duplicates()), "questions_hit": int(frame.test_id.nunique()), **sizes}
+
+
+def read_report(artifact: Artifact) -> pd.DataFrame:
+    """The report as a table; `share` is rows hit of the source's rows."""
+    frame = pd.DataFrame(json.loads((artifact / "report.json").read_text()))
+    if not frame.empty:
+        frame["share"] = frame.rows / frame.source.map(artifact.metrics["train"])
+    return frame
+
+
+@stage(version=1)
+def build(
+    out: Path, config: BuildConfig, *, sources: dict[str, str], checked: Artifact | None = None, **data: Artifact
+) -> dict:
+    """A collection in `datasets` layout: `data/train.parquet` and `README.md`, its card.
+
+    sources: name -> what is taken of which data set ('dataset', 'dataset:subset', 'dataset:subset[0:100]'). `checked`:
+    the contamination of the same sources, whose hits are left out. Every row that goes is counted by the first reason
+    that holds: low score, contaminated, duplicate, near-duplicate.
+    """
+    hit = set(map(tuple, pd.read_parquet(checked / "hits.parquet")[["source", "id"]].to_numpy())) if checked else set()
+    counts, left = defaultdict(Counter), []
+    for name, what in sources.items():
+        for row in source_rows(what, "train", data):
+            counts[name]["original"] += 1
+            score = (row.get("meta") or {}).get("score")
+            if score is not None and score < config.min_score:
+                counts[name]["low score"] += 1
+            elif (name, row["id"]) in hit:
+                counts[name]["contaminated"] += 1
+            else:
+                made = as_instruction(row, config.answer_form)
+                left.append({**made, "source": name, "text": text_of(row), "score": score})
+    same = dedupe.duplicates([r["text"] for r in left])
+    near = dedupe.near_duplicates([r["text"] for r in left], config.near)
+    kept = []
+    for i, row in enumerate(left):
+        if same[i] != i or near[i] != i:
+            counts[row["source"]]["duplicate" if same[i] != i else "near-duplicate"] += 1
+        else:
+            counts[row["source"]]["retained"] += 1
+            kept.append({k: row[k] for k in ("id", "source", "prompt", "completion", "score")})
+    if not kept:
+        raise ConfigError(f"no row is left of {dict(counts)}")
+    (out / "data").mkdir(exist_ok=True)
+    pd.DataFrame(kept).to_parquet(out / "data" / "train.parquet", index=False)
+    table = {name: dict(part) for name, part in counts.items()}
+    (out / "README.md").write_text(card(config, table, checked))
+    return {"rows": len(kept), "sources": table, "row_ids": digest([r["id"] for r in kept])}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A profile's collection: what was at hand (`sources`, `tests`, `data`) and `missing`, and what came of it."""
+
+    sources: dict[str, str]
+    tests: list[str]
+    missing: list[str]
+    data: dict[str, Artifact]
+    checked: Artifact
+    made: Artifact
+
+
+def collect(profile: Profile) -> Collected:
+    """Contamination and build of `profile.collection`, over the bundled exam and what `ULTRAMED_DATA` has."""
+    own = profile.collection
+    if own is None:
+        raise ConfigError(f"profile {profile.name!r} has no section `collection`")
+
+    def there(name: str) -> bool:
+        return name == "exam" or bool(local_files(name))
+
+    wanted = {name: what for name, what in own.sources.items() if what}
+    sources = {name: what for name, what in wanted.items() if there(what.partition(":")[0])}
+    tests = [name for name in own.tests if there(name)]
+    data = {name: dataset(profile, name) for name in sorted({w.partition(":")[0] for w in sources.values()} | set(tests))}
+    checked = contamination(own.check, sources=sources, tests=tests, **data)
+    made = build(own.build, sources=sources, checked=checked, **data)
+    return Collected(sources, tests, sorted({*wanted, *own.tests} - {*sources, *tests}), data, checked, made)
+
+
+REASONS = ("original", "low score", "contaminated", "duplicate", "near-duplicate", "retained")
+
+
+def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None) -> str:
+    """Dataset card: sources with licences, what every filter took, contamination."""
+    lines = [
+        "---", "configs:", "- config_name: default", "  data_files: data/train.parquet", f"pretty_name: {config.name}", "---", "",
+        f"# {config.name}", "",
+        f"Built by ultramed {__version__}. Rows have `id`, `source`, `prompt` and `completion` (messages) and `score` "
+        "(complexity, 1 to 10, where it is known). Not for clinical use. Each source keeps its own licence:", "",
+        "| source | licence | cite |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    for name in counts:
+        spec = SOURCES.get(name)
+        lines.append(f"| {name} | {spec.licence if spec else 'see its packages'} | {spec.cite if spec else ''} |")
+    lines += ["", "## Counts", "", "| source | " + " | ".join(REASONS) + " |", "| --- |" + " ---: |" * len(REASONS)]
+    lines += [f"| {name} | " + " | ".join(str(part.get(r, 0)) for r in REASONS) + " |" for name, part in counts.items()]
+    lines += ["", f"Filters: complexity at least {config.min_score:g}; near-duplicates from a Jaccard similarity of {config.near:g} "
+              "of their word triples.", "", "## Contamination", ""]  # fmt: skip
+    if checked is None:
+        lines.append("Not checked.")
+    else:
+        lines += ["Removed rows that hold a test question:", "", "| source | test set | how | rows | questions |", "| --- | --- | --- | ---: | ---: |"]  # fmt: skip
+        lines += [
+            f"| {r.source} | {r.test_set} | {r.how} | {r.rows} | {r.questions} |" for r in read_report(checked).itertuples()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+CATEGORY = {
+    "medqa": "Examination", "medqa_5opt": "Examination", "medmcqa": "Examination", "pubmedqa": "Literature",
+}  # fmt: skip
+
+
+def statistics(collection: Artifact, sources: dict[str, str], data: dict[str, Artifact]) -> pd.DataFrame:
+    """UltraMedical's Table 1 of a collection: category, dataset, original, avg_len (words of what is asked), avg_score, retained."""
+    out = []
+    for name, counts in collection.metrics["sources"].items():
+        rows = source_rows(sources[name], "train", data)
+        scores = [s for r in rows if (s := (r.get("meta") or {}).get("score")) is not None]
+        out.append(
+            {
+                "category": CATEGORY.get(name, "Open-ended"), "dataset": name, "original": counts["original"],
+                "avg_len": sum(len(text_of(r).split()) for r in rows) / len(rows),
+                "avg_score": sum(scores) / len(scores) if scores else None, "retained": counts.get("retained", 0),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(out)
