@@ -150,3 +150,18 @@ def test_chat_answers(bench):
     done = subprocess.run(command, input="hello\n\n", capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "no medical advice" in done.stdout
+
+
+def test_data_build_writes_a_collection_that_datasets_reads(tmp_path):
+    from datasets import load_dataset
+
+    out = tmp_path / "collection"
+    done = ultramed("data", "build", "--profile", "smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = load_dataset(str(out), split="train")
+    assert f"{len(rows)} rows in" in done.stdout
+    assert set(rows["source"]) == {"exam", "open", "general"}
+    assert "## Contamination" in (out / "README.md").read_text()
+    again = ultramed("data", "build", "--profile", "smoke", "--out", out)
+    assert again.returncode == 2
+    assert "give a new folder" in again.stderr

@@ -265,3 +265,5 @@ class Profile(Strict):
     usmle: UsmleConfig
     ultramedical: UltraMedicalConfig | None = None
     collection: CollectionConfig | None = None
+    judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
+    open_rows: int = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)

@@ -1,0 +1,133 @@
+"""Open-ended replies and their measures, by hand and through a server whose verdicts are known."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from faulty import Faulty
+
+from ultramed.annotate.judged import agreement, as_pairs, grades, kqa_labels, physicians, win_rate
+from ultramed.annotate.llm import LLMConfig, pairwise
+from ultramed.data import rows as canonical
+from ultramed.data.sources import SourceConfig, source
+from ultramed.evaluate.openended import LanguageGuesser, ReplyConfig, bleu1, kqa_scores, read_replies, replies
+from ultramed.store import stage
+
+
+@stage(version=1)
+def given(out, config, *, rows):
+    canonical.write_rows(out / "test.parquet", rows)
+
+
+def prompt_row(name, text, **meta):
+    return {
+        "id": name,
+        "source": "t",
+        "prompt": [{"role": "user", "content": text}],
+        "reference": "gold",
+        "meta": {"x": 1, **meta},
+    }
+
+
+def test_replies_to_all_turns_and_none_is_asked_twice(bench, monkeypatch):
+    rows = [
+        prompt_row("a", "first question", turns=["first question", "and then?"]),
+        prompt_row("b", "other", turns=["other", "why?"]),
+    ]
+    made = replies(ReplyConfig(max_new_tokens=5, turns=True), model=bench.model, data=given(rows=rows))
+    frame = read_replies(made)
+    assert [len(r) for r in frame.replies] == [2, 2]
+    assert list(frame.reference) == ["gold", "gold"]
+    single = read_replies(replies(ReplyConfig(max_new_tokens=5), model=bench.model, data=given(rows=rows)))
+    assert list(single.reply) == list(frame.reply), "the first turn does not depend on the second"
+
+
+def test_the_second_turn_sees_the_first_reply(exam):
+    from ultramed import models
+
+    seen = []
+
+    def answer(body):
+        seen.append([m["content"] for m in body["messages"]])
+        return f"reply to {body['messages'][-1]['content']}"
+
+    with Faulty(answer=answer) as server:
+        model = models.resolve(f"{server.config().url}#m")
+        made = replies(ReplyConfig(turns=True), model=model, data=given(rows=[prompt_row("t", "one", turns=["one", "two"])]))
+    assert seen == [["one"], ["one", "reply to one", "two"]]
+    assert read_replies(made).replies[0] == ["reply to one", "reply to two"]
+
+
+def test_kqa_scores_by_hand():
+    rows = [
+        ("q1", "must_have", "Entailment"), ("q1", "must_have", "Neutral"), ("q1", "nice_to_have", "Contradiction"),
+        ("q2", "must_have", "Entailment"), ("q2", "nice_to_have", "Neutral"),
+    ]  # fmt: skip
+    scores = kqa_scores(pd.DataFrame(rows, columns=["question", "kind", "label"]))
+    assert scores["completeness"].value == pytest.approx((0.5 + 1.0) / 2)
+    assert scores["hallucination"].value == pytest.approx((1 + 0) / 2)
+    assert scores["completeness"].n == 2
+
+
+def test_the_physicians_labels_of_kqa(data):
+    frame = physicians(data / "k_qa" / "nli_medical_annotator.parquet")
+    assert len(frame) == 399
+    assert set(frame.kind) == {"must_have", "nice_to_have"}
+    assert 0.3 < agreement(frame) < 1
+    scores = {model: kqa_scores(part) for model, part in frame.groupby("model")}
+    assert scores["gpt4"]["completeness"].n <= 15
+
+
+def test_statements_are_judged_one_by_one(data, bench):
+    kqa = source(SourceConfig(name="k_qa"))
+    made = replies(ReplyConfig(max_new_tokens=4, limit=3), model=bench.model, data=kqa)
+    count = sum(len(m["must_have"]) + len(m["nice_to_have"]) for m in read_replies(made).meta)
+
+    def answer(body):
+        statement = re.search(r"Statement: (.*)", body["messages"][-1]["content"])[1]
+        return json.dumps({"label": "Entailment" if len(statement) % 2 else "Neutral"})
+
+    with Faulty(answer=answer) as server:
+        labelled = kqa_labels(LLMConfig(server=server.config()), replies=made)
+    assert labelled.metrics == {"statements": count, "unread": 0}
+    frame = pd.read_json(labelled / "labels.jsonl", lines=True)
+    assert all((len(r.statement) % 2 == 1) == (r.label == "Entailment") for r in frame.itertuples())
+
+
+def test_grades_and_wins(bench):
+    rows = [prompt_row(f"q{i}", f"question {i}", turns=[f"question {i}", "go on"]) for i in range(4)]
+    data = given(rows=rows)
+    ours = replies(ReplyConfig(max_new_tokens=5, turns=True), model=bench.model, data=data)
+    other = replies(ReplyConfig(max_new_tokens=5, turns=True, temperature=1.0), model=bench.model, data=data)
+    with Faulty(answer=lambda body: '{"score": 8}' if "go on" in body["messages"][-1]["content"] else '{"score": 6}') as server:
+        made = grades(LLMConfig(server=server.config()), replies=ours)
+    assert made.metrics["mean"] == 7.0
+    assert made.metrics["turns"] == 8
+    pairs = as_pairs(None, ours=ours, baseline=other)
+    mine = {c for r in canonical.read_pairs(pairs / "pairs.parquet") for c in [r["chosen"][0]["content"]]}
+
+    def answer(body):
+        first = re.search(r"Reply A:\n(.*?)\n\nReply B:", body["messages"][-1]["content"], re.DOTALL)[1]
+        return json.dumps({"better": "A" if first in mine else "B"})
+
+    with Faulty(answer=answer) as server:
+        verdicts = pairwise(LLMConfig(server=server.config()), pairs=pairs)
+    assert win_rate(verdicts).value == 1.0
+    assert win_rate(verdicts, same=4).value == pytest.approx((verdicts.metrics["pairs"] + 2) / (verdicts.metrics["pairs"] + 4))
+
+
+def test_bleu1_by_hand():
+    assert bleu1(["the the the cat"], ["the cat sat"]) == pytest.approx(50.0)
+    assert bleu1(["the cat"], ["the cat sat down"]) == pytest.approx(100 * 2.718281828 ** (1 - 4 / 2))
+    assert bleu1(["The cat sat."], ["the cat sat ."]) == pytest.approx(100.0)
+    assert bleu1([""], ["x"]) == 0.0
+
+
+def test_languages_are_told_apart(data):
+    frame = pd.read_parquet(source(SourceConfig(name="curemed")) / "train.parquet")
+    texts = [p[-1]["content"] for p in frame.prompt]
+    languages = [m["language"] for m in frame.meta]
+    guess = LanguageGuesser(texts, languages)
+    assert len(set(languages)) == 13
+    assert guess.accuracy.low > 0.95
