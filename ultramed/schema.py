@@ -138,6 +138,7 @@ class UsmleConfig(Strict):
     tuning_questions: int = Field(100, ge=1)  # dev questions of each of them
     paper_learning_rate: float = 2e-5  # MedAlpaca's one rate for all arms
     paper_rate_arms: list[str] | None = None  # arms that are run at it, too; None: all that differ in method
+    arm_seeds: dict[str, int] = {}  # seeds of an arm, where fewer than all do
     letter_seeds: int = Field(3, ge=0)  # seeds of the letter-first arms
     letter_arms: list[str] = []
     tries_limit: int = Field(0, ge=0)  # questions a subset under MedAlpaca's 5-try protocol; 0: all of the seed's
