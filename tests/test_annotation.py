@@ -28,7 +28,8 @@ def sampled(out, config, *, rows):
 
 
 def asked(body):
-    return body["messages"][-1]["content"]
+    """The first thing that the user says; a request to mend the answer comes later."""
+    return next(m["content"] for m in body["messages"] if m["role"] == "user")
 
 
 def prompt_row(name, text):
@@ -125,9 +126,9 @@ def test_textbook_questions_are_shuffled_and_bad_ones_named():
     def answer(body):
         text = asked(body)
         item = {"question": f"Which organ pumps blood in case {text}?", "right": "heart", "wrong": ["lung", "liver", "skin"]}
-        if "p1" in text:
+        if text == "p1":
             item["wrong"] = ["lung", "Heart!", "skin"]
-        if "p2" in text:
+        if text == "p2":
             item["question"] = "According to the text, which organ pumps the blood?"
         return json.dumps(item)
 
@@ -200,7 +201,7 @@ def test_answers_are_checked_and_tried_again_with_solved_examples():
 
     def answer(body):
         shown = len(body["messages"]) > 2
-        if "much" in asked(body):
+        if "much" in body["messages"][-1]["content"]:
             with_examples.append(shown)
             return "Thinking.\nAnswer: B" if shown else "Answer: A"
         return "It pumps.\nAnswer: B"

@@ -20,6 +20,11 @@ def given(out, config, *, rows):
     canonical.write_rows(out / "test.parquet", rows)
 
 
+@stage(version=1)
+def made_up(out, config, *, rows):
+    (out / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def prompt_row(name, text, **meta):
     return {
         "id": name,
@@ -95,11 +100,12 @@ def test_statements_are_judged_one_by_one(data, bench):
     assert all((len(r.statement) % 2 == 1) == (r.label == "Entailment") for r in frame.itertuples())
 
 
-def test_grades_and_wins(bench):
+def test_grades_and_wins():
     rows = [prompt_row(f"q{i}", f"question {i}", turns=[f"question {i}", "go on"]) for i in range(4)]
-    data = given(rows=rows)
-    ours = replies(ReplyConfig(max_new_tokens=5, turns=True), model=bench.model, data=data)
-    other = replies(ReplyConfig(max_new_tokens=5, turns=True, temperature=1.0), model=bench.model, data=data)
+    ours, other = (
+        made_up(rows=[{**row, "reply": f"{who} {row['id']}", "replies": [f"{who} {row['id']}", "more"]} for row in rows])
+        for who in ("good", "bad")
+    )
     with Faulty(answer=lambda body: '{"score": 8}' if "go on" in body["messages"][-1]["content"] else '{"score": 6}') as server:
         made = grades(LLMConfig(server=server.config()), replies=ours)
     assert made.metrics["mean"] == 7.0

@@ -12,6 +12,7 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.openended import Label, read_replies
 from ultramed.ledger import Ledger
 from ultramed.prompts import said
+from ultramed.schema import ConfigError
 from ultramed.store import Artifact, stage
 
 NLI = """\
@@ -114,6 +115,8 @@ def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact) -> d
         for name in a.index.intersection(b.index)
         if a.reply[name] and b.reply[name] and a.reply[name] != b.reply[name]
     ]  # fmt: skip
+    if not rows:
+        raise ConfigError("no prompt has two different replies: nothing to compare")
     canonical.write_rows(out / "pairs.parquet", rows)
     return {"pairs": len(rows), "same": len(a.index.intersection(b.index)) - len(rows)}
 

@@ -83,7 +83,7 @@ def _reference(rubric: str, text: str, config: LLMConfig) -> str:
 @stage(version=1, also=wording)
 def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "train") -> dict:
     """`scores.jsonl`: id and score (1 to 10, or None where the judge gave none) of every row of `data`."""
-    rows = canonical.read_table(data / f"{side}.parquet")
+    rows = canonical.read_rows(data / f"{side}.parquet")
     asked = [
         Request(
             row["id"],

@@ -131,7 +131,7 @@ def _asked(name: str, rubric: str, text: str, config: SynthesisConfig, **more) -
 @stage(version=1, also=wording)
 def textbook_questions(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Four-option questions of textbook paragraphs (prompt rows): `train.parquet`, options shuffled with the seed."""
-    rows, rejects, made = canonical.read_table(data / f"{side}.parquet"), _Rejects(out), []
+    rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
     asked = [_asked(r["id"], TEXTBOOK, r["prompt"][-1]["content"], config) for r in rows]
     for answer in ask(config.server, asked, out / "requests.jsonl", schema=TextbookItem, desc="textbook questions"):
         name, item = answer["id"], answer["value"]
@@ -157,7 +157,7 @@ def textbook_questions(out: Path, config: SynthesisConfig, *, data: Artifact, si
 @stage(version=1, also=wording)
 def topic_instructions(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Instructions about topics (prompt rows), `per_row` of each, of kinds that take turns: `train.parquet`, prompt rows."""
-    rows, rejects, made = canonical.read_table(data / f"{side}.parquet"), _Rejects(out), []
+    rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
     asked = [
         _asked(f"{r['id']}#{k}", TOPIC.format(kind=KINDS[(i + k) % len(KINDS)]), r["prompt"][-1]["content"], config, seed=k)
         for i, r in enumerate(rows)
@@ -196,7 +196,7 @@ def evolve(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
     A failed evolution ends its line: the next round goes on only from what survived. Options may be rewritten, the
     right one must stay right: its text is kept and its place drawn anew.
     """
-    rows, rejects, made = canonical.read_table(data / f"{side}.parquet"), _Rejects(out), []
+    rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
     current = [{**row, "meta": {**(row.get("meta") or {}), "of": row["id"], "round": 0}} for row in rows]
     for number in range(1, config.rounds + 1):
         choice = "options" in current[0] if current else False

@@ -7,11 +7,11 @@ are removed, low scores are filtered out, and the rest is one collection with th
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
-from ultramed import __version__
 from ultramed.data import dedupe
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import SOURCES
@@ -169,7 +169,7 @@ def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None)
     lines = [
         "---", "configs:", "- config_name: default", "  data_files: data/train.parquet", f"pretty_name: {config.name}", "---", "",
         f"# {config.name}", "",
-        f"Built by ultramed {__version__}. Rows have `id`, `source`, `prompt` and `completion` (messages) and `score` "
+        f"Built by ultramed {version('ultramed')}. Rows have `id`, `source`, `prompt` and `completion` (messages) and `score` "
         "(complexity, 1 to 10, where it is known). Not for clinical use. Each source keeps its own licence:", "",
         "| source | licence | cite |", "| --- | --- | --- |",
     ]  # fmt: skip

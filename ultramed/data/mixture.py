@@ -66,8 +66,7 @@ def source_rows(source: str, side: str, datasets: dict[str, Artifact]) -> list[d
         path = datasets[name] / ("open.parquet" if subset == "open" else f"general_{side}.parquet")
     if not path.exists():
         raise ConfigError(f"data set {name!r} has no {side} side")
-    kind = canonical.read_table(path)[0]
-    rows = canonical.read_questions(path) if "options" in kind else canonical.read_instructions(path)
+    rows = canonical.read_rows(path)
     rows = [r for r in rows if subset in ("", "open") or r.get("subset") == subset]
     if stop is not None and int(stop) > len(rows):
         raise ConfigError(f"mixture: {source!r} goes beyond the {len(rows)} rows there are")

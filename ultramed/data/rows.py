@@ -149,6 +149,14 @@ def read_instructions(path: Path) -> list[dict]:
     return check_rows(Instruction, read_table(path), str(path))
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Canonical rows of a file of any kind but pairs: questions, instructions or prompts, as its columns say."""
+    first = read_table(path)[0]
+    if "options" in first:
+        return read_questions(path)
+    return read_instructions(path) if "completion" in first else check_rows(Prompt, read_table(path), str(path))
+
+
 def read_pairs(path: Path) -> list[dict]:
     """Canonical pair rows of a file; RewardBench's rows (texts instead of messages) are taken, too.
 

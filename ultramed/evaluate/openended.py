@@ -45,7 +45,7 @@ def replies(
     With `turns` a row whose meta has several turns (MT-Bench) is asked all of them, each after the replies so far; the
     row then has `replies`, one a turn. An interrupted run goes on after the last finished reply.
     """
-    rows = canonical.read_table(data / f"{side}.parquet")
+    rows = canonical.read_rows(data / f"{side}.parquet")
     if config.limit and config.limit < len(rows):
         rows = [rows[round(i * len(rows) / config.limit)] for i in range(config.limit)]
     sampling = Sampling(config.max_new_tokens, config.temperature, 0, config.top_p)
