@@ -18,6 +18,14 @@ def test_equals_scaled_dot_product_attention(length, heads, groups):
     assert torch.allclose(causal(q, k, v, 16**-0.5), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("before", [1, 30, BLOCK])
+def test_queries_behind_a_prefix_see_it_and_what_is_before_them(before):
+    length = BLOCK + 5
+    q, k, v = (torch.randn(2, h, before + length, 16) for h in (6, 2, 2))
+    whole = causal(q, k, v, 16**-0.5)
+    assert torch.allclose(causal(q[:, :, before:], k, v, 16**-0.5), whole[:, before:], atol=1e-5)
+
+
 def test_a_model_gives_the_same_logits_with_it_with_padding_cache_and_gradients():
     base = models.base_model(ModelConfig(name="tiny:llama", label="x"))
     net = models.load(base, dtype=torch.float32, device="cpu")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultramed import models
-from ultramed.evaluate.generate import NUCLEUS, Sampling, _pick, batches, decode, generate, item_rng
+from ultramed.evaluate.generate import NUCLEUS, PREFIX, Sampling, _pick, batches, decode, generate, item_rng, prefill
 from ultramed.evaluate.likelihood import encode_pair, score
 
 
@@ -54,6 +54,20 @@ def test_a_sampled_reply_depends_on_its_seed_not_on_its_batch(net, tokenizer):
         return {i: r for i, r in zip(order, made, strict=True)}
 
     assert run([0, 1, 2, 3, 4], 10_000) == run([3, 1, 4, 2, 0], 40)
+
+
+def test_reading_a_shared_beginning_once_changes_nothing(net, tokenizer):
+    start = list(range(50, 50 + 2 * PREFIX))
+    rows = [[*start, 3, 4, 5], [*start, 9], [*start, *range(100, 140)]]
+    logits, cache, mask = prefill(net, rows, pad=0)
+    assert mask.sum(1).tolist() == [len(r) for r in rows]
+    for i, row in enumerate(rows):
+        with torch.inference_mode():
+            alone = net(input_ids=torch.tensor([row])).logits[0, -1]
+        assert torch.allclose(logits[i], alone, atol=1e-4)
+    replies = decode(net, tokenizer, rows, Sampling(6))
+    assert [r.text for r in replies] == [decode(net, tokenizer, [row], Sampling(6))[0].text for row in rows]
+    assert cache.get_seq_length() == mask.shape[1]
 
 
 def test_sampling_follows_the_distribution_within_top_k_and_top_p():

@@ -133,9 +133,9 @@ def test_unknown_losses_and_impossible_configurations_are_refused():
 
 
 def test_a_batch_reads_prompt_and_replies_once():
-    """Two replies behind prompt [1, 7], one behind another prompt; a third row for what would make the first too long."""
+    """Two replies behind prompt [1, 7]; a second row for what would make it too long; a third for another prompt."""
     packed = trees([([1, 7], [2, 3]), ([1, 7], [4]), ([9], [5]), ([1, 7], [6, 6])], pad=0, limit=5)
-    assert packed.input_ids.tolist() == [[1, 7, 2, 3, 4], [9, 5, 0, 0, 0], [1, 7, 6, 6, 0]]
+    assert packed.input_ids.tolist() == [[1, 7, 2, 3, 4], [1, 7, 6, 6, 0], [9, 5, 0, 0, 0]]
     assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 2]
     assert packed.attention_mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -144,12 +144,40 @@ def test_a_batch_reads_prompt_and_replies_once():
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert packed.rows == [0, 0, 1, 2]
+    assert packed.rows == [0, 0, 2, 1]
     assert packed.columns == [[1, 2, 3], [1, 4], [0, 1], [1, 2, 3]]
     groups = [{"prompt": [1, 7], "pairs": [[[2], [3]], [[2], [4, 5]]]}, {"prompt": [9], "pairs": [[[2], [8, 8]]]}]
     batch = PairCollator(0)(groups)
     assert batch["pairs"].tolist() == [[0, 1], [0, 2], [3, 4]], "equal replies to different prompts are different replies"
-    assert batch["packed"].input_ids.tolist() == [[1, 7, 2, 3, 4, 5], [9, 2, 8, 8, 0, 0]]
+    assert batch["packed"].input_ids.tolist() == [[1, 7, 2, 3, 4, 5, 9, 2, 8, 8]]
+
+
+def test_what_all_prompts_begin_with_stands_once_in_a_row():
+    packed = trees([([5, 1], [2]), ([5, 3], [4]), ([5], [6])], pad=0)
+    assert packed.input_ids.tolist() == [[5, 1, 2, 3, 4, 6]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 1, 2, 1]]
+    assert packed.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1],
+    ]
+    assert packed.columns == [[1, 2], [3, 4], [0, 5]]
+
+
+TOKENS = st.lists(st.integers(1, 4), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=8), st.integers(4, 40))
+def test_every_sequence_is_found_whole_in_its_row_and_sees_only_itself(sequences, limit):
+    packed = trees(sequences, pad=0, limit=limit)
+    for (prompt, reply), row, columns in zip(sequences, packed.rows, packed.columns, strict=True):
+        seen = packed.attention_mask[row, 0, columns[-1]].nonzero()[:, 0]
+        assert packed.input_ids[row, seen].tolist() == prompt + reply
+        assert packed.position_ids[row, seen].tolist() == list(range(len(prompt + reply)))
+        assert packed.input_ids[row, columns].tolist() == [prompt[-1], *reply]
 
 
 def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokenizer):

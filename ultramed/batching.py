@@ -1,4 +1,4 @@
-"""Batches by token budget; right padding, which causal attention needs no mask for; trees of replies to one prompt."""
+"""Batches by token budget; right padding, which causal attention needs no mask for; trees of sequences that begin alike."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +18,12 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def common_prefix(rows: list[list[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    low, high = min(rows), max(rows)  # in the order of words; what these two share, all share
+    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))]
+
+
 def right_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, lengths), (B, T) and (B,). Causal attention needs no mask then: padding comes after every real token."""
     width = max(map(len, rows))
@@ -27,7 +33,7 @@ def right_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
 
 @dataclass(frozen=True)
 class Trees:
-    """Replies to the same prompt in one row behind it: the prompt is read once, and no reply sees another.
+    """Sequences that begin alike in one row: what they share is read once, and none sees another.
 
     input_ids, position_ids: (B, T); attention_mask: (B, 1, T, T), True where a token may look. `rows[i]`, `columns[i]`:
     where sequence i has the last token of its prompt, followed by its reply's tokens.
@@ -45,34 +51,62 @@ class Trees:
         return {name: getattr(self, name) for name in names}
 
 
-def trees(sequences: list[tuple[list[int], list[int]]], pad: int, device="cpu", limit: int = 1024) -> Trees:
-    """Pack (prompt, reply) token sequences; equal prompts share a row as long as it has at most `limit` tokens.
+class _Row:
+    """One row being filled: tokens, positions, and who may see them (prompt -1 is the root, reply 0 the prompt itself)."""
 
-    A reply's hidden states are those it has alone: it sees its prompt and itself, at the positions it has alone. For
-    short replies to long prompts this is several times less work than a row a sequence.
+    def __init__(self, root: tuple[int, ...]):
+        self.ids, self.positions, self.prompt, self.reply = (
+            list(root),
+            list(range(len(root))),
+            [-1] * len(root),
+            [0] * len(root),
+        )
+        self.starts: dict[tuple, tuple[int, int]] = {}  # prompt -> (its number in the row, column of its last token)
+
+    def add(self, tokens: tuple[int, ...], first: int, prompt: int, reply: int) -> list[int]:
+        start = len(self.ids)
+        self.ids += tokens
+        self.positions += range(first, first + len(tokens))
+        self.prompt += [prompt] * len(tokens)
+        self.reply += [reply] * len(tokens)
+        return list(range(start, len(self.ids)))
+
+
+def trees(sequences: list[tuple[list[int], list[int]]], pad: int, device="cpu", limit: int = 256) -> Trees:
+    """Pack (prompt, reply) token sequences into rows of at most `limit` tokens (or one sequence, if that is longer).
+
+    Two levels are shared: what all prompts begin with stands once in every row, a prompt once before its replies. A
+    reply's hidden states are those it has alone: it sees the root, its prompt and itself, at the positions it has alone.
+    For short replies to prompts of one form this is several times less work than a padded row a sequence.
     """
-    layout: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segments (0 is the prompt)
-    open_rows: dict[tuple, int] = {}
-    rows, columns = [], []
-    for prompt, reply in sequences:
-        key = tuple(prompt)
-        at = open_rows.get(key)
-        if at is None or len(layout[at][0]) + len(reply) > limit:
-            at = open_rows[key] = len(layout)
-            layout.append((list(prompt), list(range(len(prompt))), [0] * len(prompt)))
-        ids, positions, segments = layout[at]
-        start = len(ids)
-        rows.append(at)
-        columns.append([len(prompt) - 1, *range(start, start + len(reply))])
-        segments += [segments[-1] + 1] * len(reply)
-        positions += range(len(prompt), len(prompt) + len(reply))
-        ids += reply
-    width = max(len(ids) for ids, _, _ in layout)
+    shared = tuple(common_prefix([prompt for prompt, _ in sequences]))
+    groups: dict[tuple, list[int]] = {}
+    for i, (prompt, _) in enumerate(sequences):
+        groups.setdefault(tuple(prompt), []).append(i)
+    layout: list[_Row] = []
+    rows, columns = [0] * len(sequences), [[] for _ in sequences]
+    for prompt, members in groups.items():
+        own = prompt[len(shared) :]
+        for i in members:
+            reply = tuple(sequences[i][1])
+            needed = len(reply) + (0 if layout and prompt in layout[-1].starts else len(own))
+            if not layout or (len(layout[-1].ids) > len(shared) and len(layout[-1].ids) + needed > limit):
+                layout.append(_Row(shared))
+            row = layout[-1]
+            if prompt not in row.starts:
+                number = len(row.starts)
+                at = row.add(own, len(shared), number, 0)
+                row.starts[prompt] = number, (at or [len(shared) - 1])[-1]
+            number, last = row.starts[prompt]
+            rows[i] = len(layout) - 1
+            columns[i] = [last, *row.add(reply, len(prompt), number, i + 1)]
+    width = max(len(row.ids) for row in layout)
 
-    def fill(number: int, value: int) -> torch.Tensor:
-        return torch.tensor([list(row[number]) + [value] * (width - len(row[number])) for row in layout], device=device)
+    def fill(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([getattr(row, name) + [value] * (width - len(row.ids)) for row in layout], device=device)
 
-    segment = fill(2, -1)
-    own = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-    mask = own & torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return Trees(fill(0, pad), fill(1, 0), mask[:, None], rows, columns)
+    prompt, reply = fill("prompt", -2), fill("reply", 0)
+    same = (prompt[:, :, None] == prompt[:, None, :]) & ((reply[:, None, :] == 0) | (reply[:, :, None] == reply[:, None, :]))
+    seen = same | (prompt[:, None, :] == -1)
+    mask = seen & torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return Trees(fill("ids", pad), fill("positions", 0), mask[:, None], rows, columns)

@@ -66,7 +66,7 @@ def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
     return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": judge.name}
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def reward_feedback(out: Path, config: JudgeConfig, *, reward: Artifact, template: str = "chat", **samples: Artifact) -> dict:
     """The same, judged by a reward model. Equal texts of a prompt are scored once."""
     joined = join(samples)

@@ -19,7 +19,7 @@ from ultramed.store import Artifact, digest, stage
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def answers(
     out: Path, config: EvalConfig, *, model: Artifact, questions: Artifact, side: str = "test",
     select: dict | None = None, template: str = "chat", dtype: str = "auto", quantize: str | None = None,

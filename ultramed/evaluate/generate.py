@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ultramed.batching import batches, right_pad
+from ultramed.attention import causal_after_prefix
+from ultramed.batching import batches, common_prefix, right_pad
 
 NUCLEUS = 256  # tokens sorted before the whole vocabulary is
+PREFIX = 8  # tokens that a batch must share for reading them apart to pay
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,24 @@ def item_rng(*parts) -> random.Random:
 
 
 def prefill(model, rows: list[list[int]], pad: int, use_cache: bool = True):
-    """Read token rows: (logits after each row's last token (B, V), cache or None, mask (B, T) with 0 at the padding)."""
-    ids, lengths = right_pad(rows, pad, model.device)
-    read = model.base_model(input_ids=ids, use_cache=use_cache)
+    """Read token rows: (logits after each row's last token (B, V), cache or None, mask (B, T) with 0 at the padding).
+
+    What all rows begin with (a system message) is read once.
+    """
+    shared = min(len(common_prefix(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
+    if shared < PREFIX:
+        shared, given = 0, {"use_cache": use_cache}
+    else:
+        start = torch.tensor([rows[0][:shared]], device=model.device)
+        cache = model.base_model(input_ids=start, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        given = {"use_cache": True, "past_key_values": cache}
+    ids, lengths = right_pad([row[shared:] for row in rows], pad, model.device)
+    position = torch.arange(shared, shared + ids.shape[1], device=model.device)[None]
+    with causal_after_prefix():
+        read = model.base_model(input_ids=ids, position_ids=position, **given)
     last = read.last_hidden_state[torch.arange(len(rows), device=model.device), lengths - 1]
-    mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
+    mask = (torch.arange(shared + ids.shape[1], device=model.device) < shared + lengths[:, None]).long()
     return model.get_output_embeddings()(last), read.past_key_values, mask
 
 

@@ -76,7 +76,7 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
     return {"pairs": len(made), "categories": {k: len(v) for k, v in found.items()}, "row_ids": digest([r["id"] for r in made])}
 
 
-@stage(version=1, also=prompts.wording)
+@stage(version=2, also=prompts.wording)
 def pair_scores(out: Path, config: JudgeConfig, *, reward: Artifact, pairs: Artifact, template: str = "chat") -> dict:
     """Rewards of both sides of every pair: `scores.jsonl` with chosen, rejected and whether the chosen one won."""
     rows = canonical.read_pairs(pairs / "pairs.parquet")

@@ -15,7 +15,7 @@ from ultramed.schema import SampleConfig
 from ultramed.store import Artifact, stage
 
 
-@stage(version=2, also=prompts.wording)
+@stage(version=3, also=prompts.wording)
 def samples(
     out: Path, config: SampleConfig, *, model: Artifact, questions: Artifact, side: str = "test",
     select: dict | None = None, template: str = "chat", dtype: str = "auto",

@@ -137,7 +137,7 @@ def labelled_head(net) -> None:
 
     Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
     vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only,
-    and a prompt that several rows of the batch share (chosen and rejected) is read once. Where most positions have a
+    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Where most positions have a
     label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must be padded on the right and
     have their labels in one stretch at the end: then causal attention needs no mask, and none is passed on.
     """
@@ -174,9 +174,9 @@ def _reply_states(backbone, input_ids: torch.Tensor, target: torch.Tensor) -> to
     """Hidden states (N, D) that predict the labelled tokens, in the order of `target` (B, T - 1)."""
     first, count = target.int().argmax(1) + 1, target.sum(1)
     rows = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
-    if len({tuple(prompt) for prompt, _ in rows}) == len(rows):
-        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
     packed = trees(rows, pad=0, device=input_ids.device)
+    if packed.input_ids.numel() > 0.9 * input_ids.numel():  # little is shared: plain rows need no mask
+        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
     hidden = backbone(**packed.inputs, use_cache=False).last_hidden_state
     return torch.cat([hidden[row, columns[:-1]] for row, columns in zip(packed.rows, packed.columns, strict=True)])
 

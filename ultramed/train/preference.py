@@ -99,7 +99,7 @@ def _trainer(config: PreferenceConfig):
     return trl.DPOTrainer, trl.DPOConfig, {"beta": config.beta, "loss_type": [name]}
 
 
-@stage(version=2, also=prompts.wording)
+@stage(version=3, also=prompts.wording)
 def preference(
     out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
     template: str = "chat",

@@ -71,7 +71,7 @@ def read_head(net) -> None:
     net.forward = types.MethodType(forward, net)
 
 
-@stage(version=2, also=prompts.wording)
+@stage(version=3, also=prompts.wording)
 def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str = "chat") -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
 

@@ -51,7 +51,7 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
-@stage(version=3, also=prompts.wording)
+@stage(version=4, also=prompts.wording)
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
 ) -> dict:
