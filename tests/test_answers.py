@@ -3,7 +3,7 @@
 import pytest
 
 from ultramed.data.rows import BadRow, read_questions
-from ultramed.evaluate import accuracy
+from ultramed.evaluate import accuracy, engine
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.schema import EvalConfig
 
@@ -23,9 +23,9 @@ def test_outcomes_add_up(bench, exam, protocol):
 
 def test_an_interrupted_evaluation_asks_only_what_is_left(bench, exam, fresh_store, monkeypatch):
     config = EvalConfig(protocol="greedy", max_new_tokens=3, batch_tokens=256)
-    real, asked = accuracy.generate, []
+    real, asked = engine.generate, []
 
-    def break_after_three(net, tokenizer, prompts, sampling, *, budget, done):
+    def break_after_three(net, tokenizer, prompts, sampling, *, budget, done, rngs):
         def interrupted(batch, replies):
             done(batch, replies)
             asked.extend(batch)
@@ -34,13 +34,13 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(bench, exam, fresh_sto
 
         return real(net, tokenizer, prompts, sampling, budget=budget, done=interrupted)
 
-    monkeypatch.setattr(accuracy, "generate", break_after_three)
+    monkeypatch.setattr(engine, "generate", break_after_three)
     with pytest.raises(KeyboardInterrupt):
         answers(config, model=bench.model, questions=exam)
     monkeypatch.undo()
     monkeypatch.setenv("ULTRAMED_STORE", str(fresh_store))
     counted = []
-    monkeypatch.setattr(accuracy, "generate", lambda *a, **k: (counted.append(len(a[2])), real(*a, **k))[1])
+    monkeypatch.setattr(engine, "generate", lambda *a, **k: (counted.append(len(a[2])), real(*a, **k))[1])
     art = answers(config, model=bench.model, questions=exam)
     assert counted == [180 - len(asked)]
     frame = read_answers(art)

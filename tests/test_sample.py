@@ -10,6 +10,7 @@ from ultramed import models
 from ultramed.annotate.judge import OracleConfig, feedback
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.sample import read_feedback, read_samples, references, samples
+from ultramed.prompts import names_option
 from ultramed.schema import SampleConfig
 
 CONFIG = SampleConfig(n=4, max_new_tokens=5, temperature=1.0)
@@ -57,7 +58,7 @@ def test_a_reply_ends_at_its_stop(bench, tokenizer):
 
 
 def test_an_interrupted_run_goes_on(bench, exam, fresh_store, monkeypatch):
-    from ultramed.evaluate import sample as module
+    from ultramed.evaluate import engine as module
 
     own = {"model": models.base_model(bench.config), "select": {"step1": [0, 6]}}
     from ultramed.config import load_profile
@@ -87,8 +88,18 @@ def test_an_interrupted_run_goes_on(bench, exam, fresh_store, monkeypatch):
     assert len({json.loads(line)["id"] for line in kept[0].read_text().splitlines()}) == 6
 
 
+def test_a_guesser_is_right_by_chance_and_always_in_form(exam):
+    rows = read_samples(references(CONFIG, questions=exam, side="test", select={"step1": [0, 60]}, guess=True))
+    replies = [(row, reply) for row in rows for reply in row["replies"]]
+    assert all(names_option(row["prompt"], reply["letter"], reply["text"]) and reply["strict"] for row, reply in replies)
+    right = sum(reply["letter"] == row["gold"] for row, reply in replies)
+    assert 0.1 < right / len(replies) < 0.4
+    assert all(reply["text"] == row["reference"] for row, reply in replies if reply["letter"] == row["gold"])
+
+
 def test_feedback_joins_candidates_by_prompt(exam, made):
-    gold = references(CONFIG, questions=exam, side="test", select={"step1": [0, 6]})
+    one = CONFIG.model_copy(update={"n": 1})
+    gold = references(one, questions=exam, side="test", select={"step1": [0, 6]})
     rows = read_feedback(feedback(OracleConfig(), reference=gold, tiny=made))
     assert [len(r["candidates"]) for r in rows] == [5] * 6
     for row in rows:
