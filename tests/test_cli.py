@@ -79,7 +79,7 @@ def test_a_bad_question_row(bench, questions, tmp_path, change, message):
         (["eval", "--model", "tiny:llama", "--questions", "QUESTIONS", "--out", "o", "--protocol", "luck"], "protocol"),
         (["train", "sft", "--profile", "smoke", "--arm", "ful"], "did you mean 'full'?"),
         (["store", "show", "ffffffffff"], "0 artifacts match"),
-        (["data", "build", "medqua", "--profile", "smoke"], "did you mean 'medqa'?"),
+        (["data", "read", "pubmedq", "--profile", "smoke"], "did you mean 'pubmedqa'?"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(questions, args, message):
