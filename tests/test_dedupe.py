@@ -77,21 +77,21 @@ def test_embeddings_find_edits_and_ultramedicals_rule_needs_like_lengths():
     train = [QUESTION.replace("45", "46"), OTHER, f"{QUESTION} " * 2]
     encode = tfidf_encoder([QUESTION, OTHER])
     assert {(h.train, h.test) for h in embedding_hits(train, [QUESTION], encode, cosine=0.9)} == {(0, 0), (2, 0)}
-    ruled = embedding_hits(train, [QUESTION], encode, rule="ultramedical")
+    ruled = embedding_hits(train, [QUESTION], encode, rules=["ultramedical"])
     assert [(h.train, h.test) for h in ruled] == [(0, 0)]
     assert ruled[0].score >= 0.975
     with pytest.raises(ConfigError, match="cosine"):
-        embedding_hits(train, [QUESTION], encode, rule="l1")
+        embedding_hits(train, [QUESTION], encode, rules=["l1"])
 
 
 def test_ultramedicals_rule_is_a_squared_distance():
     """|a - b|^2 = 0.05 is a cosine of 0.975."""
     angle = np.arccos(0.976), np.arccos(0.974)
     vectors = {"t": [1, 0], "in": [np.cos(angle[0]), np.sin(angle[0])], "out": [np.cos(angle[1]), np.sin(angle[1])]}
-    found = embedding_hits(["in", "out"], ["t"], lambda rows: np.array([vectors[r] for r in rows]), rule="ultramedical")
+    found = embedding_hits(["in", "out"], ["t"], lambda rows: np.array([vectors[r] for r in rows]), rules=["ultramedical"])
     assert found == [], "the texts' lengths differ"
     vectors |= {"inn": vectors["in"], "outt": vectors["out"], "tes": vectors["t"]}
-    found = embedding_hits(["inn", "out"], ["tes"], lambda rows: np.array([vectors[r] for r in rows]), rule="ultramedical")
+    found = embedding_hits(["inn", "out"], ["tes"], lambda rows: np.array([vectors[r] for r in rows]), rules=["ultramedical"])
     assert [h.train for h in found] == [0]
 
 

@@ -31,17 +31,16 @@ def text_of(row: dict) -> str:
 
 def find_hits(train: list[str], test: list[str], config: CheckConfig) -> list[dedupe.Hit]:
     """Hits of all ways of `config.how`."""
-    encode, hits = None, []
-    for how in config.how:
-        if how == "exact":
-            hits += dedupe.exact_hits(train, test)
-        elif how == "ngram":
-            hits += dedupe.ngram_hits(train, test, config.ngram, config.share)
-        elif how == "minhash":
-            hits += dedupe.minhash_hits(train, test, config.jaccard)
-        else:
-            encode = encode or (dedupe.minilm_encoder() if config.encoder == "minilm" else dedupe.tfidf_encoder(test))
-            hits += dedupe.embedding_hits(train, test, encode, config.cosine, how)
+    hits = []
+    if "exact" in config.how:
+        hits += dedupe.exact_hits(train, test)
+    if "ngram" in config.how:
+        hits += dedupe.ngram_hits(train, test, config.ngram, config.share)
+    if "minhash" in config.how:
+        hits += dedupe.minhash_hits(train, test, config.jaccard)
+    if rules := [how for how in config.how if how in ("cosine", "ultramedical")]:
+        encode = dedupe.minilm_encoder() if config.encoder == "minilm" else dedupe.tfidf_encoder(test)
+        hits += dedupe.embedding_hits(train, test, encode, config.cosine, rules)
     return hits
 
 

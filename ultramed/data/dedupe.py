@@ -9,20 +9,23 @@ Four ways to look, from strict to loose:
   lengths within 20% of each other; plain cosine stands beside it.
 """
 
-import hashlib
 import importlib.util
 import random
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ultramed.progress import bar as progress_bar
 from ultramed.schema import ConfigError
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 SHINGLE = 3  # words
 PERMUTATIONS = 128
@@ -42,11 +45,6 @@ class Hit:
 def normalise(text: str) -> str:
     """Compatibility forms, lower case, words and digits only, single spaces."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
-
-
-def _hash(data: bytes) -> int:
-    """32 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
 
 
 def exact_hits(train: list[str], test: list[str]) -> list[Hit]:
@@ -112,36 +110,38 @@ class Buckets:
     """
 
     def __init__(self, threshold: float):
-        from datasketch import MinHashLSH
+        from datasketch import MinHash, MinHashLSH
+        from xxhash import xxh32_intdigest
 
         self.threshold, self.sets = threshold, []
-        width = max(w for w in (1, 2, 4, 8) if w == 1 or 1 - (1 - threshold**w) ** (PERMUTATIONS // w) >= 0.99)
+        self.minima = MinHash(PERMUTATIONS, hashfunc=xxh32_intdigest)  # of nothing
+        width = max(w for w in range(1, 9) if w == 1 or 1 - (1 - threshold**w) ** (PERMUTATIONS // w) >= 0.99)
         self.lsh = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // width, width))
 
-    def near(self, text: str) -> tuple[list[tuple[int, float]], Callable[[], None]]:
-        """((index, similarity) of every kept text at or above the threshold, a function that keeps this one, too)."""
-        from datasketch import MinHash
-
-        parts = shingles(text)
-        signature = MinHash(PERMUTATIONS, hashfunc=_hash)
+    def read(self, text: str) -> tuple[set[str], "MinHash"]:
+        """The shingles of a text and their minima."""
+        parts, signature = shingles(text), self.minima.copy()
         signature.update_batch([p.encode() for p in parts])
+        return parts, signature
+
+    def keep(self, parts: set[str], signature: "MinHash") -> None:
+        self.lsh.insert(len(self.sets), signature)
+        self.sets.append(parts)
+
+    def near(self, parts: set[str], signature: "MinHash") -> list[tuple[int, float]]:
+        """(index, similarity) of every kept text at or above the threshold, the earliest first."""
         found = ((int(j), jaccard(parts, self.sets[j])) for j in sorted(self.lsh.query(signature)))
-
-        def keep() -> None:
-            self.lsh.insert(len(self.sets), signature)
-            self.sets.append(parts)
-
-        return [(j, score) for j, score in found if score >= self.threshold], keep
+        return [(j, score) for j, score in found if score >= self.threshold]
 
 
 def minhash_hits(train: list[str], test: list[str], threshold: float = 0.5) -> list[Hit]:
     """Pairs whose shingles have a Jaccard similarity of at least `threshold`."""
     buckets, out = Buckets(threshold), []
     for text in test:
-        buckets.near(text)[1]()
+        buckets.keep(*buckets.read(text))
     with progress_bar(len(train), "MinHash", "row") as bar:
         for i, text in enumerate(train):
-            out += [Hit(i, j, "minhash", score) for j, score in buckets.near(text)[0]]
+            out += [Hit(i, j, "minhash", score) for j, score in buckets.near(*buckets.read(text))]
             bar.update(1)
     return out
 
@@ -151,13 +151,12 @@ def near_duplicates(texts: list[str], threshold: float = 0.8) -> list[int]:
     buckets, kept, first = Buckets(threshold), [], []
     with progress_bar(len(texts), "near-duplicates", "row") as bar:
         for i, text in enumerate(texts):
-            near, keep = buckets.near(text)
-            if near:
-                first.append(kept[near[0][0]])
-            else:
-                keep()
+            one = buckets.read(text)
+            near = buckets.near(*one)
+            if not near:
+                buckets.keep(*one)
                 kept.append(i)
-                first.append(i)
+            first.append(kept[near[0][0]] if near else i)
             bar.update(1)
     return first
 
@@ -206,25 +205,32 @@ def minilm_encoder(max_tokens: int = 256, budget: int = 16384) -> Encoder:
 
 
 def embedding_hits(
-    train: list[str], test: list[str], encode: Encoder, cosine: float = 0.9, rule: str = "cosine", block: int = 2048
+    train: list[str],
+    test: list[str],
+    encode: Encoder,
+    cosine: float = 0.9,
+    rules: Collection[str] = ("cosine",),
+    block: int = 2048,
 ) -> list[Hit]:
-    """Pairs of near vectors. rule 'cosine': at least `cosine`; 'ultramedical': |a - b|^2 <= 0.05 and lengths within 20%."""
-    if rule not in ("cosine", "ultramedical"):
-        raise ConfigError(f"embedding rule 'cosine' or 'ultramedical', got {rule!r}")
-    least = 1 - 0.05 / 2 if rule == "ultramedical" else cosine  # unit vectors: |a - b|^2 = 2 - 2 cos
+    """Pairs of near vectors by each of `rules`; every text is encoded once.
+
+    'cosine': at least `cosine`; 'ultramedical': |a - b|^2 <= 0.05 and lengths within 20%.
+    """
+    if unknown := set(rules) - {"cosine", "ultramedical"}:
+        raise ConfigError(f"embedding rules are 'cosine' and 'ultramedical', got {sorted(unknown)}")
     targets, out = encode(test), []
     length = np.array([max(1, len(t)) for t in test])
-    with progress_bar(len(train), f"embeddings, {rule}", "row") as bar:
+    with progress_bar(len(train), "embeddings", "row") as bar:
         for start in range(0, len(train), block):
             part = train[start : start + block]
             close = encode(part) @ targets.T
             close = close.toarray() if hasattr(close, "toarray") else np.asarray(close)
-            if rule == "ultramedical":
-                own = np.array([max(1, len(t)) for t in part])[:, None]
-                close = np.where(np.abs(own - length) <= 0.2 * length, close, 0)
-            out += [
-                Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(close >= least), strict=True)
-            ]
+            for rule in rules:
+                near = close >= (cosine if rule == "cosine" else 1 - 0.05 / 2)  # unit vectors: |a - b|^2 = 2 - 2 cos
+                if rule == "ultramedical":
+                    own = np.array([max(1, len(t)) for t in part])[:, None]
+                    near &= np.abs(own - length) <= 0.2 * length
+                out += [Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(near), strict=True)]
             bar.update(len(part))
     return out
 
