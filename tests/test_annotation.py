@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from faulty import Faulty
+from handmade import given, lines, prompt_row
 
 from ultramed.annotate import synthesize
 from ultramed.annotate.llm import LLMConfig, combine, complexity, llm_feedback, pairwise
@@ -14,26 +15,11 @@ from ultramed.data import rows as canonical
 from ultramed.evaluate.sample import read_feedback
 from ultramed.evaluate.stats import krippendorff
 from ultramed.prompts import said
-from ultramed.store import stage
-
-
-@stage(version=1)
-def given(out, config, *, rows, name="train.parquet"):
-    canonical.write_rows(out / name, rows)
-
-
-@stage(version=1)
-def sampled(out, config, *, rows):
-    (out / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def asked(body):
     """The first thing that the user says; a request to mend the answer comes later."""
     return next(m["content"] for m in body["messages"] if m["role"] == "user")
-
-
-def prompt_row(name, text):
-    return {"id": name, "source": "t", "prompt": [{"role": "user", "content": text}], "reference": "", "meta": {"x": 1}}
 
 
 def question(name, text, gold="B"):
@@ -70,7 +56,7 @@ def test_feedback_goes_back_to_the_candidate_it_was_given_for_whatever_the_order
         return json.dumps({"scores": [worth[t] for t in (shown[:3] if "question 5" in asked(body) else shown)]})
 
     with Faulty(answer=answer) as server:
-        made = llm_feedback(LLMConfig(server=server.config()), pool=sampled(rows=rows))
+        made = llm_feedback(LLMConfig(server=server.config()), pool=lines(rows=rows, name="samples.jsonl"))
         orders = {tuple(re.findall(r"Reply \d:\n(\w+)", asked(b))) for b in server.bodies}
     assert len(orders) > 1, "the candidates are shuffled"
     judged = read_feedback(made)
@@ -102,7 +88,7 @@ def test_a_pair_is_judged_in_both_orders():
 
     names = ["honest", "always first", "tie", "broken"]
     with Faulty(answer=answer) as server:
-        made = pairwise(LLMConfig(server=server.config()), pairs=given(rows=[pair(n) for n in names], name="pairs.parquet"))
+        made = pairwise(LLMConfig(server=server.config()), pairs=given(rows=[pair(n) for n in names], side="pairs"))
     verdicts = [json.loads(line)["verdict"] for line in (made / "verdicts.jsonl").read_text().splitlines()]
     assert verdicts == ["chosen", "inconsistent", "tie", "unread"]
     assert made.metrics["consistency"] == pytest.approx(2 / 3)

@@ -128,6 +128,15 @@ def test_addresses_that_cannot_be_used_or_hold_a_key(url):
         ServerConfig(url=url, model="m")
 
 
+def test_a_server_by_its_short_name():
+    where = ServerConfig.of("http://localhost:8000/v1/#org/model", concurrency=2)
+    assert (where.url, where.model, where.concurrency) == ("http://localhost:8000/v1", "org/model", 2)
+    for wrong in ("http://localhost:8000/v1", "http://localhost:8000/v1#", "localhost#m", "http://me:secret@host/v1#m"):
+        with pytest.raises(ConfigError, match="url#model") as err:
+            ServerConfig.of(wrong)
+        assert "secret" not in str(err.value)
+
+
 def test_it_works_where_an_event_loop_is_running_as_in_a_notebook(tmp_path):
     import asyncio
 

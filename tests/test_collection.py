@@ -4,20 +4,14 @@ import json
 
 import pytest
 from datasets import load_dataset
+from handmade import given
 
-from ultramed.data import rows as canonical
 from ultramed.data.collection import build, contamination, read_report, statistics, text_of
 from ultramed.schema import BuildConfig, CheckConfig, ConfigError
-from ultramed.store import stage
 
 TEST = (
     "A 45-year-old man has crushing chest pain for two hours with ST elevation in the inferior leads. Which artery is blocked?"
 )
-
-
-@stage(version=1)
-def given(out, config, *, rows, side="train"):
-    canonical.write_rows(out / f"{side}.parquet", rows)
 
 
 def instruction(name, text, **meta):

@@ -28,6 +28,16 @@ def test_greedy_is_what_transformers_generates(net, tokenizer):
         assert reply.tokens == len(ids)
 
 
+def test_a_repetition_penalty_is_that_of_transformers(net, tokenizer):
+    given = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the patient has", "which of these is the")]
+    ours = decode(net, tokenizer, given, Sampling(12, repetition_penalty=9.0))
+    plain = decode(net, tokenizer, given, Sampling(12))
+    for ids, reply in zip(given, ours, strict=True):
+        made = net.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, repetition_penalty=9.0)
+        assert reply.text == tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
+    assert ours != plain
+
+
 def test_finished_replies_leave_the_batch_and_the_others_do_not_notice(net, tokenizer, monkeypatch):
     """Some token that a few replies produce early is made the end token; the remaining replies stay as they were."""
     free = decode(net, tokenizer, PROMPTS, Sampling(12))

@@ -6,33 +6,23 @@ import re
 import pandas as pd
 import pytest
 from faulty import Faulty
+from handmade import given, lines, prompt_row
 
-from ultramed.annotate.judged import agreement, as_pairs, grades, kqa_labels, physicians, win_rate
+from ultramed.annotate.human import HumanConfig, human_pairs
+from ultramed.annotate.judged import (
+    agreement,
+    agreement_with_people,
+    as_pairs,
+    grades,
+    judge_labels,
+    kqa_labels,
+    physicians,
+    win_rate,
+)
 from ultramed.annotate.llm import LLMConfig, pairwise
 from ultramed.data import rows as canonical
 from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.openended import LanguageGuesser, ReplyConfig, bleu1, kqa_scores, read_replies, replies
-from ultramed.store import stage
-
-
-@stage(version=1)
-def given(out, config, *, rows):
-    canonical.write_rows(out / "test.parquet", rows)
-
-
-@stage(version=1)
-def made_up(out, config, *, rows):
-    (out / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def prompt_row(name, text, **meta):
-    return {
-        "id": name,
-        "source": "t",
-        "prompt": [{"role": "user", "content": text}],
-        "reference": "gold",
-        "meta": {"x": 1, **meta},
-    }
 
 
 def test_replies_to_all_turns_and_none_is_asked_twice(bench, monkeypatch):
@@ -40,11 +30,11 @@ def test_replies_to_all_turns_and_none_is_asked_twice(bench, monkeypatch):
         prompt_row("a", "first question", turns=["first question", "and then?"]),
         prompt_row("b", "other", turns=["other", "why?"]),
     ]
-    made = replies(ReplyConfig(max_new_tokens=5, turns=True), model=bench.model, data=given(rows=rows))
+    made = replies(ReplyConfig(max_new_tokens=5, turns=True), model=bench.model, data=given(rows=rows, side="test"))
     frame = read_replies(made)
     assert [len(r) for r in frame.replies] == [2, 2]
     assert list(frame.reference) == ["gold", "gold"]
-    single = read_replies(replies(ReplyConfig(max_new_tokens=5), model=bench.model, data=given(rows=rows)))
+    single = read_replies(replies(ReplyConfig(max_new_tokens=5), model=bench.model, data=given(rows=rows, side="test")))
     assert list(single.reply) == list(frame.reply), "the first turn does not depend on the second"
 
 
@@ -59,7 +49,9 @@ def test_the_second_turn_sees_the_first_reply(exam):
 
     with Faulty(answer=answer) as server:
         model = models.resolve(f"{server.config().url}#m")
-        made = replies(ReplyConfig(turns=True), model=model, data=given(rows=[prompt_row("t", "one", turns=["one", "two"])]))
+        made = replies(
+            ReplyConfig(turns=True), model=model, data=given(rows=[prompt_row("t", "one", turns=["one", "two"])], side="test")
+        )
     assert seen == [["one"], ["one", "reply to one", "two"]]
     assert read_replies(made).replies[0] == ["reply to one", "reply to two"]
 
@@ -76,12 +68,43 @@ def test_kqa_scores_by_hand():
 
 
 def test_the_physicians_labels_of_kqa(data):
-    frame = physicians(data / "k_qa" / "nli_medical_annotator.parquet")
+    frame = physicians()
     assert len(frame) == 399
     assert set(frame.kind) == {"must_have", "nice_to_have"}
     assert 0.3 < agreement(frame) < 1
     scores = {model: kqa_scores(part) for model, part in frame.groupby("model")}
     assert scores["gpt4"]["completeness"].n <= 15
+
+
+def test_a_judge_is_measured_beside_people(data):
+    labelled = physicians().set_index("statement")
+
+    def answer(body):
+        statement = re.search(r"Statement: (.*)", body["messages"][-1]["content"], re.DOTALL)[1]
+        label = labelled.label.get(statement.strip())
+        return json.dumps({"label": label if isinstance(label, str) else "Neutral"})
+
+    with Faulty(answer=answer) as server:
+        made = judge_labels(LLMConfig(server=server.config()))
+    assert made.metrics["statements"] == 399
+    assert made.metrics["same"] > 0.7  # it copies the majority wherever a statement occurs once
+    assert made.metrics["alpha"] > 0.5
+    assert made.metrics["physicians"] == pytest.approx(agreement(physicians()))
+
+
+def test_agreement_with_an_experts_ranking(data):
+    pairs = human_pairs(HumanConfig(side="validation", words=20), per_prompt=2)
+    better = {r["chosen"][0]["content"] for r in canonical.read_pairs(pairs / "pairs.parquet")}
+
+    def answer(body):
+        first, second = re.search(r"Reply A:\n(.*?)\n\nReply B:\n(.*)", body["messages"][-1]["content"], re.DOTALL).groups()
+        return json.dumps({"better": "A" if first in better and second not in better else "B"})
+
+    with Faulty(answer=answer) as server:
+        found = agreement_with_people(pairwise(LLMConfig(server=server.config()), pairs=pairs))
+    assert found["pairs"] == 50
+    assert 0 < found["decided"] <= 50
+    assert found["agrees"].startswith("100.0")
 
 
 def test_statements_are_judged_one_by_one(data, bench):
@@ -103,7 +126,10 @@ def test_statements_are_judged_one_by_one(data, bench):
 def test_grades_and_wins():
     rows = [prompt_row(f"q{i}", f"question {i}", turns=[f"question {i}", "go on"]) for i in range(4)]
     ours, other = (
-        made_up(rows=[{**row, "reply": f"{who} {row['id']}", "replies": [f"{who} {row['id']}", "more"]} for row in rows])
+        lines(
+            name="replies.jsonl",
+            rows=[{**row, "reply": f"{who} {row['id']}", "replies": [f"{who} {row['id']}", "more"]} for row in rows],
+        )
         for who in ("good", "bad")
     )
     with Faulty(answer=lambda body: '{"score": 8}' if "go on" in body["messages"][-1]["content"] else '{"score": 6}') as server:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from ultramed import config, schema, store
+from ultramed import cli_data, config, schema, store
+from ultramed.cli_data import ProfileOption, SetOption, console
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -18,15 +18,17 @@ app = typer.Typer(
     "Start with `ultramed doctor`, then `ultramed run`. Nothing leaves this machine unless you give a URL.",
 )  # fmt: skip
 store_app = typer.Typer(no_args_is_help=True, help="Look after the artifacts: everything that was built, trained and answered.")
-data_app = typer.Typer(no_args_is_help=True, help="Data sets: what there is and what is at hand.")
 train_app = typer.Typer(no_args_is_help=True, help="Train one arm of a profile by hand.")
 app.add_typer(store_app, name="store")
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.data_app, name="data")
+app.add_typer(cli_data.annotate_app, name="annotate")
 app.add_typer(train_app, name="train")
-console = Console()
 
-ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A file of params/, without .yaml, or a path to one.")]
-SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set train.epochs=2 (repeatable).")]
+ClusterOption = Annotated[str, typer.Option(help="slurm: submit a job array. local: the same script, here, one by one.")]
+SbatchOption = Annotated[
+    list[str], typer.Option("--sbatch", "-C", help="An option of sbatch: -C partition=gpu -C gres=gpu:8 -C time=12:00:00.")
+]
+WaitOption = Annotated[bool, typer.Option("--wait", help="With --cluster slurm: return when everything has ended.")]
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
         if code == 130:
             print("\ninterrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(code)
-    except (schema.ConfigError, store.StoreError, FileNotFoundError, ValueError) as err:
+    except (schema.ConfigError, schema.ServerError, store.StoreError, FileNotFoundError, ValueError) as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(2)
     except Exception as err:
@@ -91,10 +93,27 @@ def run(
         bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the HTML report afterwards.")] = True,
+    cluster: ClusterOption = "",
+    sbatch: SbatchOption = [],  # noqa: B006
+    wait: WaitOption = False,
 ) -> None:
     """Run the notebooks with papermill and write figures/<profile>/."""
     from ultramed import batch
 
+    if cluster:
+        from ultramed import cluster as on
+
+        config.load_profile(profile, overrides)
+        names = [p.stem.split("_")[0] for p in batch.notebooks(numbers or [])]
+        more = ["--profile", profile, *(f"--set={o}" for o in overrides), *(["--force"] if force else [])]
+        tasks = [on.command("run", n, *more, "--no-report") for n in names if n != batch.LAST]
+        last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", profile)
+        place = batch.folder(profile) / "cluster"
+        if not on.submit(
+            f"ultramed-{profile}", tasks, last, where=cluster, folder=place, options=sbatch, wait=wait, console=console
+        ):
+            raise typer.Exit(1)
+        return
     fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
     if report:
         from ultramed.report.site import write_report
@@ -105,10 +124,31 @@ def run(
 
 
 @app.command()
-def sweep(file: Annotated[Path, typer.Argument(help="A YAML file such as params/sweeps/lora_rank.yaml.")]) -> None:
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A YAML file such as params/sweeps/lora_rank.yaml.")],
+    only: Annotated[int, typer.Option(help="Only this point, counted from 0, without the table: a task of a cluster.")] = -1,
+    cluster: ClusterOption = "",
+    sbatch: SbatchOption = [],  # noqa: B006
+    wait: WaitOption = False,
+) -> None:
     """Run a notebook arm over a grid of parameters; finished runs are skipped, failed ones tried again."""
-    from ultramed.sweep import run_sweep
+    from ultramed.sweep import read_sweep, run_point, run_sweep
 
+    if only >= 0:
+        run_point(file, only, console)
+        return
+    if cluster:
+        from ultramed import batch
+        from ultramed import cluster as on
+
+        found, points = read_sweep(file)
+        tasks = [on.command("sweep", file.resolve(), "--only", number) for number in range(len(points))]
+        last, place = on.command("sweep", file.resolve()), batch.folder(found.profile) / "cluster"
+        if not on.submit(
+            f"sweep-{file.stem}", tasks, last, where=cluster, folder=place, options=sbatch, wait=wait, console=console
+        ):
+            raise typer.Exit(1)
+        return
     if not run_sweep(file, console):
         raise typer.Exit(1)
 
@@ -139,7 +179,7 @@ def evaluate(
     import shutil
 
     from ultramed import models
-    from ultramed.data.sources import own_questions
+    from ultramed.data.sources import own
     from ultramed.evaluate import stats
     from ultramed.evaluate.accuracy import answers, read_answers
     from ultramed.notebook import quiet
@@ -151,7 +191,7 @@ def evaluate(
     for text in overrides:
         data = config.apply_override(data, *config.parse_override(text))
     setting = config.validate(schema.EvalConfig, data, "eval")
-    asked = own_questions(questions, limit)
+    asked = own(questions, "questions", limit=limit)
     art = answers(setting, model=models.resolve(model), questions=asked, template=template, dtype=dtype)
     frame = read_answers(art)
     e = stats.wilson(frame.correct)
@@ -198,6 +238,24 @@ def reward(
         interval = "" if row.subset == "average" else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
         console.print(f"{row.subset:<13} {100 * row.accuracy:.1f} {interval} n = {row.n}", highlight=False)
     console.print(f"scores        {out / 'scores.jsonl'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Artifact key (`ultramed store ls sft`), or its beginning.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Put an adapter into its base; checked that the logits stay.")] = False,
+    push: Annotated[str, typer.Option("--push", help="Hub id to publish it as (private); nothing is sent without it.")] = "",
+) -> None:
+    """A model for others: safetensors, tokenizer, chat template, model card, results, lineage."""
+    from ultramed.notebook import quiet
+    from ultramed.report import export as exporting
+
+    quiet()
+    made = exporting.export(store.find(model), out, merge=merge)
+    console.print(f"{out}: {', '.join(made['files'])} ({made['bytes'] / 1e6:.0f} MB)", highlight=False, soft_wrap=True)
+    if push:
+        console.print(exporting.push(out, push))
 
 
 @app.command()
@@ -290,62 +348,6 @@ def train_reward(
     console.print(
         f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False
     )
-
-
-@data_app.command("list")
-def data_list() -> None:
-    """Named data sets, their sizes, licences, and whether they are at hand."""
-    from ultramed.data.catalog import SOURCES
-    from ultramed.data.sources import local_files
-
-    table = Table()
-    for column in ("name", "kind", "sides", "at hand", "licence"):
-        table.add_column(column)
-    table.add_row("exam", "questions", "train 18000, dev 900, test 3000 (laptop)", "[green]bundled[/]", "see DATA_LICENSES.md")
-    for name, spec in SOURCES.items():
-        local = local_files(name)
-        sides = {s: n for s, (_, n) in spec.files.items()} or {s: h[-1] for s, h in spec.hub.items()}
-        where = "[green]local[/]" if local else "hub" if spec.hub else "[red]no[/]"
-        table.add_row(name, spec.kind, ", ".join(f"{s} {n}" for s, n in sides.items()), where, spec.licence)
-    console.print(table)
-
-
-@data_app.command("read")
-def data_read(
-    names: Annotated[list[str], typer.Argument(help="Names of `ultramed data list`, or 'exam'.")],
-    profile: ProfileOption = "laptop",
-) -> None:
-    """Read data sets into canonical rows in the store and print their counts."""
-    from ultramed.data.sources import dataset
-
-    resolved = config.load_profile(profile)
-    for name in names:
-        art = dataset(resolved, name)
-        console.print(f"{name}: {art.metrics['counts']}  {art.stage}/{art.key}", highlight=False)
-
-
-@data_app.command("build")
-def data_build(
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the collection.")],
-    profile: ProfileOption = "laptop",
-    overrides: SetOption = [],  # noqa: B006
-    push: Annotated[str, typer.Option("--push", help="Hub id to publish it as; nothing is sent without it.")] = "",
-) -> None:
-    """Build the profile's collection of the sources at hand: filtered, checked against test sets, with its card."""
-    from shutil import copytree
-
-    from ultramed.data.collection import collect
-
-    if out.exists():
-        raise schema.ConfigError(f"{out} exists; give a new folder")
-    found = collect(config.load_profile(profile, overrides))
-    copytree(found.made.path, out)
-    console.print(f"{found.made.metrics['rows']} rows in {out}; not at hand: {', '.join(found.missing) or 'nothing'}")
-    if push:
-        from huggingface_hub import HfApi
-
-        HfApi().create_repo(push, repo_type="dataset", private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=push, folder_path=out, repo_type="dataset")
 
 
 @store_app.command("ls")

@@ -20,14 +20,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ultramed.ledger import Ledger
 from ultramed.progress import bar as progress_bar
-from ultramed.schema import ConfigError, Strict
+from ultramed.schema import ConfigError, ServerError, Strict
 from ultramed.store import digest
 
 RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may mend
-
-
-class ServerError(RuntimeError):
-    """Some requests could not be answered; those that were are in the ledger, and the same call goes on from there."""
 
 
 class BudgetError(ServerError):
@@ -61,6 +57,18 @@ class ServerConfig(Strict):
             raise ValueError("no keys in the url: set the environment variable that `key_env` names")
         return url.rstrip("/")
 
+    @classmethod
+    def of(cls, where: str, **more) -> "ServerConfig":
+        """'http://localhost:8000/v1#my-model' as configuration. Raises ConfigError for anything else."""
+        url, _, model = where.partition("#")
+        try:
+            if not model:
+                raise ValueError("the model's name is missing")
+            return cls(url=url, model=model, **more)
+        except ValueError as err:  # pydantic's is one, and repeats its input: only its own words are passed on
+            why = err.errors(include_input=False)[0]["msg"] if isinstance(err, ValidationError) else err
+            raise ConfigError(f"a server's model is url#model, such as http://localhost:8000/v1#my-model: {why}") from None
+
 
 @dataclass(frozen=True)
 class Request:
@@ -76,8 +84,9 @@ def ask(
 ) -> list[dict]:
     """Ledger rows of all requests, in their order; those in the ledger `path` already are not asked again.
 
-    A row has key, id, model, status, text, value, finish_reason, completion_tokens, and the requests and tokens it cost. Status is 'ok';
-    with a `schema` also 'unparsed' (no JSON that fits it, after one request to mend it; `value` is None then).
+    A row has key, id, model, status, text, value, finish_reason, completion_tokens, and the requests and tokens that it
+    cost. Status is 'ok'; with a `schema` also 'unparsed' (no JSON that fits it, after one request to mend it; `value` is
+    None then).
     Raises ServerError if requests stay unanswered, BudgetError if the budget is used up, ConfigError for what no
     further try can mend (a wrong key or model); finished answers are in the ledger in each case.
     """

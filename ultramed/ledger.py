@@ -2,7 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Rows as JSON lines, all at once: for what is computed in one go out of a ledger."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 class Ledger:

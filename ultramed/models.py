@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ultramed.attention import attention_for
+from ultramed.client import ServerConfig
 from ultramed.schema import ConfigError, LoraSettings, ModelConfig
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
@@ -100,10 +101,8 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if config.name.startswith(("http://", "https://")):
-        url, mark, model = config.name.partition("#")
-        if not mark or not model:
-            raise ConfigError(f"a server's model is url#model, such as http://localhost:8000/v1#my-model; got {config.name!r}")
-        about = {"kind": "server", "name": config.name, "url": url, "model": model, "template": config.template}
+        server = ServerConfig.of(config.name)
+        about = {"kind": "server", "name": config.name, "url": server.url, "model": server.model, "template": config.template}
         write_json(out / "model.json", about)
         return {}
     if config.name == TINY:

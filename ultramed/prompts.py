@@ -6,6 +6,7 @@ into two texts, which are tokenised apart and joined, so that training and gener
 
 import hashlib
 import html
+import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,6 +50,20 @@ class Template:
             header = role_header(tokenizer)
             return header + completion.strip() + tokenizer.eos_token + "\n" + header
         return completion.strip() + tokenizer.eos_token
+
+    def jinja(self) -> str:
+        """The same as a chat template for transformers; '' for the model's own. One user turn, as `render`."""
+        if not self.with_input:
+            return ""
+
+        def text(form: str, **named: str) -> str:
+            parts = re.split(r"\{(instruction|input)\}", form)
+            return " + ".join(named[p] if p in named else json.dumps(p) for p in parts if p)
+
+        system = text(self.with_input, instruction="messages[0]['content']", input="messages[1]['content']")
+        plain = text(self.without_input, instruction="messages[0]['content']")
+        answer = "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] + eos_token }}{% endif %}"
+        return f"{{% if messages[0]['role'] == 'system' %}}{{{{ {system} }}}}{{% else %}}{{{{ {plain} }}}}{{% endif %}}{answer}"
 
     def fingerprint(self, tokenizer) -> str:
         """Hash of everything that decides what this template renders."""

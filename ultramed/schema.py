@@ -13,6 +13,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message says what was wanted, what came, and how to mend it."""
 
 
+class ServerError(RuntimeError):
+    """Some requests could not be answered; those that were are in the ledger, and the same call goes on from there."""
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 

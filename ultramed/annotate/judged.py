@@ -5,15 +5,16 @@ from pathlib import Path
 import pandas as pd
 from pydantic import BaseModel, Field
 
-from ultramed.annotate.llm import LLMConfig
+from ultramed.annotate.llm import LLMConfig, request
 from ultramed.client import Request, ask
 from ultramed.data import rows as canonical
+from ultramed.data.sources import data_root
 from ultramed.evaluate import stats
 from ultramed.evaluate.openended import Label, read_replies
-from ultramed.ledger import Ledger
+from ultramed.ledger import write_lines
 from ultramed.prompts import said
 from ultramed.schema import ConfigError
-from ultramed.store import Artifact, stage
+from ultramed.store import Artifact, sha256, stage
 
 NLI = """\
 Does the answer to a patient's question support the statement? Entailment: the answer says or clearly implies it. \
@@ -24,6 +25,9 @@ MT_BENCH = """\
 Grade the assistant's last reply from 1 to 10: is it correct, helpful, relevant, deep enough and does it follow the \
 instruction, given the conversation before it? Neither length nor style alone is a merit.{reference}
 Answer with a JSON object: {{"reason": "one sentence", "score": a number from 1 to 10}}."""
+
+
+LABEL = {"Entailment": 0.0, "Neutral": 1.0, "Contradiction": 2.0}
 
 
 class Entails(BaseModel):
@@ -39,8 +43,8 @@ def wording(config=None) -> str:
     return repr((NLI, MT_BENCH))
 
 
-def _options(config: LLMConfig) -> dict:
-    return {"temperature": config.temperature, "max_tokens": config.max_tokens}
+def _entails(name: str, question: str, answer: str, statement: str, config: LLMConfig) -> Request:
+    return request(name, NLI, f"Question: {question}\n\nAnswer: {answer}\n\nStatement: {statement}", config)
 
 
 @stage(version=1, also=wording)
@@ -50,24 +54,29 @@ def kqa_labels(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
     for row in read_replies(replies).itertuples():
         for kind in ("must_have", "nice_to_have"):
             for number, statement in enumerate(row.meta[kind]):
-                text = f"Question: {row.prompt[-1]['content']}\n\nAnswer: {row.reply}\n\nStatement: {statement}"
-                messages = [{"role": "system", "content": NLI}, {"role": "user", "content": text}]
-                asked.append(Request(f"{row.id}/{kind}/{number}", messages, _options(config)))
+                name, question = f"{row.id}/{kind}/{number}", row.prompt[-1]["content"]
+                asked.append(_entails(name, question, row.reply, statement, config))
                 about.append({"question": row.id, "kind": kind, "statement": statement})
     made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="K-QA statements")
-    unread = 0
-    with Ledger(out / "labels.jsonl", key="id") as ledger:
-        for answer, what in zip(made, about, strict=True):
-            label = answer["value"]["label"] if answer["value"] else None
-            unread += label is None
-            if answer["id"] not in ledger:
-                ledger.add({"id": answer["id"], **what, "label": label})
-    return {"statements": len(made), "unread": unread}
+    labels = [answer["value"]["label"] if answer["value"] else None for answer in made]
+    write_lines(
+        out / "labels.jsonl",
+        ({"id": m["id"], **what, "label": label} for m, what, label in zip(made, about, labels, strict=True)),
+    )
+    return {"statements": len(made), "unread": labels.count(None)}
 
 
-def physicians(path: Path) -> pd.DataFrame:
-    """K-QA's own labelled answers (nli_medical_annotator.parquet): model, question, kind, statement, three labels, majority."""
-    frame = pd.read_parquet(path)
+def physicians_file() -> Path:
+    """K-QA's labelled answers in `ULTRAMED_DATA`; ConfigError if they are not there."""
+    path = (data_root() or Path()) / "k_qa" / "nli_medical_annotator.parquet"
+    if not path.is_file():
+        raise ConfigError("the physicians' labels are ULTRAMED_DATA/k_qa/nli_medical_annotator.parquet (K-QA's repository)")
+    return path
+
+
+def physicians() -> pd.DataFrame:
+    """K-QA's own labelled answers: model, question, answer, kind, statement, three labels, their majority as label."""
+    frame = pd.read_parquet(physicians_file())
     names = {"llm_x": "model", "Question": "question", "claim": "statement", "majority_label": "label", "category_x": "kind"}
     frame = frame.rename(columns=names)
     return frame.assign(kind=frame.kind.str.lower())
@@ -75,8 +84,24 @@ def physicians(path: Path) -> pd.DataFrame:
 
 def agreement(frame: pd.DataFrame) -> float:
     """Krippendorff's alpha (nominal) of the three physicians."""
-    code = {"Entailment": 0.0, "Neutral": 1.0, "Contradiction": 2.0}
-    return stats.krippendorff(frame[["label_0", "label_1", "label_2"]].map(code.get).to_numpy(dtype=float))
+    return stats.krippendorff(frame[["label_0", "label_1", "label_2"]].map(LABEL.get).to_numpy(dtype=float))
+
+
+@stage(version=1, also=lambda config: [wording(), sha256(physicians_file())])
+def judge_labels(out: Path, config: LLMConfig) -> dict:
+    """`labels.jsonl`: the judge's label of every statement that physicians labelled. alpha: Krippendorff's, of the judge
+    and the physicians' majority; `physicians`: of the three among themselves, as a scale."""
+    frame = physicians()
+    asked = [_entails(str(i), r.question, r.answer, r.statement, config) for i, r in enumerate(frame.itertuples())]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="labels beside physicians'")
+    labels = [m["value"]["label"] if m["value"] else None for m in made]
+    both = pd.DataFrame({"judge": labels, "physicians": frame.label})
+    write_lines(out / "labels.jsonl", both.to_dict("records"))
+    read = both.dropna()
+    return {
+        "statements": len(both), "unread": labels.count(None), "same": float((read.judge == read.physicians).mean()),
+        "alpha": stats.krippendorff(both.map(LABEL.get).to_numpy(dtype=float)), "physicians": agreement(frame),
+    }  # fmt: skip
 
 
 @stage(version=1, also=wording)
@@ -91,15 +116,14 @@ def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
                 f"User: {asked_for}\n\nAssistant: {reply}"
                 for asked_for, reply in zip(turns[: number + 1], row.replies[: number + 1], strict=True)
             )
-            messages = [{"role": "system", "content": MT_BENCH.format(reference=told)}, {"role": "user", "content": talk}]
-            asked.append(Request(f"{row.id}#{number}", messages, _options(config)))
+            asked.append(request(f"{row.id}#{number}", MT_BENCH.format(reference=told), talk, config))
             about.append({"question": row.id, "turn": number + 1, "category": row.meta.get("category", "all")})
     made = ask(config.server, asked, out / "requests.jsonl", schema=Grade, desc="grades")
-    with Ledger(out / "grades.jsonl", key="id") as ledger:
-        for answer, what in zip(made, about, strict=True):
-            if answer["id"] not in ledger:
-                ledger.add({"id": answer["id"], **what, "score": answer["value"]["score"] if answer["value"] else None})
-    scores = [m["value"]["score"] for m in made if m["value"]]
+    given = [answer["value"]["score"] if answer["value"] else None for answer in made]
+    write_lines(
+        out / "grades.jsonl", ({"id": m["id"], **what, "score": s} for m, what, s in zip(made, about, given, strict=True))
+    )
+    scores = [s for s in given if s is not None]
     return {"turns": len(made), "unread": len(made) - len(scores), "mean": sum(scores) / len(scores) if scores else None}
 
 
@@ -119,6 +143,17 @@ def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact) -> d
         raise ConfigError("no prompt has two different replies: nothing to compare")
     canonical.write_rows(out / "pairs.parquet", rows)
     return {"pairs": len(rows), "same": len(a.index.intersection(b.index)) - len(rows)}
+
+
+def agreement_with_people(verdicts: Artifact) -> dict:
+    """Of `llm.pairwise` over pairs that people ranked: share of pairs where the judge agrees with them, of those where
+    it decided, and the share that it judged alike in both orders (consistency)."""
+    counts = verdicts.metrics
+    decided = [1] * counts["chosen"] + [0] * counts["rejected"]
+    return {
+        "pairs": counts["pairs"], "decided": len(decided), "consistency": counts["consistency"],
+        "agrees": str(stats.wilson(decided)) if decided else "nothing decided",
+    }  # fmt: skip
 
 
 def win_rate(verdicts: Artifact, same: int = 0) -> stats.Estimate:

@@ -15,7 +15,7 @@ from ultramed import prompts
 from ultramed.annotate.judge import join, judged
 from ultramed.client import Request, ServerConfig, ask
 from ultramed.data import rows as canonical
-from ultramed.ledger import Ledger
+from ultramed.ledger import write_lines
 from ultramed.schema import Strict
 from ultramed.store import Artifact, stage
 
@@ -67,8 +67,10 @@ def wording(config=None) -> str:
     return repr((COMPLEXITY, FEEDBACK, PAIRWISE))
 
 
-def _options(config: LLMConfig) -> dict:
-    return {"temperature": config.temperature, "max_tokens": config.max_tokens}
+def request(name: str, rubric: str, text: str, config, **more) -> Request:
+    """`text` under the rubric, with the temperature and max_tokens of `config`; `more` goes to the server, too."""
+    messages = [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
+    return Request(name, messages, {"temperature": config.temperature, "max_tokens": config.max_tokens, **more})
 
 
 def _conversation(messages: list[dict]) -> str:
@@ -85,21 +87,11 @@ def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "tra
     """`scores.jsonl`: id and score (1 to 10, or None where the judge gave none) of every row of `data`."""
     rows = canonical.read_rows(data / f"{side}.parquet")
     asked = [
-        Request(
-            row["id"],
-            [
-                {"role": "system", "content": COMPLEXITY},
-                {"role": "user", "content": _conversation(row["prompt"]) if "prompt" in row else prompts.question_text(row)},
-            ],
-            _options(config),
-        )
-        for row in rows
+        request(r["id"], COMPLEXITY, _conversation(r["prompt"]) if "prompt" in r else prompts.question_text(r), config)
+        for r in rows
     ]
     made = ask(config.server, asked, out / "requests.jsonl", schema=Complexity, desc="complexity")
-    with Ledger(out / "scores.jsonl", key="id") as ledger:
-        ledger.add(
-            *({"id": m["id"], "score": m["value"]["score"] if m["value"] else None} for m in made if m["id"] not in ledger)
-        )
+    write_lines(out / "scores.jsonl", ({"id": m["id"], "score": m["value"]["score"] if m["value"] else None} for m in made))
     scores = [m["value"]["score"] for m in made if m["value"]]
     return {"rows": len(rows), "unparsed": len(made) - len(scores), "mean_score": sum(scores) / len(scores) if scores else None}
 
@@ -114,28 +106,19 @@ def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
         random.Random(f"{config.seed}:{row['id']}").shuffle(order)
         orders[row["id"]] = order
         shown = "\n\n".join(f"Reply {n}:\n{row['candidates'][i]['text']}" for n, i in enumerate(order, 1))
-        asked.append(
-            Request(
-                row["id"],
-                [
-                    {"role": "system", "content": _reference(FEEDBACK, row.get("reference", ""), config)},
-                    {"role": "user", "content": f"Question:\n{_conversation(row['prompt'])}\n\n{shown}"},
-                ],
-                _options(config),
-            )
-        )
-    unread = 0
+        rubric = _reference(FEEDBACK, row.get("reference", ""), config)
+        asked.append(request(row["id"], rubric, f"Question:\n{_conversation(row['prompt'])}\n\n{shown}", config))
     made = ask(config.server, asked, out / "requests.jsonl", schema=Scores, desc="feedback")
-    with Ledger(out / "feedback.jsonl", key="id") as ledger:
-        for row, answer in zip(joined, made, strict=True):
-            given = answer["value"]["scores"] if answer["value"] else []
-            whole = len(given) == len(row["candidates"])
-            unread += not whole
-            scores: list[float | None] = [None] * len(row["candidates"])
-            for place, i in enumerate(orders[row["id"]] if whole else ()):
-                scores[i] = given[place]
-            if row["id"] not in ledger:
-                ledger.add(judged(row, scores))
+    unread, told = 0, []
+    for row, answer in zip(joined, made, strict=True):
+        given = answer["value"]["scores"] if answer["value"] else []
+        whole = len(given) == len(row["candidates"])
+        unread += not whole
+        scores: list[float | None] = [None] * len(row["candidates"])
+        for place, i in enumerate(orders[row["id"]] if whole else ()):
+            scores[i] = given[place]
+        told.append(judged(row, scores))
+    write_lines(out / "feedback.jsonl", told)
     candidates = sum(len(row["candidates"]) for row in joined)
     return {"prompts": len(joined), "candidates": candidates, "unread": unread, "annotator": config.server.model}
 
@@ -154,16 +137,14 @@ def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
         for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
             shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
             text = f"Question:\n{_conversation(row['prompt'])}\n\n{shown}"
-            messages = [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
-            asked.append(Request(f"{row['id']}/{first}", messages, _options(config)))
+            asked.append(request(f"{row['id']}/{first}", rubric, text, config))
     made = ask(config.server, asked, out / "requests.jsonl", schema=Better, desc="pairs, both orders")
-    counts = dict.fromkeys(("chosen", "rejected", "tie", "inconsistent", "unread"), 0)
-    with Ledger(out / "verdicts.jsonl", key="id") as ledger:
-        for row, forth, back in zip(rows, made[::2], made[1::2], strict=True):
-            verdict = combine(forth["value"], back["value"])
-            counts[verdict] += 1
-            if row["id"] not in ledger:
-                ledger.add({"id": row["id"], "subset": row["subset"], "verdict": verdict})
+    verdicts = [combine(forth["value"], back["value"]) for forth, back in zip(made[::2], made[1::2], strict=True)]
+    write_lines(
+        out / "verdicts.jsonl",
+        ({"id": r["id"], "subset": r["subset"], "verdict": v} for r, v in zip(rows, verdicts, strict=True)),
+    )
+    counts = {v: verdicts.count(v) for v in ("chosen", "rejected", "tie", "inconsistent", "unread")}
     read = len(rows) - counts["unread"]
     return {"pairs": len(rows), **counts, "consistency": (read - counts["inconsistent"]) / read if read else None}
 

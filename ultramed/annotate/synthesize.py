@@ -7,19 +7,19 @@ chain of thought that are compared with the gold answer and tried again with ret
 Whatever fails is written to `rejected.jsonl` with its reason.
 """
 
-import json
 import random
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
 from ultramed import prompts
+from ultramed.annotate.llm import request
 from ultramed.client import Request, ServerConfig, ask
 from ultramed.data import rows as canonical
 from ultramed.data.dedupe import jaccard, normalise, shingles, tfidf_encoder
+from ultramed.ledger import write_lines
 from ultramed.parsing import parse
-from ultramed.schema import AnswerForm, Strict
+from ultramed.schema import Strict
 from ultramed.store import Artifact, stage
 
 LETTERS = "ABCD"
@@ -101,7 +101,6 @@ class SynthesisConfig(Strict):
     words: int = Field(60, ge=1)  # that one round may add
     tries: int = Field(3, ge=1)  # of an answer; the later ones with examples
     shots: int = Field(2, ge=0)  # solved examples shown then
-    answer_form: AnswerForm = "content_first"
 
 
 def wording(config=None) -> str:
@@ -112,27 +111,22 @@ class _Rejects:
     """Lines of `rejected.jsonl`; `counts` by reason."""
 
     def __init__(self, out: Path):
-        self.path, self.lines, self.counts = out / "rejected.jsonl", [], {}
+        self.path, self.rows, self.counts = out / "rejected.jsonl", [], {}
 
     def add(self, name: str, reason: str) -> None:
         self.counts[reason.partition(":")[0]] = self.counts.get(reason.partition(":")[0], 0) + 1
-        self.lines.append(json.dumps({"id": name, "reason": reason}, ensure_ascii=False))
+        self.rows.append({"id": name, "reason": reason})
 
     def write(self) -> dict:
-        self.path.write_text("".join(line + "\n" for line in self.lines))
-        return {"rejected": len(self.lines), "reasons": self.counts}
-
-
-def _asked(name: str, rubric: str, text: str, config: SynthesisConfig, **more) -> Request:
-    messages = [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
-    return Request(name, messages, {"temperature": config.temperature, "max_tokens": config.max_tokens, **more})
+        write_lines(self.path, self.rows)
+        return {"rejected": len(self.rows), "reasons": self.counts}
 
 
 @stage(version=1, also=wording)
 def textbook_questions(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Four-option questions of textbook paragraphs (prompt rows): `train.parquet`, options shuffled with the seed."""
     rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
-    asked = [_asked(r["id"], TEXTBOOK, r["prompt"][-1]["content"], config) for r in rows]
+    asked = [request(r["id"], TEXTBOOK, r["prompt"][-1]["content"], config) for r in rows]
     for answer in ask(config.server, asked, out / "requests.jsonl", schema=TextbookItem, desc="textbook questions"):
         name, item = answer["id"], answer["value"]
         if item is None:
@@ -159,7 +153,7 @@ def topic_instructions(out: Path, config: SynthesisConfig, *, data: Artifact, si
     """Instructions about topics (prompt rows), `per_row` of each, of kinds that take turns: `train.parquet`, prompt rows."""
     rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
     asked = [
-        _asked(f"{r['id']}#{k}", TOPIC.format(kind=KINDS[(i + k) % len(KINDS)]), r["prompt"][-1]["content"], config, seed=k)
+        request(f"{r['id']}#{k}", TOPIC.format(kind=KINDS[(i + k) % len(KINDS)]), r["prompt"][-1]["content"], config, seed=k)
         for i, r in enumerate(rows)
         for k in range(config.per_row)
     ]
@@ -206,7 +200,7 @@ def evolve(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
             keep = "\nThe right option must stay right, word for word: " + row["options"][row["gold"]] if choice else ""
             rubric = EVOLVE.format(how=way, words=config.words, keep=keep, field=', "options": {"A": "...", "B": "...", "C": "...", "D": "..."}' if choice else "")  # fmt: skip
             text = prompts.question_text(row) if choice else row["prompt"][-1]["content"]
-            asked.append(_asked(f"{row['meta']['of']}~{number}", rubric, text, config))
+            asked.append(request(f"{row['meta']['of']}~{number}", rubric, text, config))
         shape = EvolvedChoice if choice else Instruction
         answers = ask(config.server, asked, out / f"requests-{number}.jsonl", schema=shape, desc=f"evolution, round {number}")
         after = []
@@ -301,5 +295,4 @@ def _publish(out: Path, model: type[BaseModel], made: list[dict], rejects: _Reje
     return result
 
 
-Kind = Literal["textbook", "topic", "evolve", "solve"]
 STAGES = {"textbook": textbook_questions, "topic": topic_instructions, "evolve": evolve, "solve": solved}

@@ -52,7 +52,7 @@ def contamination(out: Path, config: CheckConfig, *, sources: dict[str, str], te
     and way, with the closest examples.
     """
     train = [(name, row) for name, what in sources.items() for row in source_rows(what, "train", data)]
-    test = [(name, row) for name in tests for row in canonical.read_questions(data[name] / "test.parquet")]
+    test = [(name, row) for name in tests for row in canonical.read_rows(data[name] / "test.parquet")]
     hits = find_hits([text_of(r) for _, r in train], [text_of(r) for _, r in test], config)
     frame = pd.DataFrame(
         [

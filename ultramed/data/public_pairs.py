@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ultramed.data import rows as canonical
 from ultramed.data.sources import data_root
+from ultramed.prompts import said
 from ultramed.schema import ConfigError, Strict
 from ultramed.store import sha256, stage
 
@@ -72,7 +73,7 @@ def transcript(text: str) -> list[dict]:
     """Messages of an HH-RLHF transcript, '\\n\\nHuman: …\\n\\nAssistant: …'."""
     parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": roles[who], "content": words.strip()} for who, words in zip(parts[::2], parts[1::2], strict=True)]
 
 
 class PublicConfig(Strict):
@@ -100,7 +101,7 @@ def public_pairs(out: Path, config: PublicConfig) -> dict:
         found = [
             {
                 "id": f"{name}:{number}", "source": "public", "subset": name, "prompt": prompt,
-                "chosen": [{"role": "assistant", "content": chosen}], "rejected": [{"role": "assistant", "content": rejected}],
+                "chosen": said(chosen), "rejected": said(rejected),
             }
             for number, (prompt, chosen, rejected) in enumerate(
                 (prompt, _cut(a, config.words), _cut(b, config.words))

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ultramed.prompts import said
+
 
 class BadRow(ValueError):
     """A row that cannot be used; the message names file, row and field, what was wanted and what came."""
@@ -165,13 +167,18 @@ def read_pairs(path: Path) -> list[dict]:
     rows = []
     for number, row in enumerate(read_table(path), 1):
         if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            turns = {k: [{"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected") if k in row}
+            turns = {k: said(row[k]) for k in ("chosen", "rejected") if k in row}
             row = {"id": row.get("id", number), "subset": row.get("subset") or "all", **turns, "prompt": row["prompt"]}
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         if isinstance(row, dict):
             row = {**row, "id": str(row.get("id", number))}
         rows.append(row)
     return check_rows(Pair, rows, str(path))
+
+
+def spread(rows: list, limit: int) -> list:
+    """`limit` rows, evenly over the whole; all of them if it is 0."""
+    return [rows[i * len(rows) // limit] for i in range(limit)] if 0 < limit < len(rows) else rows
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

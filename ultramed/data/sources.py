@@ -13,7 +13,9 @@ from pathlib import Path
 from ultramed.config import nearest
 from ultramed.data import rows as canonical
 from ultramed.data.bundled import exam
-from ultramed.data.catalog import SOURCES, Source
+from ultramed.data.catalog import SOURCES, Source, alpaca_row
+from ultramed.ledger import write_lines
+from ultramed.prompts import said
 from ultramed.schema import ConfigError, Profile, Strict
 from ultramed.store import Artifact, sha256, stage
 
@@ -107,20 +109,66 @@ def adapt(spec: Source, rows: list[dict], side: str, label: str) -> tuple[list[d
     return good, bad
 
 
-@stage(version=1, also=lambda path: sha256(path))
-def _own(out: Path, path: Path, *, limit: int = 0) -> dict:
-    rows = canonical.read_questions(path)[: limit or None]
-    canonical.write_rows(out / "test.parquet", rows)
-    return {"counts": {"test": len(rows)}}
-
-
 def dataset(profile: Profile, name: str) -> Artifact:
     """The artifact of a data set: 'exam' is the bundled one, anything else is a named source."""
     return exam(profile.exam) if name == "exam" else source(SourceConfig(name=name))
 
 
-def own_questions(path: Path, limit: int = 0):
-    """Anyone's question file as an artifact. Raises BadRow, naming file, row and field, for a row that cannot be used."""
+def own(path: Path, kind: str = "rows", side: str = "test", limit: int = 0) -> Artifact:
+    """Anyone's file as an artifact with `{side}.parquet` (candidates: `samples.jsonl`). kind: 'questions', 'rows' (any of
+    questions, instructions, prompts), 'pairs' or 'candidates'. Raises BadRow, naming file, row and field, for a row that
+    cannot be used."""
     if not Path(path).is_file():
         raise canonical.BadRow(f"{path}: no such file")
-    return _own(Path(path).resolve(), limit=limit)
+    return _own(Path(path).resolve(), kind=kind, side=side, limit=limit)
+
+
+@stage(version=2, also=lambda path: sha256(path))
+def _own(out: Path, path: Path, *, kind: str, side: str, limit: int) -> dict:
+    readers = {"questions": canonical.read_questions, "rows": read_any, "pairs": canonical.read_pairs, "candidates": read_any}
+    rows = readers[kind](path)[: limit or None]
+    if kind != "candidates":
+        canonical.write_rows(out / f"{side}.parquet", rows)
+        return {"counts": {side: len(rows)}}
+    told = {str(raw.get("id", n)): raw.get("candidates") for n, raw in enumerate(canonical.read_table(path), 1)}
+    for row in rows:
+        given = told[row["id"]]
+        if not isinstance(given, list) or len(given) < 2 or not all(isinstance(text, str) for text in given):
+            raise canonical.BadRow(f"{path}, row {row['id']!r}: candidates: wanted two or more texts, got {given!r:.60}")
+    write_lines(
+        out / "samples.jsonl",
+        (
+            {**row, "index": i, "gold": "", "replies": [{"text": text, "letter": None} for text in told[row["id"]]]}
+            for i, row in enumerate(rows)
+        ),
+    )
+    return {"counts": {side: len(rows)}}
+
+
+def read_any(path: Path) -> list[dict]:
+    """Canonical rows of anyone's file, all of one kind: questions, instructions or prompts.
+
+    Texts may stand for messages, Alpaca's instruction/input/output for prompt and completion; rows without an id are
+    numbered. Other columns are dropped.
+    """
+    rows = canonical.read_table(path)
+    if isinstance(rows[0], dict) and "options" in rows[0]:
+        return canonical.read_questions(path)
+    out = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise canonical.BadRow(f"{path}, row {number}: wanted an object with `prompt` or `instruction`, got {row!r:.60}")
+        given = {k: row[k] for k in ("prompt", "completion", "reference", "meta") if row.get(k)}
+        if "instruction" in row:
+            given |= alpaca_row({"input": "", "output": "", **row}, number)
+        if isinstance(given.get("prompt"), str):
+            given["prompt"] = [{"role": "user", "content": given["prompt"]}]
+        if isinstance(given.get("completion"), str):
+            given["completion"] = said(given["completion"])
+        if "completion" in given and not given["completion"][0]["content"]:
+            del given["completion"]
+        out.append({"id": str(row.get("id", number)), "source": str(row.get("source", "own")), **given})
+    whole = all("completion" in row for row in out)
+    for row in out:
+        row.pop("reference" if whole else "completion", None)
+    return canonical.check_rows(canonical.Instruction if whole else canonical.Prompt, out, str(path))

@@ -10,6 +10,7 @@ from ultramed.data import rows as canonical
 from ultramed.evaluate.engine import open_engine, weights
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
+from ultramed.evaluate.stats import wilson
 from ultramed.ledger import Ledger
 from ultramed.parsing import parse
 from ultramed.progress import bar as progress_bar
@@ -156,3 +157,18 @@ def read_answers(artifact: Artifact) -> pd.DataFrame:
     """The ledger as a table, one row a question."""
     with open(artifact / "answers.jsonl") as fh:
         return pd.DataFrame([json.loads(line) for line in fh])
+
+
+def hit_scores(checked: Artifact, answers: pd.DataFrame, test_set: str) -> pd.DataFrame:
+    """Accuracy on questions of `test_set` that a check hit and on the others: how, questions, accuracy, n.
+
+    answers: columns id and correct, one row a question. 'any': hit by at least one check.
+    """
+    hits = pd.read_parquet(checked / "hits.parquet").query("test_set == @test_set")
+    groups = {"any": set(hits.test_id), **{how: set(part.test_id) for how, part in hits.groupby("how", sort=False)}}
+    out = []
+    for how, ids in groups.items():
+        for name, part in (("hit", answers[answers.id.isin(ids)]), ("clean", answers[~answers.id.isin(ids)])):
+            shown = str(wilson(part.correct)) if len(part) else None
+            out.append({"how": how, "questions": name, "accuracy": shown, "n": len(part)})
+    return pd.DataFrame(out)

@@ -61,6 +61,8 @@ class Server:
         options: dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
             options["top_p"] = sampling.top_p
+        if sampling.repetition_penalty != 1:  # not in OpenAI's interface, but in vLLM's
+            options["repetition_penalty"] = sampling.repetition_penalty
         requests = [
             Request(str(i), messages, options | ({"seed": rngs[i].getrandbits(31)} if rngs else {}))
             for i, messages in enumerate(conversations)

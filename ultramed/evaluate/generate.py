@@ -28,6 +28,7 @@ class Sampling:
     top_k: int = 50
     top_p: float = 1.0
     stop: str | None = None  # regular expression: a reply ends where it first matches
+    repetition_penalty: float = 1.0  # of tokens in the prompt or the reply so far (Keskar et al. 2019, section 4.1)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,19 @@ def decode(
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     finished = [False] * len(prompts)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), logits.shape[-1], dtype=torch.bool, device=model.device)
+        for row, prompt in enumerate(prompts):
+            seen[row, torch.tensor(prompt, device=model.device)] = True
     for made in range(1, sampling.max_new_tokens + 1):
-        chosen = _pick(logits.float(), sampling, [rngs[r] for r in rows] if rngs else None)
+        logits = logits.float()
+        if seen is not None:
+            worse = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+            logits = torch.where(seen[rows], worse, logits)
+        chosen = _pick(logits, sampling, [rngs[r] for r in rows] if rngs else None)
+        if seen is not None:
+            seen[rows, chosen] = True
         for row, token in zip(rows, chosen, strict=True):
             if not finished[row]:
                 out[row].append(token)

@@ -18,7 +18,7 @@ from ultramed.data import rows as canonical
 from ultramed.evaluate import stats
 from ultramed.evaluate.engine import open_engine
 from ultramed.evaluate.generate import Sampling, item_rng
-from ultramed.ledger import Ledger
+from ultramed.ledger import Ledger, write_lines
 from ultramed.progress import bar as progress_bar
 from ultramed.schema import Strict
 from ultramed.store import Artifact, stage
@@ -30,6 +30,7 @@ class ReplyConfig(Strict):
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=1)
     limit: int = Field(0, ge=0)
     turns: bool = False
     batch_tokens: int = Field(8192, ge=64)
@@ -45,10 +46,8 @@ def replies(
     With `turns` a row whose meta has several turns (MT-Bench) is asked all of them, each after the replies so far; the
     row then has `replies`, one a turn. An interrupted run goes on after the last finished reply.
     """
-    rows = canonical.read_rows(data / f"{side}.parquet")
-    if config.limit and config.limit < len(rows):
-        rows = [rows[round(i * len(rows) / config.limit)] for i in range(config.limit)]
-    sampling = Sampling(config.max_new_tokens, config.temperature, 0, config.top_p)
+    rows = canonical.spread(canonical.read_rows(data / f"{side}.parquet"), config.limit)
+    sampling = Sampling(config.max_new_tokens, config.temperature, 0, config.top_p, None, config.repetition_penalty)
     said: dict[str, list[str]] = {row["id"]: [] for row in rows}
     turns = {row["id"]: list((row.get("meta") or {}).get("turns", [])) if config.turns else [] for row in rows}
     with Ledger(out / "turns.jsonl", key="key") as ledger:
@@ -79,17 +78,17 @@ def replies(
         del engine
         models.free_memory()
         cut = sum(not entry["finished"] for entry in ledger.rows.values())
-    with Ledger(out / "replies.jsonl", key="id") as ledger:
-        for row in rows:
-            if row["id"] not in ledger:
-                gold = row["completion"][0]["content"] if "completion" in row else row.get("reference", "")
-                given = said[row["id"]]
-                ledger.add(
-                    {
-                        "id": row["id"], "prompt": row["prompt"], "reply": given[0], "replies": given, "reference": gold,
-                        "meta": row.get("meta") or {},
-                    }
-                )  # fmt: skip
+    write_lines(
+        out / "replies.jsonl",
+        (
+            {
+                "id": r["id"], "prompt": r["prompt"], "reply": said[r["id"]][0], "replies": said[r["id"]],
+                "reference": r["completion"][0]["content"] if "completion" in r else r.get("reference", ""),
+                "meta": r.get("meta") or {},
+            }
+            for r in rows
+        ),
+    )  # fmt: skip
     return {"rows": len(rows), "cut_off": cut, "mean_words": float(np.mean([len(s[0].split()) for s in said.values()]))}
 
 
@@ -124,6 +123,13 @@ def kqa_scores(frame: pd.DataFrame, seed: int = 0) -> dict[str, stats.Estimate]:
         "completeness": stats.clustered(share, share.index, seed=seed),
         "hallucination": stats.clustered(wrong, wrong.index, seed=seed),
     }
+
+
+def kqa_row(frame: pd.DataFrame) -> dict:
+    """`kqa_scores` as a table shows them: per question, with 95% intervals, and how many questions and statements."""
+    scores = kqa_scores(frame)
+    shown = {name: f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for name, e in scores.items()}
+    return {**shown, "questions": frame.question.nunique(), "statements": len(frame)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- BLEU-1

@@ -137,9 +137,9 @@ def labelled_head(net) -> None:
 
     Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
     vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only,
-    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Where most positions have a
-    label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must be padded on the right and
-    have their labels in one stretch at the end: then causal attention needs no mask, and none is passed on.
+    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Where most
+    positions have a label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must be padded on
+    the right and have their labels in one stretch at the end: then causal attention needs no mask, and none is passed on.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 

@@ -15,9 +15,10 @@ from ultramed.train import loop, losses
 
 
 def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> tuple[list[dict], dict]:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids`, linted, and `length`, the longer one's with its prompt. Pairs that do not fit whole are dropped and counted.
+    """`prompt_ids`, `chosen_ids`, `rejected_ids`, linted, and `length`, the longer one's with its prompt.
 
-    Cutting a completion would make a reply without an end the better one.
+    Pairs that do not fit whole are dropped and counted: cutting a completion would make a reply without an end the
+    better one.
     """
     out, counts = [], {"dropped": 0, "tokens": 0}
     for row in rows:
