@@ -55,6 +55,28 @@ class SweepConfig(Strict):
         return [*grid, *self.runs]
 
 
+def read_sweep(file: Path) -> tuple[SweepConfig, list[tuple[dict, int]]]:
+    """The sweep and its (point, seed) list, every one checked: a typo in the last should not cost the run of the first."""
+    sweep = config.validate(SweepConfig, config.read_yaml(file), str(file))
+    points = [(point, seed) for point in sweep.points() for seed in sweep.seeds]
+    for point, seed in points:
+        _profile(sweep, point, seed)
+    return sweep, points
+
+
+def run_point(file: Path, number: int, console: Console) -> None:
+    """Run one point (counted from 0) and keep its stages in the store: a task of a cluster."""
+    from ultramed.notebook import quiet
+
+    quiet()
+    sweep, points = read_sweep(file)
+    if not 0 <= number < len(points):
+        raise schema.ConfigError(f"{file} has the points 0 to {len(points) - 1}, not {number}")
+    point, seed = points[number]
+    frame, _, _ = _run(sweep, _profile(sweep, point, seed), seed)
+    console.print(f"{number}: {point}, seed {seed}: {clustered(frame.correct, frame.concept)}", highlight=False)
+
+
 def run_sweep(file: Path, console: Console) -> bool:
     """Run every point and seed; True if none failed. Call it again to try failed ones; finished ones cost nothing.
 
@@ -65,10 +87,7 @@ def run_sweep(file: Path, console: Console) -> bool:
 
     quiet()
     figures.style()
-    sweep = config.validate(SweepConfig, config.read_yaml(file), str(file))
-    points = [(point, seed) for point in sweep.points() for seed in sweep.seeds]
-    for point, seed in points:  # a typo in the last point should not cost the run of the first
-        _profile(sweep, point, seed)
+    sweep, points = read_sweep(file)
     rows, made = [], []
     for number, (point, seed) in enumerate(points, 1):
         label = ", ".join(f"{k.split('.')[-1]}={_short(v)}" for k, v in point.items())
