@@ -1,12 +1,6 @@
 """Job arrays: the same script by SLURM and without it; a real slurmctld and slurmd where they are installed."""
 
-import getpass
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
 
 import pytest
 

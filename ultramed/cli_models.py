@@ -1,0 +1,202 @@
+"""Command line of models: train one arm, ask it, score pairs, talk to it, take it out of the store."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ultramed import config, schema, store
+from ultramed.cli_data import ProfileOption, SetOption, console
+
+models_app = typer.Typer(pretty_exceptions_enable=False)
+train_app = typer.Typer(no_args_is_help=True, help="Train one arm of a profile by hand.")
+
+
+@models_app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")],
+    questions: Annotated[Path, typer.Option(help="JSONL or Parquet of question rows: question, options {A: ...}, gold.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers.jsonl and results.json.")],
+    protocol: Annotated[str, typer.Option(help="likelihood, greedy or medalpaca.")] = "likelihood",
+    answer_form: Annotated[str, typer.Option(help="content_first ('text (B)') or letter_first ('B: text').")] = "letter_first",
+    template: Annotated[
+        str, typer.Option(help="chat, alpaca or medalpaca; likelihood uses the harness's plain prompt.")
+    ] = "chat",
+    limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
+) -> None:
+    """Ask a model your own questions. Ctrl-C and run again: answered questions are not asked twice."""
+    import shutil
+
+    from ultramed import models
+    from ultramed.data.sources import own
+    from ultramed.evaluate import stats
+    from ultramed.evaluate.accuracy import answers, read_answers
+    from ultramed.notebook import quiet
+    from ultramed.prompts import TEMPLATES
+
+    quiet()
+    config.known(template, TEMPLATES, "templates")
+    data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
+    for text in overrides:
+        data = config.apply_override(data, *config.parse_override(text))
+    setting = config.validate(schema.EvalConfig, data, "eval")
+    asked = own(questions, "questions", limit=limit)
+    art = answers(setting, model=models.resolve(model), questions=asked, template=template, dtype=dtype)
+    frame = read_answers(art)
+    e = stats.wilson(frame.correct)
+    m = art.metrics
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(art / "answers.jsonl", out / "answers.jsonl")
+    store.write_json(
+        out / "results.json", {**m, "interval": [e.low, e.high], "artifact": f"answers/{art.key}", "config": setting}
+    )
+    if m["unparsed"]:
+        console.print(f"unparsed      {m['unparsed']} of {m['n']} (counted as wrong; see `rule` in answers.jsonl)")
+    for subset, part in frame.groupby("subset"):
+        console.print(f"{subset:<13} {stats.wilson(part.correct)} n = {len(part)}", highlight=False)
+    console.print(f"[bold]accuracy      {e}[/] n = {e.n}, {m['protocol']}, {m['dtype']}", highlight=False)
+    console.print(f"answers       {out / 'answers.jsonl'}", highlight=False, soft_wrap=True)
+
+
+@models_app.command()
+def reward(
+    model: Annotated[str, typer.Option(help="Reward model: artifact key, local folder or hub id with one output.")],
+    pairs: Annotated[Path, typer.Option(help="JSONL or Parquet of pairs: prompt, chosen, rejected (texts or messages).")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
+    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca.")] = "chat",
+) -> None:
+    """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
+    from ultramed import models
+    from ultramed.data.rows import read_pairs
+    from ultramed.evaluate import reward_bench
+    from ultramed.notebook import quiet
+    from ultramed.prompts import TEMPLATES
+
+    quiet()
+    config.known(template, TEMPLATES, "templates")
+    rows, found = read_pairs(pairs), models.resolve(model)
+    given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), "template": template}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "given.json").exists() and json.loads((out / "given.json").read_text()) != given:
+        raise schema.ConfigError(f"{out} holds scores of another model, file or template; give another --out, or remove it")
+    store.write_json(out / "given.json", given)
+    reward_bench.score_pairs(found, rows, out / "scores.jsonl", TEMPLATES[template])
+    frame = reward_bench.read_scores(out)
+    store.write_json(out / "results.json", reward_bench.rewardbench_result(frame, given["model"]))
+    for row in reward_bench.table(frame).itertuples():
+        interval = "" if row.subset == "average" else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        console.print(f"{row.subset:<13} {100 * row.accuracy:.1f} {interval} n = {row.n}", highlight=False)
+    console.print(f"scores        {out / 'scores.jsonl'}", highlight=False, soft_wrap=True)
+
+
+@models_app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Artifact key (`ultramed store ls sft`), or its beginning.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Put an adapter into its base; checked that the logits stay.")] = False,
+    push: Annotated[str, typer.Option("--push", help="Hub id to publish it as (private); nothing is sent without it.")] = "",
+) -> None:
+    """A model for others: safetensors, tokenizer, chat template, model card, results, lineage."""
+    from ultramed.notebook import quiet
+    from ultramed.report import export as exporting
+
+    quiet()
+    made = exporting.export(store.find(model), out, merge=merge)
+    console.print(f"{out}: {', '.join(made['files'])} ({made['bytes'] / 1e6:.0f} MB)", highlight=False, soft_wrap=True)
+    if push:
+        console.print(exporting.push(out, push))
+
+
+@models_app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")
+    ] = "bundled:smollm2-135m",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to a model in the terminal. It runs here; nothing leaves the machine. Not medical advice."""
+    from transformers import TextStreamer
+
+    from ultramed import models
+    from ultramed.notebook import quiet
+
+    quiet()
+    art = models.resolve(model)
+    tokenizer, net = models.load_tokenizer(art), models.load(art)
+    console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
+    turns: list[dict] = []
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            text = console.input("[bold cyan]you[/] ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        turns.append({"role": "user", "content": text})
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
+            net.device
+        )
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature else {"do_sample": False}
+        made = net.generate(
+            **ids, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **sampling
+        )
+        reply = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        turns.append({"role": "assistant", "content": reply})
+
+
+@train_app.command("sft")
+def train_sft(
+    arm: Annotated[str, typer.Option(help="An arm of the profile's usmle section: full, lora, lora_8bit, ...")] = "full",
+    profile: ProfileOption = "laptop",
+    seed: Annotated[int, typer.Option(help="Rows, order and adapter initialisation.")] = 0,
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Supervised fine-tuning of one arm on the profile's first model. Ctrl-C saves a checkpoint; run again to go on."""
+    from ultramed.notebook import quiet
+    from ultramed.usmle import Bench
+
+    quiet()
+    resolved = config.load_profile(profile, overrides)
+    art = Bench.of(resolved, resolved.models[0]).train(arm, seed=seed)
+    console.print_json(json.dumps(art.metrics))
+    console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})", highlight=False)
+
+
+def _suite(profile: str, overrides: list[str]):
+    from ultramed.notebook import quiet
+    from ultramed.ultramedical import Suite
+
+    quiet()
+    return Suite.of(config.load_profile(profile, overrides))
+
+
+@train_app.command("preference")
+def train_preference(
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference_arms: dpo, kto, ...")] = "dpo",
+    mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.mixtures.")] = "ultramix",
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
+    art = _suite(profile, overrides).prefer(mix, arm)
+    console.print_json(json.dumps(art.metrics))
+    console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
+
+
+@train_app.command("reward")
+def train_reward(
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.reward_arms: medical, general, mixed.")] = "medical",
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
+    art = _suite(profile, overrides).reward(arm)
+    console.print_json(json.dumps(art.metrics))
+    console.print(
+        f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False
+    )
