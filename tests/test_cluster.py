@@ -1,8 +1,13 @@
-"""Job arrays: the same script by SLURM and without it; a real slurmctld and slurmd where they are installed."""
+"""Job arrays: the same script by SLURM and without it; a real slurmctld and two slurmd where they are installed."""
 
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import slurm
 
 from ultramed import cluster
 from ultramed.schema import ConfigError
@@ -52,8 +57,66 @@ def test_a_sweep_as_tasks_on_this_machine(tmp_path):
     from test_cli import ultramed
 
     (tmp_path / "rates.yaml").write_text(SWEEP)
-    env = {"ULTRAMED_FIGURES": str(tmp_path / "figures")}
-    done = ultramed("sweep", tmp_path / "rates.yaml", "--cluster", "local", **env)
+    done = ultramed("sweep", tmp_path / "rates.yaml", "--cluster", "local")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 runs done" in done.stdout
     assert "has the points 0 to 2" in ultramed("sweep", tmp_path / "rates.yaml", "--only", "7").stderr
+
+
+# ------------------------------------------------------------------------------------------------------- a real SLURM
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    if slurm.missing:
+        pytest.skip(f"SLURM is not installed (Debian: slurmctld slurmd munge); missing: {', '.join(slurm.missing)}")
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as env:
+        yield env
+
+
+def ask_slurm(env, *command) -> str:
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout
+
+
+def until(holds, seconds=90):
+    for _ in range(int(seconds / 0.2)):
+        if found := holds():
+            return found
+        time.sleep(0.2)
+    raise AssertionError("it did not come about")
+
+
+def test_a_sweep_survives_a_cancelled_task_and_a_drained_node(real, tmp_path):
+    file = tmp_path / "rates.yaml"
+    file.write_text(SWEEP.replace("[1e-3, 2e-3, 4e-3]", "[1e-3, 2e-3, 3e-3, 4e-3]"))
+    command = [sys.executable, "-m", "ultramed", "sweep", str(file), "--cluster", "slurm", "--wait", "-C", "time=10"]
+    first = subprocess.Popen(command, env={**os.environ, **real}, stdout=subprocess.PIPE, text=True)
+    running = until(lambda: ask_slurm(real, "squeue", "-h", "-t", "R", "-o", "%F_%K").split())
+    ask_slurm(real, "scancel", running[0])
+    ask_slurm(real, "scontrol", "update", "nodename=n1", "state=drain", "reason=test")
+    assert first.wait(180) == 1
+    assert "4 tasks" in first.stdout.read()
+    second = subprocess.run(command, env={**os.environ, **real}, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    table = next((Path(os.environ["ULTRAMED_HOME"]) / "figures" / "smoke" / "tables").glob("sweep_rates.csv")).read_text()
+    assert table.count(",done,") == 4
+    ask_slurm(real, "scontrol", "update", "nodename=n1", "state=resume")
+
+
+def test_at_its_time_limit_a_task_is_told_and_queued_again(real, tmp_path, monkeypatch):
+    work = tmp_path / "work.py"
+    work.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"told = pathlib.Path({str(tmp_path / 'told')!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (told.write_text('checkpoint'), sys.exit(1)))\n"
+        "time.sleep(300)\n"
+    )
+    monkeypatch.setattr(cluster, "GRACE", 55)
+    for name, value in real.items():
+        monkeypatch.setenv(name, value)
+    tasks = [cluster.shlex.join([sys.executable, str(work)])]
+    cluster.submit("limit", tasks, touch(tmp_path / "last"), where="slurm", folder=tmp_path / "jobs", options=["time=1"])
+    until(lambda: (tmp_path / "told").exists())
+    shown = until(lambda: [s for s in ask_slurm(real, "scontrol", "show", "job").split("\n\n") if "Restarts=1" in s])
+    assert "JobState=PENDING" in shown[0]
+    ask_slurm(real, "scancel", "--name=limit,limit-last")

@@ -90,14 +90,18 @@ def submit(
     if not wait:
         console.print(f"job {_sbatch(*after, str(final))}: {last}", highlight=False, soft_wrap=True)
         return True
-    done = subprocess.run(["sbatch", "--parsable", "--wait", *after, str(final)], capture_output=True, text=True)
-    return done.returncode == 0
+    job = _sbatch("--wait", *after, str(final))
+    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout
+    if "JobState=COMPLETED" in shown:  # sbatch --wait says 0 of a job that was never started, too
+        return True
+    console.print("not everything has ended well; give the same command again: what is finished is not done twice")
+    return False
 
 
 def _sbatch(*args: str) -> str:
-    """The job's number."""
+    """The job's number. Raises ConfigError if it was refused (with --wait a failed job gives a number, too)."""
     done = subprocess.run(["sbatch", "--parsable", *args], capture_output=True, text=True)
-    if done.returncode:
+    if not done.stdout.strip():
         raise ConfigError(f"sbatch refused the job: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
 
