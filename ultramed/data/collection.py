@@ -190,7 +190,7 @@ def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None)
 
 
 CATEGORY = {
-    "medqa": "Examination", "medqa_5opt": "Examination", "medmcqa": "Examination", "pubmedqa": "Literature",
+    "exam": "Examination", "medqa": "Examination", "medqa_5opt": "Examination", "medmcqa": "Examination", "pubmedqa": "Literature",
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from ultramed.store import write_text
 def topics(frame: pd.DataFrame, clusters: int = 12, seed: int = 0) -> pd.DataFrame:
     """`frame` (columns text, source) with x, y, cluster and topic: word TF-IDF, 50 components, t-SNE, k-means.
 
-    A cluster is named by the three terms that stand out most against all texts.
+    A cluster is named by the three terms that stand out most against all texts. Rows without a word that others have, too,
+    are left out.
     """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
@@ -23,9 +24,11 @@ def topics(frame: pd.DataFrame, clusters: int = 12, seed: int = 0) -> pd.DataFra
     from sklearn.manifold import TSNE
 
     vectorizer = TfidfVectorizer(
-        stop_words="english", min_df=min(3, len(frame) // 10 + 1), max_df=0.3, sublinear_tf=True, token_pattern=r"[a-zA-Z]{4,}"
+        stop_words="english", min_df=min(3, len(frame) // 10 + 1), max_df=0.3, sublinear_tf=True, token_pattern=r"[^\W\d_]{4,}"
     )
     words = vectorizer.fit_transform(frame.text)
+    known = words.getnnz(1) > 0  # sums have no words; without a place of their own they would gather in the middle
+    frame, words = frame[known], words[known]
     parts = min(50, words.shape[1] - 1, len(frame) - 1)
     dense = TruncatedSVD(parts, random_state=seed).fit_transform(words)
     dense /= np.linalg.norm(dense, axis=1, keepdims=True).clip(1e-9)
@@ -42,16 +45,19 @@ def topics(frame: pd.DataFrame, clusters: int = 12, seed: int = 0) -> pd.DataFra
 def draw(points: pd.DataFrame):
     """The map, coloured by source, with the clusters' names where most of their points are."""
     fig, ax = plt.subplots(figsize=(9, 7))
-    sns.scatterplot(points, x="x", y="y", hue="source", s=9, linewidth=0, alpha=0.75, ax=ax)
-    for name, part in points.groupby("topic"):
-        ax.text(
-            part.x.median(),
-            part.y.median(),
-            name,
-            ha="center",
-            fontsize=8,
-            bbox={"fc": "white", "alpha": 0.75, "lw": 0, "pad": 1.5},
-        )
+    colours = sns.color_palette("tab10" if points.source.nunique() <= 10 else "tab20", points.source.nunique())
+    sns.scatterplot(points, x="x", y="y", hue="source", palette=colours, s=9, linewidth=0, alpha=0.75, ax=ax)
+    low_high = points.y.quantile([0.002, 0.998]).to_list()
+    apart, last = 0.035 * (low_high[1] - low_high[0]), []
+    for name, part in sorted(points.groupby("topic"), key=lambda item: item[1].y.median()):
+        x, y = part.x.median(), part.y.median()
+        while any(
+            abs(x - a) < 0.3 * np.ptp(points.x) and abs(y - b) < apart for a, b in last
+        ):  # names keep clear of each other
+            y += apart / 4
+        last.append((x, y))
+        ax.text(x, y, name, ha="center", fontsize=8, bbox={"fc": "white", "alpha": 0.75, "lw": 0, "pad": 1.5})
+    ax.set(xlim=points.x.quantile([0.002, 0.998]) * 1.08, ylim=points.y.quantile([0.002, 0.998]) * 1.08)
     ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
     ax.legend(title="source", loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=2)
     sns.despine(fig, left=True, bottom=True)
