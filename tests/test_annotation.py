@@ -27,6 +27,13 @@ def question(name, text, gold="B"):
     return {"id": name, "question": text, "options": options, "gold": gold, "source": "t", "meta": {"x": 1}}
 
 
+def test_an_instruction_with_an_input_is_judged_whole():
+    row = {"id": "a", "source": "t", "prompt": [{"role": "system", "content": "Sum up."}, {"role": "user", "content": "Text."}]}
+    with Faulty(answer=lambda body: '{"score": 5}') as server:
+        complexity(LLMConfig(server=server.config()), data=given(rows=[{**row, "reference": "", "meta": {"x": 1}}]))
+        assert server.bodies[0]["messages"][-1]["content"] == "Sum up.\n\nText."
+
+
 def test_complexity_is_read_and_what_cannot_be_read_is_none():
     def answer(body):
         return '{"score": 9}' if "rare" in asked(body) else "no idea" if "broken" in asked(body) else '{"score": 2}'

@@ -73,8 +73,9 @@ def request(name: str, rubric: str, text: str, config, **more) -> Request:
     return Request(name, messages, {"temperature": config.temperature, "max_tokens": config.max_tokens, **more})
 
 
-def _conversation(messages: list[dict]) -> str:
-    return "\n\n".join(m["content"] for m in messages if m["role"] != "system") or messages[-1]["content"]
+def conversation(messages: list[dict]) -> str:
+    """All turns as one text; an instruction that stands in the system turn (Alpaca's, with an input) belongs to it."""
+    return "\n\n".join(m["content"] for m in messages)
 
 
 def _reference(rubric: str, text: str, config: LLMConfig) -> str:
@@ -82,12 +83,12 @@ def _reference(rubric: str, text: str, config: LLMConfig) -> str:
     return rubric.format(reference=told)
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "train") -> dict:
     """`scores.jsonl`: id and score (1 to 10, or None where the judge gave none) of every row of `data`."""
     rows = canonical.read_rows(data / f"{side}.parquet")
     asked = [
-        request(r["id"], COMPLEXITY, _conversation(r["prompt"]) if "prompt" in r else prompts.question_text(r), config)
+        request(r["id"], COMPLEXITY, conversation(r["prompt"]) if "prompt" in r else prompts.question_text(r), config)
         for r in rows
     ]
     made = ask(config.server, asked, out / "requests.jsonl", schema=Complexity, desc="complexity")
@@ -96,7 +97,7 @@ def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "tra
     return {"rows": len(rows), "unparsed": len(made) - len(scores), "mean_score": sum(scores) / len(scores) if scores else None}
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
     """`feedback.jsonl` as `judge.feedback` writes it, with the model's scores; None for all candidates of a prompt whose
     judgement could not be read. The candidates are shuffled with the seed before they are shown."""
@@ -107,7 +108,7 @@ def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
         orders[row["id"]] = order
         shown = "\n\n".join(f"Reply {n}:\n{row['candidates'][i]['text']}" for n, i in enumerate(order, 1))
         rubric = _reference(FEEDBACK, row.get("reference", ""), config)
-        asked.append(request(row["id"], rubric, f"Question:\n{_conversation(row['prompt'])}\n\n{shown}", config))
+        asked.append(request(row["id"], rubric, f"Question:\n{conversation(row['prompt'])}\n\n{shown}", config))
     made = ask(config.server, asked, out / "requests.jsonl", schema=Scores, desc="feedback")
     unread, told = 0, []
     for row, answer in zip(joined, made, strict=True):
@@ -123,7 +124,7 @@ def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
     return {"prompts": len(joined), "candidates": candidates, "unread": unread, "annotator": config.server.model}
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
     """`verdicts.jsonl`: each pair judged in both orders.
 
@@ -136,7 +137,7 @@ def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
         rubric = _reference(PAIRWISE, row["meta"].get("reference", ""), config)
         for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
             shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
-            text = f"Question:\n{_conversation(row['prompt'])}\n\n{shown}"
+            text = f"Question:\n{conversation(row['prompt'])}\n\n{shown}"
             asked.append(request(f"{row['id']}/{first}", rubric, text, config))
     made = ask(config.server, asked, out / "requests.jsonl", schema=Better, desc="pairs, both orders")
     verdicts = [combine(forth["value"], back["value"]) for forth, back in zip(made[::2], made[1::2], strict=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, field_validator
 
 from ultramed import prompts
-from ultramed.annotate.llm import request
+from ultramed.annotate.llm import conversation, request
 from ultramed.client import Request, ServerConfig, ask
 from ultramed.data import rows as canonical
 from ultramed.data.dedupe import jaccard, normalise, shingles, tfidf_encoder
@@ -122,11 +122,11 @@ class _Rejects:
         return {"rejected": len(self.rows), "reasons": self.counts}
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def textbook_questions(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Four-option questions of textbook paragraphs (prompt rows): `train.parquet`, options shuffled with the seed."""
     rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
-    asked = [request(r["id"], TEXTBOOK, r["prompt"][-1]["content"], config) for r in rows]
+    asked = [request(r["id"], TEXTBOOK, conversation(r["prompt"]), config) for r in rows]
     for answer in ask(config.server, asked, out / "requests.jsonl", schema=TextbookItem, desc="textbook questions"):
         name, item = answer["id"], answer["value"]
         if item is None:
@@ -148,12 +148,12 @@ def textbook_questions(out: Path, config: SynthesisConfig, *, data: Artifact, si
     return _publish(out, canonical.Question, made, rejects)
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def topic_instructions(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Instructions about topics (prompt rows), `per_row` of each, of kinds that take turns: `train.parquet`, prompt rows."""
     rows, rejects, made = canonical.read_rows(data / f"{side}.parquet"), _Rejects(out), []
     asked = [
-        request(f"{r['id']}#{k}", TOPIC.format(kind=KINDS[(i + k) % len(KINDS)]), r["prompt"][-1]["content"], config, seed=k)
+        request(f"{r['id']}#{k}", TOPIC.format(kind=KINDS[(i + k) % len(KINDS)]), conversation(r["prompt"]), config, seed=k)
         for i, r in enumerate(rows)
         for k in range(config.per_row)
     ]
@@ -183,7 +183,7 @@ def eliminated(before: str, after: str, words: int) -> str | None:
     return None
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def evolve(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Instructions (prompt rows) or questions, made harder in `rounds` rounds: `train.parquet` with every surviving round.
 
@@ -199,14 +199,14 @@ def evolve(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
             way = random.Random(f"{config.seed}:{row['id']}:{number}").choice(WAYS["choice" if choice else "open"])
             keep = "\nThe right option must stay right, word for word: " + row["options"][row["gold"]] if choice else ""
             rubric = EVOLVE.format(how=way, words=config.words, keep=keep, field=', "options": {"A": "...", "B": "...", "C": "...", "D": "..."}' if choice else "")  # fmt: skip
-            text = prompts.question_text(row) if choice else row["prompt"][-1]["content"]
+            text = prompts.question_text(row) if choice else conversation(row["prompt"])
             asked.append(request(f"{row['meta']['of']}~{number}", rubric, text, config))
         shape = EvolvedChoice if choice else Instruction
         answers = ask(config.server, asked, out / f"requests-{number}.jsonl", schema=shape, desc=f"evolution, round {number}")
         after = []
         for row, answer in zip(current, answers, strict=True):
             reason = f"unparsed: {answer.get('reason')}" if answer["value"] is None else None
-            before = row["question"] if choice else row["prompt"][-1]["content"]
+            before = row["question"] if choice else conversation(row["prompt"])
             reason = reason or eliminated(before, answer["value"]["instruction"], config.words)
             new = None if reason else _evolved(row, answer, number, config.seed)
             if new is None:
@@ -233,7 +233,7 @@ def _evolved(row: dict, answer: dict, number: int, seed: int) -> dict | None:
     return {**{k: row[k] for k in ("dataset", "subset")}, "source": "evolved", **fresh}
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def solved(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Answers by chain of thought to questions, kept only if they reach the gold option: `train.parquet`, instruction rows.
 
