@@ -4,7 +4,7 @@ import json
 
 import pytest
 from datasets import load_dataset
-from handmade import given
+from handmade import given, lines
 
 from ultramed.data.collection import build, contamination, read_report, statistics, text_of
 from ultramed.schema import BuildConfig, CheckConfig, ConfigError
@@ -51,6 +51,18 @@ def parts(places):
         side="test",
     )
     return train, test
+
+
+def test_scores_of_a_language_model_filter_and_the_highest_stay(places):
+    texts = [f"Explain {thing} to a student in simple words" for thing in ("insulin", "warfarin", "asthma", "sepsis")]
+    rows = given(rows=[instruction(f"r{i}", text) for i, text in enumerate(texts)])
+    scored = lines(rows=[{"id": f"r{i}", "score": s} for i, s in enumerate([9, 4, 6, None])], name="scores.jsonl")
+    parts = {"sources": {"mine": "mine"}, "mine": rows, "scores_mine": scored}
+    made = build(BuildConfig(min_score=5), **parts)
+    assert made.metrics["sources"]["mine"] == {"original": 4, "low score": 1, "retained": 3}
+    assert build(BuildConfig(top=1), **parts).metrics["sources"]["mine"]["low score"] == 2
+    table = statistics(made, {"mine": "mine"}, {"mine": rows, "scores_mine": scored})
+    assert table.avg_score[0] == pytest.approx((9 + 4 + 6) / 3)
 
 
 def test_the_report_says_who_was_hit_how(parts):

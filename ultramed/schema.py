@@ -238,10 +238,12 @@ class CheckConfig(Strict):
 
 
 class BuildConfig(Strict):
-    """`min_score`: rows whose complexity is known and lower go; `near`: Jaccard similarity from which two are one."""
+    """`min_score`: rows whose complexity is known and lower go; `top`: of each source only so many, the highest (ties stay;
+    0: all); `near`: Jaccard similarity from which two are one."""
 
     name: str = "ultramed-collection"
     min_score: float = Field(0.0, ge=0)
+    top: int = Field(0, ge=0)
     near: float = Field(0.8, gt=0, le=1)
     answer_form: AnswerForm = "content_first"
 
@@ -254,6 +256,7 @@ class CollectionConfig(Strict):
     tests: list[str]  # data sets whose test side must not be in the collection
     check: CheckConfig = CheckConfig()
     build: BuildConfig = BuildConfig()
+    score: list[str] = []  # sources that a language model (`judge`) scores first, because they come without scores
     planted: int = Field(300, ge=3)  # perturbed test questions, to see what the checks find
     map_rows: int = Field(1200, ge=20)  # rows of the topic map, drawn evenly from the sources
     clusters: int = Field(12, ge=2)

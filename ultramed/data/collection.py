@@ -21,6 +21,8 @@ from ultramed.prompts import as_instruction, question_text
 from ultramed.schema import BuildConfig, CheckConfig, ConfigError, Profile
 from ultramed.store import Artifact, digest, stage
 
+SCORES = "scores_"
+
 
 def text_of(row: dict) -> str:
     """What is asked: the question with its options, or the turns of the user."""
@@ -89,7 +91,17 @@ def read_report(artifact: Artifact) -> pd.DataFrame:
     return frame
 
 
-@stage(version=1)
+def scores_of(data: dict[str, Artifact]) -> dict[tuple[str, str], float]:
+    """(source, row id) -> complexity, of the annotations among `data`: those named 'scores_<source>' (llm.complexity)."""
+    out = {}
+    for name, art in data.items():
+        if name.startswith(SCORES):
+            frame = pd.read_json(art / "scores.jsonl", lines=True, dtype={"id": str}).dropna()
+            out |= {(name.removeprefix(SCORES), i): float(s) for i, s in zip(frame.id, frame.score, strict=True)}
+    return out
+
+
+@stage(version=2)
 def build(
     out: Path, config: BuildConfig, *, sources: dict[str, str], checked: Artifact | None = None, **data: Artifact
 ) -> dict:
@@ -97,15 +109,19 @@ def build(
 
     sources: name -> what is taken of which data set ('dataset', 'dataset:subset', 'dataset:subset[0:100]'). `checked`:
     the contamination of the same sources, whose hits are left out. Every row that goes is counted by the first reason
-    that holds: low score, contaminated, duplicate, near-duplicate.
+    that holds: low score (below `min_score`, or not among the source's `top`), contaminated, duplicate, near-duplicate.
+    A row's score is its source's own, or that of the artifact 'scores_<source>' among `data`.
     """
     hit = set(map(tuple, pd.read_parquet(checked / "hits.parquet")[["source", "id"]].to_numpy())) if checked else set()
-    counts, left = defaultdict(Counter), []
+    counts, left, given = defaultdict(Counter), [], scores_of(data)
     for name, what in sources.items():
-        for row in source_rows(what, "train", data):
+        rows = source_rows(what, "train", data)
+        scores = [given.get((name, row["id"]), (row.get("meta") or {}).get("score")) for row in rows]
+        known = sorted((s for s in scores if s is not None), reverse=True)
+        least = known[config.top - 1] if 0 < config.top < len(known) else 0.0
+        for row, score in zip(rows, scores, strict=True):
             counts[name]["original"] += 1
-            score = (row.get("meta") or {}).get("score")
-            if score is not None and score < config.min_score:
+            if score is not None and score < max(config.min_score, least):
                 counts[name]["low score"] += 1
             elif (name, row["id"]) in hit:
                 counts[name]["contaminated"] += 1
@@ -142,8 +158,11 @@ class Collected:
     made: Artifact
 
 
-def collect(profile: Profile) -> Collected:
-    """Contamination and build of `profile.collection`, over the bundled exam and what `ULTRAMED_DATA` has."""
+def collect(profile: Profile, scores: dict[str, Artifact] | None = None) -> Collected:
+    """Contamination and build of `profile.collection`, over the bundled exam and what `ULTRAMED_DATA` has.
+
+    scores: source -> its complexity by a language model (annotate/llm.py), for sources that come without.
+    """
     own = profile.collection
     if own is None:
         raise ConfigError(f"profile {profile.name!r} has no section `collection`")
@@ -156,6 +175,8 @@ def collect(profile: Profile) -> Collected:
     tests = [name for name in own.tests if there(name)]
     data = {name: dataset(profile, name) for name in sorted({w.partition(":")[0] for w in sources.values()} | set(tests))}
     checked = contamination(own.check, sources=sources, tests=tests, **data)
+    scored = {SCORES + name: art for name, art in (scores or {}).items() if name in sources}
+    data |= scored
     made = build(own.build, sources=sources, checked=checked, **data)
     return Collected(sources, tests, sorted({*wanted, *own.tests} - {*sources, *tests}), data, checked, made)
 
@@ -177,7 +198,8 @@ def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None)
         lines.append(f"| {name} | {spec.licence if spec else 'see its packages'} | {spec.cite if spec else ''} |")
     lines += ["", "## Counts", "", "| source | " + " | ".join(REASONS) + " |", "| --- |" + " ---: |" * len(REASONS)]
     lines += [f"| {name} | " + " | ".join(str(part.get(r, 0)) for r in REASONS) + " |" for name, part in counts.items()]
-    lines += ["", f"Filters: complexity at least {config.min_score:g}; near-duplicates from a Jaccard similarity of {config.near:g} "
+    top = f", the {config.top} highest of each source" if config.top else ""
+    lines += ["", f"Filters: complexity at least {config.min_score:g}{top}; near-duplicates from a Jaccard similarity of {config.near:g} "
               "of their word triples.", "", "## Contamination", ""]  # fmt: skip
     if checked is None:
         lines.append("Not checked.")
@@ -196,10 +218,10 @@ CATEGORY = {
 
 def statistics(collection: Artifact, sources: dict[str, str], data: dict[str, Artifact]) -> pd.DataFrame:
     """UltraMedical's Table 1 of a collection: category, dataset, original, avg_len (words of what is asked), avg_score, retained."""
-    out = []
+    out, given = [], scores_of(data)
     for name, counts in collection.metrics["sources"].items():
         rows = source_rows(sources[name], "train", data)
-        scores = [s for r in rows if (s := (r.get("meta") or {}).get("score")) is not None]
+        scores = [s for r in rows if (s := given.get((name, r["id"]), (r.get("meta") or {}).get("score"))) is not None]
         out.append(
             {
                 "category": CATEGORY.get(name, "Open-ended"), "dataset": name, "original": counts["original"],
