@@ -1,11 +1,14 @@
 """Every notebook: stripped, one parameters cell, no function of its own, and it runs at `smoke`."""
 
 import ast
+import hashlib
 import json
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import REPO
+from faulty import Faulty
 
 from ultramed import batch
 from ultramed.config import home
@@ -119,3 +122,24 @@ def test_papermill_by_hand_reaches_any_key(tmp_path, book):
         parameters={"profile": "smoke", "train__epochs": 2}, progress_bar=False,
     )  # fmt: skip
     assert "changed  train.epochs=2" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_notebooks_with_a_judge(book, data):
+    """What a judge is needed for runs with one; one that answers by dice agrees with physicians no more than dice do."""
+
+    def dice(body):
+        rubric, text = body["messages"][0]["content"], body["messages"][-1]["content"]
+        number = int(hashlib.md5(text.encode()).hexdigest(), 16)
+        if '"label"' in rubric:
+            return json.dumps({"label": ["Entailment", "Neutral", "Contradiction"][number % 3]})
+        if '"better"' in rubric:
+            return json.dumps({"better": "AB"[number % 2]})
+        return json.dumps({"score": number % 10 + 1, "instruction": f"Explain every step, with one exception: {text[:80]}"})
+
+    sources = ["collection.sources.ultramedical=ultramedical", "collection.score=[ultramedical]"]
+    with Faulty(answer=dice) as server:
+        assert batch.run(["20", "27"], "smoke", [f"judge={server.config().url}#m", *sources])
+    tables = book[1] / "tables"
+    trust = pd.read_csv(tables / "27_trust.csv").set_index("against")
+    assert abs(float(trust.judge["physicians' labels (K-QA)"])) < 0.15
+    assert pd.read_csv(tables / "20_table1.csv").set_index("dataset").avg_score["ultramedical"] > 1
