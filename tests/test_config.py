@@ -72,6 +72,7 @@ def test_overrides_reach_values_lists_and_numbers_in_scientific_notation():
 
 def test_a_mixture_is_replaced_not_merged():
     assert merge({"mixture": {"a": 1}}, {"mixture": {"b": 2}}) == {"mixture": {"b": 2}}
+    assert merge({"sft": {"learning_rate": 1}, "x": 1}, {"sft": {}}) == {"sft": {}, "x": 1}
     assert list(arm_config(load_profile("laptop"), "alpaca").mixture) == ["exam:general"]
 
 

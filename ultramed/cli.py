@@ -50,9 +50,42 @@ def main() -> None:
         sys.exit(err.exit_code)
 
 
+GpusOption = Annotated[int, typer.Option(min=0, help="Devices that the estimate shards a model over.")]
+TflopsOption = Annotated[float, typer.Option(min=0.001, help="bf16 peak of a device: H100 989, A100 312, this CPU about 1.")]
+RowTokensOption = Annotated[int, typer.Option(min=8, help="Mean tokens of a training row, for the estimate.")]
+
+
+def _plan(resolved: schema.Profile, gpus: int, tflops: float, row_tokens: int) -> None:
+    from ultramed.plan import UTILISATION, plan
+
+    found = plan(resolved, gpus=gpus, tflops=tflops, row_tokens=row_tokens)
+    table = Table(
+        title=f"profile {resolved.name}: {resolved.models[0].label} on {gpus} of {tflops:g} TFLOP/s", title_justify="left"
+    )
+    for column in ("notebook", "what", "rows", "steps", "tokens, M", "GiB each", "device hours"):
+        table.add_column(column, justify="left" if column in ("notebook", "what") else "right")
+    for r in found.runs:
+        cells = (f"{r.rows:,}", f"{r.steps:,}" if r.steps else "", f"{r.tokens / 1e6:,.1f}", f"{r.gib:.1f}", f"{r.hours:,.2f}")
+        table.add_row(r.notebook, r.what, *cells)
+    console.print(table)
+    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
+    console.print(
+        f"{found.hours:,.1f} device hours, {found.hours / gpus:,.1f} hours on {gpus}; assumed: {row_tokens} tokens a row, {shares} "
+        "of the peak; activations at the profile's micro-batch. tests/benchmarks/cost.py shows how far such estimates are off.",
+        highlight=False,
+    )  # fmt: skip
+    for what in found.missing:
+        console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
+
+
 @app.command()
-def doctor(profile: ProfileOption = "laptop") -> None:
-    """What this machine can do, which profiles there are, and what is at hand."""
+def doctor(
+    profile: ProfileOption = "laptop",
+    gpus: GpusOption = 0,
+    tflops: TflopsOption = 989.0,
+    row_tokens: RowTokensOption = 512,
+) -> None:
+    """What this machine can do, which profiles there are, and what is at hand; with --gpus also what a profile needs."""
     import shutil
 
     import psutil
@@ -78,7 +111,9 @@ def doctor(profile: ProfileOption = "laptop") -> None:
         found = config.load_profile(name)
         table.add_row(name, ", ".join(m.label for m in found.models), found.hardware, found.description)
     console.print(table)
-    config.load_profile(profile)
+    resolved = config.load_profile(profile)
+    if gpus:
+        _plan(resolved, gpus, tflops, row_tokens)
 
 
 @app.command()
@@ -96,10 +131,17 @@ def run(
     cluster: ClusterOption = "",
     sbatch: SbatchOption = [],  # noqa: B006
     wait: WaitOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, how long, and what is missing.")] = False,
+    gpus: GpusOption = 1,
+    tflops: TflopsOption = 989.0,
+    row_tokens: RowTokensOption = 512,
 ) -> None:
     """Run the notebooks with papermill and write `figures/PROFILE/`."""
     from ultramed import batch
 
+    if dry_run:
+        _plan(config.load_profile(profile, overrides), gpus, tflops, row_tokens)
+        return
     if cluster:
         from ultramed import cluster as on
 

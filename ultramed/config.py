@@ -46,10 +46,11 @@ WHOLE = {
 
 
 def merge(base: dict, changes: dict) -> dict:
-    """Dictionaries merge key by key; anything else, lists and WHOLE too, is replaced. `null` removes a dictionary."""
+    """Dictionaries merge key by key, and an empty one empties; anything else, lists and WHOLE too, is replaced. `null`
+    removes a dictionary."""
     out = dict(base)
     for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(out.get(key), dict) and key not in WHOLE:
+        if value and isinstance(value, dict) and isinstance(out.get(key), dict) and key not in WHOLE:
             out[key] = merge(out[key], value)
         elif value is None and isinstance(out.get(key), dict):
             del out[key]

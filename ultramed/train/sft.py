@@ -51,6 +51,28 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
+def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
+    """(TRL's trainer over token rows, rows of a micro-batch, accumulation steps)."""
+    from accelerate import PartialState
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    micro, accumulation = loop.batch_plan(config, max(r["length"] for r in rows), PartialState().num_processes)
+    args = SFTConfig(
+        **loop.settings(config, out, loop.step_count(config, len(rows)), micro, accumulation),
+        activation_checkpointing=config.gradient_checkpointing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = SFTTrainer(
+            net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
+            Dataset.from_list(held) if held else None, processing_class=tokenizer,
+        )  # fmt: skip
+    loop.labelled_head(net)
+    return trainer, micro, accumulation
+
+
 @stage(version=4, also=prompts.wording)
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
@@ -61,30 +83,16 @@ def sft(
     or SIGTERM it saves a checkpoint after the step at hand; the next call goes on from there, or from the last of the
     checkpoints made every `save_steps`, and ends with the same weights as an uninterrupted run.
     """
-    from accelerate import PartialState
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     place, shape = models.placement(), prompts.TEMPLATES[template]
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
     net = models.load_for_training(model, config.method, config.lora, checkpointing=config.gradient_checkpointing)
-    micro, accumulation = loop.batch_plan(config, max(r["length"] for r in rows), PartialState().num_processes)
-    steps = loop.step_count(config, len(rows))
-    args = SFTConfig(
-        **loop.settings(config, out, steps, micro, accumulation),
-        activation_checkpointing=config.gradient_checkpointing,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    trainer, micro, accumulation = make_trainer(net, tokenizer, rows, config, out, held)
+    steps = trainer.args.max_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = SFTTrainer(
-            net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
-            Dataset.from_list(held) if held else None, processing_class=tokenizer,
-        )  # fmt: skip
-        loop.labelled_head(net)
         result = loop.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
     loop.save(net, tokenizer, out, model, config.method, template=template)

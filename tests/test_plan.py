@@ -1,0 +1,91 @@
+"""Estimates: parameters are exact, memory follows the parts, and every profile can be planned without starting anything."""
+
+import pytest
+import torch
+
+from ultramed.config import load_profile, profiles
+from ultramed.plan import plan, rows_of
+from ultramed.schema import ConfigError, TrainConfig
+from ultramed.train.cost import CostConfig, ShapeConfig, cost, random_model
+from ultramed.train.estimate import SHAPES, flops_per_token, memory, shape_of
+
+TRAIN = TrainConfig(learning_rate=1e-4, mixture={"random": 1})
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_those_of_the_model(name):
+    from transformers import LlamaForCausalLM
+
+    shape = shape_of(name)
+    with torch.device("meta"):
+        net = LlamaForCausalLM(shape.config())
+    net.tie_weights()
+    assert shape.parameters == sum(p.numel() for p in net.parameters())
+
+
+def test_the_known_sizes():
+    billions = {name: round(shape_of(name).parameters / 1e9, 2) for name in SHAPES}
+    assert billions["huggyllama/llama-7b"] == 6.74
+    assert billions["meta-llama/Meta-Llama-3-8B-Instruct"] == 8.03
+    assert billions["meta-llama/Meta-Llama-3-70B-Instruct"] == 70.55
+    assert shape_of("huggyllama/llama-7b").adapter(8, ["q_proj", "v_proj"]) == 32 * 2 * 8 * (4096 + 4096)
+
+
+def test_what_costs_memory():
+    shape = shape_of("huggyllama/llama-7b")
+
+    def total(**changes):
+        processes = changes.pop("processes", 1)
+        return memory(shape, TRAIN.model_copy(update=changes), 4, 256, processes=processes)["total"]
+
+    assert total() > total(optim="adamw_8bit") > total(optim="adamw_8bit", gradient_checkpointing=True)
+    assert total(method="lora") > total(method="lora_8bit") > total(method="lora_4bit")
+    assert total(processes=8) < total() / 3
+    parts = memory(shape, TRAIN, 4, 256)
+    assert parts["weights"] == 4 * shape.parameters
+    assert parts["optimiser"] == 8 * shape.parameters
+    assert sum(v for k, v in parts.items() if k != "total") == pytest.approx(parts["total"])
+    # MedAlpaca's table: 16-bit LoRA of LLaMA-7B took 18.8 GB (micro-batch not stated; 4 comes closest)
+    assert total(method="lora") / 1e9 == pytest.approx(18.8, rel=0.15)
+
+
+def test_operations_of_a_step():
+    shape = shape_of("huggyllama/llama-7b")
+    full, lora = (flops_per_token(shape, TRAIN.model_copy(update={"method": m}), 256) for m in ("full", "lora"))
+    assert full == pytest.approx(6 * shape.parameters, rel=0.05)
+    assert lora / full == pytest.approx(2 / 3)
+
+
+def test_a_measurement_beside_its_estimate():
+    config = ShapeConfig(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=4, words=4096)
+    made = cost(CostConfig(shape=config, train=TRAIN, rows=4, length=64, steps=3), model=random_model(config)).metrics
+    guess = memory(config.shape, TRAIN, 4, 64, labelled=64, device="cpu")["total"]
+    assert 0.2 * guess < made["peak_bytes"] < 20 * guess
+    assert made["tokens_per_second"] > 0
+    assert 0 < made["utilisation"] < 1.2
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_every_profile_has_a_plan(name, monkeypatch):
+    monkeypatch.delenv("ULTRAMED_DATA", raising=False)
+    found = plan(load_profile(name), gpus=8)
+    assert {r.notebook for r in found.runs} >= {"11", "21", "22", "24", "25", "26"}
+    assert all(r.rows > 0 and r.tokens > 0 and r.gib > 0 and r.hours > 0 for r in found.runs)
+    assert bool(found.missing) == (name not in ("smoke", "laptop"))
+
+
+def test_the_papers_rows_and_rates():
+    found = {r.what: r for r in plan(load_profile("paper-8b")).runs}
+    assert found["SFT ultramed"].rows == 409593  # the paper: 410K
+    assert found["SFT ultramix"].rows == 599593  # and 190K more
+    assert found["dpo on ultramed"].rows == 5000
+    own = load_profile("paper-8b").ultramedical
+    assert (own.sft, own.iterative.changes, own.preference.learning_rate) == ({}, {}, 3e-7)
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(ConfigError, match="shape of 'nobody/nothing'"):
+        shape_of("nobody/nothing")
+    with pytest.raises(ConfigError, match="is not known; give a number"):
+        rows_of("nobody:all", 1.0)
+    assert rows_of("exam:step1[0:50]", 2.0) == 100
