@@ -13,6 +13,7 @@ from ultramed.annotate.judged import (
     agreement,
     agreement_with_people,
     as_pairs,
+    correctness,
     grades,
     judge_labels,
     kqa_labels,
@@ -90,6 +91,21 @@ def test_a_judge_is_measured_beside_people(data):
     assert made.metrics["same"] > 0.7  # it copies the majority wherever a statement occurs once
     assert made.metrics["alpha"] > 0.5
     assert made.metrics["physicians"] == pytest.approx(agreement(physicians()))
+
+
+def test_correctness_is_asked_with_the_reference():
+    rows = [
+        {**prompt_row(f"q{i}", f"question {i}"), "reply": reply, "replies": [reply]} for i, reply in enumerate(("yes", "no"))
+    ]
+
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        assert "Reference: gold" in text
+        return json.dumps({"correct": "Answer: yes" in text})
+
+    with Faulty(answer=answer) as server:
+        made = correctness(LLMConfig(server=server.config()), replies=lines(rows=rows, name="replies.jsonl"))
+    assert made.metrics == {"replies": 2, "unread": 0, "correct": 1}
 
 
 def test_agreement_with_an_experts_ranking(data):

@@ -6,8 +6,8 @@ import torch
 from ultramed.config import load_profile, profiles
 from ultramed.plan import plan, rows_of
 from ultramed.schema import ConfigError, TrainConfig
-from ultramed.train.cost import CostConfig, ShapeConfig, cost, random_model
-from ultramed.train.estimate import SHAPES, flops_per_token, memory, shape_of
+from ultramed.train.cost import CostConfig, cost, random_model
+from ultramed.train.estimate import SHAPES, Shape, flops_per_token, memory, shape_of
 
 TRAIN = TrainConfig(learning_rate=1e-4, mixture={"random": 1})
 
@@ -57,9 +57,9 @@ def test_operations_of_a_step():
 
 
 def test_a_measurement_beside_its_estimate():
-    config = ShapeConfig(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=4, words=4096)
+    config = Shape(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=4, words=4096)
     made = cost(CostConfig(shape=config, train=TRAIN, rows=4, length=64, steps=3), model=random_model(config)).metrics
-    guess = memory(config.shape, TRAIN, 4, 64, labelled=64, device="cpu")["total"]
+    guess = memory(config, TRAIN, 4, 64, labelled=64, device="cpu")["total"]
     assert 0.2 * guess < made["peak_bytes"] < 20 * guess
     assert made["tokens_per_second"] > 0
     assert 0 < made["utilisation"] < 1.2

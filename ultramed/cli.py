@@ -58,6 +58,7 @@ RowTokensOption = Annotated[int, typer.Option(min=8, help="Mean tokens of a trai
 def _plan(resolved: schema.Profile, gpus: int, tflops: float, row_tokens: int) -> None:
     from ultramed.plan import UTILISATION, plan
 
+    gpus = max(1, gpus)
     found = plan(resolved, gpus=gpus, tflops=tflops, row_tokens=row_tokens)
     table = Table(
         title=f"profile {resolved.name}: {resolved.models[0].label} on {gpus} of {tflops:g} TFLOP/s", title_justify="left"

@@ -275,3 +275,4 @@ class Profile(Strict):
     collection: CollectionConfig | None = None
     judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
     open_rows: int = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)
+    open_tokens: int = Field(64, ge=1)  # longest reply in them; CURE-Med's own setting is 2,048

@@ -14,8 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from ultramed import models
 from ultramed.schema import TrainConfig
-from ultramed.train.cost import CostConfig, ShapeConfig, cost, random_model
-from ultramed.train.estimate import memory, shape_of
+from ultramed.train.cost import CostConfig, cost, random_model
+from ultramed.train.estimate import Shape, memory, shape_of
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--shape", help="a known model or a local folder, instead of the sizes below")
@@ -27,13 +27,10 @@ parser.add_argument("--length", type=int, default=256)
 parser.add_argument("--steps", type=int, default=4)
 args = parser.parse_args()
 if args.shape:
-    s = shape_of(args.shape)
-    config = ShapeConfig(hidden=s.hidden, intermediate=s.intermediate, layers=s.layers, heads=s.heads, kv_heads=s.kv_heads, words=s.words, tied=s.tied)  # fmt: skip
+    config = shape_of(args.shape)
 else:
     heads, wide = args.hidden // 64, args.hidden * 8 // 3
-    config = ShapeConfig(
-        hidden=args.hidden, intermediate=wide, layers=args.layers, heads=heads, kv_heads=heads, words=args.words
-    )
+    config = Shape(hidden=args.hidden, intermediate=wide, layers=args.layers, heads=heads, kv_heads=heads, words=args.words)
 model = random_model(config)
 device = models.placement().device
 print(f"{model.metrics['parameters'] / 1e6:.0f} M parameters, {args.rows} x {args.length} tokens a step, {models.placement()}")
@@ -58,7 +55,7 @@ for method, optim in arms:
         setting = CostConfig(shape=config, train=train, rows=args.rows, length=args.length, steps=args.steps)
         m = cost(setting, model=model).metrics
         labelled = args.rows * (args.length // 4)
-        guess = memory(config.shape, train, args.rows, args.length, labelled=labelled, device=device)["total"]
+        guess = memory(config, train, args.rows, args.length, labelled=labelled, device=device)["total"]
         name = method + (" 8-bit Adam" if optim == "adamw_8bit" else "")
         if "failed" in m:
             print(f"{name:<12} {again!s:<14} {m['failed']:>8} {guess / 1e9:>9.2f}", flush=True)

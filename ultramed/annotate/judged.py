@@ -21,6 +21,12 @@ Does the answer to a patient's question support the statement? Entailment: the a
 Contradiction: the answer says or clearly implies the opposite. Neutral: neither; missing is neutral, not contradicted.
 Answer with a JSON object: {"label": "Entailment", "Neutral" or "Contradiction"}."""
 
+CORRECT = """\
+Is the answer to a medical question correct? Compare it with the reference answer: the same meaning counts, whatever the \
+words, the length or the language. An answer that leaves the decisive point out, or adds something wrong that matters, is \
+not correct.
+Answer with a JSON object: {"correct": true or false}."""
+
 MT_BENCH = """\
 Grade the assistant's last reply from 1 to 10: is it correct, helpful, relevant, deep enough and does it follow the \
 instruction, given the conversation before it? Neither length nor style alone is a merit.{reference}
@@ -34,13 +40,17 @@ class Entails(BaseModel):
     label: Label
 
 
+class Verdict(BaseModel):
+    correct: bool
+
+
 class Grade(BaseModel):
     reason: str = ""
     score: float = Field(ge=1, le=10)
 
 
 def wording(config=None) -> str:
-    return repr((NLI, MT_BENCH))
+    return repr((NLI, CORRECT, MT_BENCH))
 
 
 def _entails(name: str, question: str, answer: str, statement: str, config: LLMConfig) -> Request:
@@ -64,6 +74,21 @@ def kqa_labels(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
         ({"id": m["id"], **what, "label": label} for m, what, label in zip(made, about, labels, strict=True)),
     )
     return {"statements": len(made), "unread": labels.count(None)}
+
+
+@stage(version=1, also=wording)
+def correctness(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
+    """`verdicts.jsonl`: whether each reply says what its reference says (CURE-Med; the reference is always shown), None
+    where the judge could not be read."""
+    rows = list(read_replies(replies).itertuples())
+    asked = [
+        request(r.id, CORRECT, f"Question: {r.prompt[-1]['content']}\n\nReference: {r.reference}\n\nAnswer: {r.reply}", config)
+        for r in rows
+    ]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Verdict, desc="correctness")
+    right = [m["value"]["correct"] if m["value"] else None for m in made]
+    write_lines(out / "verdicts.jsonl", ({"id": m["id"], "correct": c} for m, c in zip(made, right, strict=True)))
+    return {"replies": len(right), "unread": right.count(None), "correct": right.count(True)}
 
 
 def physicians_file() -> Path:

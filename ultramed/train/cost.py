@@ -15,26 +15,10 @@ from ultramed.store import Artifact, StoreError, find, stage, write_json
 from ultramed.train.estimate import Shape, flops_per_token
 
 
-class ShapeConfig(Strict):
-    """A Llama-like model with random weights: memory and speed do not depend on what they are."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    words: int
-    tied: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(**self.model_dump())
-
-
 class CostConfig(Strict):
     """`rows` rows of `length` tokens are one micro-batch and one step; the last quarter of a row has labels."""
 
-    shape: ShapeConfig
+    shape: Shape  # with random weights: memory and speed do not depend on what they are
     train: TrainConfig
     rows: int = Field(4, ge=1)
     length: int = Field(256, ge=8)
@@ -42,14 +26,14 @@ class CostConfig(Strict):
 
 
 @stage(version=1)
-def random_model(out: Path, config: ShapeConfig) -> dict:
+def random_model(out: Path, config: Shape) -> dict:
     """Weights drawn with seed 0, in bf16."""
     from transformers import LlamaForCausalLM
 
     from ultramed.weights import tiny_llama
 
     torch.manual_seed(0)
-    net = LlamaForCausalLM(config.shape.config()).to(torch.bfloat16)
+    net = LlamaForCausalLM(config.config()).to(torch.bfloat16)
     with models.quiet():
         net.save_pretrained(out)
     tiny_llama()[1].save_pretrained(out)
@@ -95,13 +79,13 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> dict:
     """In this process, which should have done nothing else before."""
     place = models.placement()
     peak_flops = best_flops(place.device, place.dtype)
-    small = ShapeConfig(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
+    small = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
     _train(config.model_copy(update={"shape": small, "rows": 1, "length": 16}), random_model(small), out)  # loads all libraries
     models.free_memory()
     empty = _resident("VmRSS") if place.device == "cpu" else 0
     peak, ends = _train(config, model, out)
     speed = config.rows * config.length * (len(ends) - 1) / (ends[-1] - ends[0])
-    flops = flops_per_token(config.shape.shape, config.train, config.length) * speed
+    flops = flops_per_token(config.shape, config.train, config.length) * speed
     return {
         "peak_bytes": peak - empty, "tokens_per_second": speed, "flops": flops, "best_flops": peak_flops,
         "utilisation": flops / peak_flops, "device": str(place),

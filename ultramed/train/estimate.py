@@ -6,12 +6,10 @@ error against measured runs: on a CPU full fine-tuning comes out 8 to 12% low, a
 kernels hold for a moment is not in it.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from ultramed.attention import attention_for
-from ultramed.schema import ConfigError, OptimConfig
+from ultramed.schema import ConfigError, OptimConfig, Strict
 
 # Shapes of models whose weights are gated, out of their config.json: hidden, intermediate, layers, heads, kv heads, words.
 SHAPES = {
@@ -22,13 +20,12 @@ SHAPES = {
     "bundled:smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "tiny:llama": (64, 128, 2, 4, 2, 2048),
 }
-TIED = {"bundled:smollm2-135m"}  # embedding and head are one matrix
+TIED = {"bundled:smollm2-135m"}
 BYTES = {"full": 4.0, "lora": 2.0, "lora_8bit": 1.0, "lora_4bit": 0.5625}  # of a weight in the layers; NF4 with its scales
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model. `words`: size of the vocabulary."""
+class Shape(Strict):
+    """A Llama-like model. `words`: size of the vocabulary; `tied`: embedding and head are one matrix."""
 
     hidden: int
     intermediate: int
@@ -71,8 +68,9 @@ class Shape:
 
 def shape_of(name: str) -> Shape:
     """Of a known model, a local folder, or a hub id that can be read. Raises ConfigError otherwise."""
+    fields = ("hidden", "intermediate", "layers", "heads", "kv_heads", "words")
     if name in SHAPES:
-        return Shape(*SHAPES[name], tied=name in TIED)
+        return Shape(**dict(zip(fields, SHAPES[name], strict=True)), tied=name in TIED)
     from transformers import AutoConfig
 
     try:
@@ -83,7 +81,7 @@ def shape_of(name: str) -> Shape:
         raise ConfigError(
             f"the shape of {name!r} is not known here; known are {', '.join(SHAPES)}, and local folders"
         ) from None
-    return Shape(*sizes, tied=bool(c.tie_word_embeddings))
+    return Shape(**dict(zip(fields, sizes, strict=True)), tied=bool(c.tie_word_embeddings))
 
 
 def kept(shape: Shape, layers: int, rows: int, length: int, full: bool, checkpointing: bool, device: str) -> int:
