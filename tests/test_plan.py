@@ -1,12 +1,15 @@
 """Estimates: parameters are exact, memory follows the parts, and every profile can be planned without starting anything."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ultramed.config import load_profile, profiles
+from ultramed.ledger import Ledger
 from ultramed.plan import plan, rows_of
 from ultramed.schema import ConfigError, TrainConfig
-from ultramed.train.cost import CostConfig, cost, random_model
+from ultramed.train.cost import CostConfig, cost, random_model, table
 from ultramed.train.estimate import SHAPES, Shape, flops_per_token, memory, shape_of
 
 TRAIN = TrainConfig(learning_rate=1e-4, mixture={"random": 1})
@@ -58,11 +61,34 @@ def test_operations_of_a_step():
 
 def test_a_measurement_beside_its_estimate():
     config = Shape(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=4, words=4096)
-    made = cost(CostConfig(shape=config, train=TRAIN, rows=4, length=64, steps=3), model=random_model(config)).metrics
-    guess = memory(config, TRAIN, 4, 64, labelled=64, device="cpu")["total"]
-    assert 0.2 * guess < made["peak_bytes"] < 20 * guess
-    assert made["tokens_per_second"] > 0
-    assert 0 < made["utilisation"] < 1.2
+    arms = {"full": TRAIN, "again": TRAIN.model_copy(update={"gradient_checkpointing": True})}
+    setting = CostConfig(shape=config, arms=arms, rows=4, length=64, steps=3)
+    shown = table(setting, cost(setting, model=random_model(config))).set_index("arm")
+    assert list(shown.index) == ["full", "again"]
+    assert (shown["state"] == "measured").all()
+    assert shown["estimate GB"]["full"] > shown["estimate GB"]["again"]
+    assert ((shown["of peak"] > 0) & (shown["of peak"] < 1.2)).all()
+
+
+def test_an_arm_that_the_kernel_kills_is_out_of_memory_and_the_next_ones_run(monkeypatch):
+    from types import SimpleNamespace
+
+    from ultramed.train import cost as module
+
+    calls = []
+
+    def killed(command, **_):
+        calls.append(command)
+        with Ledger(Path(command[-1]) / "results.jsonl", key="arm") as ledger:
+            if len(calls) == 2:
+                ledger.add({"arm": "b", "peak_bytes": 1, "tokens_per_second": 1, "utilisation": 0.5})
+        return SimpleNamespace(returncode=-9 if len(calls) == 1 else 0, stderr="")
+
+    monkeypatch.setattr(module.subprocess, "run", killed)
+    config = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
+    setting = CostConfig(shape=config, arms={"a": TRAIN, "b": TRAIN}, rows=1, length=8)
+    shown = table(setting, cost(setting, model=random_model(config))).set_index("arm")
+    assert list(shown["state"]) == ["out of memory", "measured"]
 
 
 @pytest.mark.parametrize("name", profiles())

@@ -262,6 +262,17 @@ class CollectionConfig(Strict):
     clusters: int = Field(12, ge=2)
 
 
+class CostSection(Strict):
+    """Notebook 12: what training costs at a shape. `shape`: a model whose shape is known, or sizes (train/estimate.py);
+    `rows` rows of `length` tokens are one step."""
+
+    shape: str | dict[str, int | bool]
+    rows: int = Field(8, ge=1)
+    length: int = Field(256, ge=8)
+    steps: int = Field(4, ge=2)  # the first is not timed
+    arms: dict[str, dict[str, Any]]  # arm -> changes to `train`
+
+
 class Profile(Strict):
     name: str
     description: str
@@ -273,6 +284,7 @@ class Profile(Strict):
     usmle: UsmleConfig
     ultramedical: UltraMedicalConfig | None = None
     collection: CollectionConfig | None = None
+    cost: CostSection | None = None
     judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
     open_rows: int = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)
     open_tokens: int = Field(64, ge=1)  # longest reply in them; CURE-Med's own setting is 2,048

@@ -6,23 +6,39 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from pydantic import Field
 
 from ultramed import models
-from ultramed.schema import Strict, TrainConfig
+from ultramed.config import merge, validate
+from ultramed.ledger import Ledger
+from ultramed.schema import ConfigError, Profile, Strict, TrainConfig
 from ultramed.store import Artifact, StoreError, find, stage, write_json
-from ultramed.train.estimate import Shape, flops_per_token
+from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
 
 class CostConfig(Strict):
     """`rows` rows of `length` tokens are one micro-batch and one step; the last quarter of a row has labels."""
 
     shape: Shape  # with random weights: memory and speed do not depend on what they are
-    train: TrainConfig
+    arms: dict[str, TrainConfig] = Field(min_length=1)
     rows: int = Field(4, ge=1)
     length: int = Field(256, ge=8)
     steps: int = Field(4, ge=2)  # the first is not timed
+
+
+def cost_config(profile: Profile) -> CostConfig:
+    """The section `cost` of a profile."""
+    own = profile.cost
+    if own is None:
+        raise ConfigError(f"profile {profile.name!r} has no section `cost`")
+    shape = shape_of(own.shape) if isinstance(own.shape, str) else validate(Shape, own.shape, "cost.shape")
+    arms = {
+        name: validate(TrainConfig, merge(profile.train.model_dump(mode="json"), c), f"cost.arms.{name}")
+        for name, c in own.arms.items()
+    }
+    return CostConfig(shape=shape, arms=arms, rows=own.rows, length=own.length, steps=own.steps)
 
 
 @stage(version=1)
@@ -41,18 +57,23 @@ def random_model(out: Path, config: Shape) -> dict:
     return {"parameters": sum(p.numel() for p in net.parameters())}
 
 
-@stage(version=1)
+@stage(version=2)
 def cost(out: Path, config: CostConfig, *, model: Artifact) -> dict:
-    """Peak memory (bytes, above what the libraries hold), tokens per second, and the share of the device's best matrix
-    product that the steps reach. `failed`: 'out of memory' instead, where it did not fit."""
-    spec = {"config": config.model_dump(mode="json"), "model": model.key}
-    write_json(out / "spec.json", spec)
-    done = subprocess.run([sys.executable, "-m", __name__, str(out)], capture_output=True, text=True)
-    if not (out / "result.json").exists():
-        if done.returncode == -9:  # the kernel's own way of saying so
-            return {"failed": "out of memory"}
-        raise StoreError(f"the measurement ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads((out / "result.json").read_text())
+    """For each arm peak memory (bytes, above what the libraries hold), tokens per second, and the share of the device's
+    best matrix product that the steps reach; `failed`: 'out of memory' instead, where it did not fit.
+
+    The arms run one after the other in a process of their own; if one is too large for it, the next ones get another.
+    """
+    write_json(out / "spec.json", {"config": config.model_dump(mode="json"), "model": model.key})
+    while True:
+        done = subprocess.run([sys.executable, "-m", __name__, str(out)], capture_output=True, text=True)
+        with Ledger(out / "results.jsonl", key="arm") as ledger:
+            left = [name for name in config.arms if name not in ledger]
+            if not left:
+                return {"arms": ledger.rows}
+            if done.returncode != -9:  # the kernel's own way of saying that memory is short
+                raise StoreError(f"measuring {left[0]!r} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+            ledger.add({"arm": left[0], "failed": "out of memory"})
 
 
 def best_flops(device: str, dtype: torch.dtype) -> float:
@@ -75,31 +96,40 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(config: CostConfig, model: Artifact, out: Path) -> dict:
-    """In this process, which should have done nothing else before."""
+def measure(config: CostConfig, model: Artifact, out: Path) -> None:
+    """Append a line for each arm that `results.jsonl` lacks. In this process, which should have done nothing else."""
     place = models.placement()
     peak_flops = best_flops(place.device, place.dtype)
     small = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
-    _train(config.model_copy(update={"shape": small, "rows": 1, "length": 16}), random_model(small), out)  # loads all libraries
-    models.free_memory()
-    empty = _resident("VmRSS") if place.device == "cpu" else 0
-    peak, ends = _train(config, model, out)
-    speed = config.rows * config.length * (len(ends) - 1) / (ends[-1] - ends[0])
-    flops = flops_per_token(config.shape, config.train, config.length) * speed
-    return {
-        "peak_bytes": peak - empty, "tokens_per_second": speed, "flops": flops, "best_flops": peak_flops,
-        "utilisation": flops / peak_flops, "device": str(place),
-    }  # fmt: skip
+    tiny, first = config.model_copy(update={"shape": small, "rows": 1, "length": 16}), next(iter(config.arms.values()))
+    _train(tiny, first, random_model(small), out)  # loads all libraries
+    with Ledger(out / "results.jsonl", key="arm") as ledger:
+        for name in [name for name in config.arms if name not in ledger]:
+            models.free_memory()
+            empty = _resident("VmRSS") if place.device == "cpu" else 0
+            try:
+                peak, ends = _train(config, config.arms[name], model, out)
+            except torch.OutOfMemoryError:
+                ledger.add({"arm": name, "failed": "out of memory"})
+                continue
+            speed = config.rows * config.length * (len(ends) - 1) / (ends[-1] - ends[0])
+            flops = flops_per_token(config.shape, config.arms[name], config.length) * speed
+            ledger.add(
+                {
+                    "arm": name, "peak_bytes": peak - empty, "tokens_per_second": speed, "flops": flops,
+                    "best_flops": peak_flops, "utilisation": flops / peak_flops, "device": str(place),
+                }
+            )  # fmt: skip
 
 
-def _train(config: CostConfig, model: Artifact, out: Path) -> tuple[int, list[float]]:
+def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -> tuple[int, list[float]]:
     """(peak memory, ends of the steps) of a training run on random tokens."""
     from transformers import TrainerCallback
 
     from ultramed.train.sft import make_trainer
 
     place = models.placement()
-    train = config.train.model_copy(
+    train = train.model_copy(
         update={"global_batch_size": config.rows, "micro_batch_tokens": config.rows * config.length, "max_steps": config.steps}
     )
     tokenizer = models.load_tokenizer(model)
@@ -127,15 +157,31 @@ def _train(config: CostConfig, model: Artifact, out: Path) -> tuple[int, list[fl
     return (_resident("VmHWM") if place.device == "cpu" else torch.cuda.max_memory_allocated()), ends
 
 
-def _main(folder: str) -> None:
-    out = Path(folder)
-    spec = json.loads((out / "spec.json").read_text())
-    try:
-        result = measure(CostConfig(**spec["config"]), find(spec["model"]), out)
-    except torch.OutOfMemoryError:
-        result = {"failed": "out of memory"}
-    write_json(out / "result.json", result)
+def table(config: CostConfig, measured: Artifact) -> pd.DataFrame:
+    """One row an arm: measured and estimated peak in GB, tokens per second, share of the device's peak."""
+    out, device = [], models.placement().device
+    for name, m in measured.metrics["arms"].items():
+        labelled = config.rows * (config.length // 4)
+        guess = (
+            memory(config.shape, config.arms[name], config.rows, config.length, labelled=labelled, device=device)["total"] / 1e9
+        )
+        row = {
+            "arm": name,
+            "peak GB": None,
+            "estimate GB": guess,
+            "estimate / measured": None,
+            "tokens/s": None,
+            "of peak": None,
+        }
+        if "failed" not in m:
+            peak = m["peak_bytes"] / 1e9
+            row |= {"peak GB": peak, "estimate / measured": guess / peak}
+            row |= {"tokens/s": round(m["tokens_per_second"]), "of peak": m["utilisation"]}
+        out.append({**row, "state": m.get("failed", "measured")})
+    return pd.DataFrame(out)
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    folder = Path(sys.argv[1])
+    spec = json.loads((folder / "spec.json").read_text())
+    measure(CostConfig(**spec["config"]), find(spec["model"]), folder)
