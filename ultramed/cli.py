@@ -72,7 +72,7 @@ def _plan(resolved: schema.Profile, gpus: int, tflops: float, row_tokens: int) -
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
     console.print(
         f"{found.hours:,.1f} device hours, {found.hours / gpus:,.1f} hours on {gpus}; assumed: {row_tokens} tokens a row, {shares} "
-        "of the peak; activations at the profile's micro-batch. tests/benchmarks/cost.py shows how far such estimates are off.",
+        "of the peak; activations at the profile's micro-batch. notebook 12 shows how far such estimates are off.",
         highlight=False,
     )  # fmt: skip
     for what in found.missing:

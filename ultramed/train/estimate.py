@@ -1,9 +1,9 @@
 """Memory and time of a training run before it starts, out of the model's shape.
 
 Weights, gradients and optimiser states are counted; activations are taken from a run of one and of two layers on tensors
-without data (PyTorch's fake tensors), which record what the backward pass keeps. `tests/benchmarks/cost.py` shows the
-error against measured runs: on a CPU full fine-tuning comes out 8 to 12% low, adapters 40% and more, because what the
-kernels hold for a moment is not in it.
+without data (PyTorch's fake tensors), which record what the backward pass keeps. Notebook 12 and
+`tests/benchmarks/cost.py` show the error against measured runs: on a CPU full fine-tuning comes out 2 to 20% low, adapters
+40% and more, because what the kernels hold for a moment is not in it.
 """
 
 import torch
