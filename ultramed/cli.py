@@ -72,11 +72,22 @@ def _plan(resolved: schema.Profile, gpus: int, tflops: float, row_tokens: int) -
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
     console.print(
         f"{found.hours:,.1f} device hours, {found.hours / gpus:,.1f} hours on {gpus}; assumed: {row_tokens} tokens a row, {shares} "
-        "of the peak; activations at the profile's micro-batch. notebook 12 shows how far such estimates are off.",
+        "of the peak; activations at the profile's micro-batch. Notebook 12 shows how far such estimates are off.",
         highlight=False,
     )  # fmt: skip
     for what in found.missing:
         console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
+
+
+def _submit(name: str, tasks: list[str], last: str, profile: str, where: str, options: list[str], wait: bool) -> None:
+    """Scripts and logs go to `figures/PROFILE/cluster`; exit status 1 if something failed."""
+    from ultramed.batch import folder
+    from ultramed.cluster import submit
+
+    if not submit(
+        name, tasks, last, where=where, folder=folder(profile) / "cluster", options=options, wait=wait, console=console
+    ):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -151,11 +162,7 @@ def run(
         more = ["--profile", profile, *(f"--set={o}" for o in overrides), *(["--force"] if force else [])]
         tasks = [on.command("run", n, *more, "--no-report") for n in names if n != batch.LAST]
         last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", profile)
-        place = batch.folder(profile) / "cluster"
-        if not on.submit(
-            f"ultramed-{profile}", tasks, last, where=cluster, folder=place, options=sbatch, wait=wait, console=console
-        ):
-            raise typer.Exit(1)
+        _submit(f"ultramed-{profile}", tasks, last, profile, cluster, sbatch, wait)
         return
     fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
     if report:
@@ -181,16 +188,11 @@ def sweep(
         run_point(file, only, console)
         return
     if cluster:
-        from ultramed import batch
         from ultramed import cluster as on
 
         found, points = read_sweep(file)
         tasks = [on.command("sweep", file.resolve(), "--only", number) for number in range(len(points))]
-        last, place = on.command("sweep", file.resolve()), batch.folder(found.profile) / "cluster"
-        if not on.submit(
-            f"sweep-{file.stem}", tasks, last, where=cluster, folder=place, options=sbatch, wait=wait, console=console
-        ):
-            raise typer.Exit(1)
+        _submit(f"sweep-{file.stem}", tasks, on.command("sweep", file.resolve()), found.profile, cluster, sbatch, wait)
         return
     if not run_sweep(file, console):
         raise typer.Exit(1)

@@ -107,10 +107,7 @@ def data_decontaminate(
     from ultramed.data.collection import contamination, read_report
     from ultramed.data.sources import own
 
-    data: dict = {}
-    for text in overrides:
-        data = config.apply_override(data, *config.parse_override(text))
-    setting = config.validate(schema.CheckConfig, data, "check")
+    setting = config.validate(schema.CheckConfig, config.overridden({}, overrides), "check")
     given = {"train": own(train, side="train"), "test": own(test)}
     found = contamination(setting, sources={"train": "train"}, tests=["test"], **given)
     publish(found, out)
@@ -142,10 +139,8 @@ def _setting(model: type, server: str, overrides: list[str]):
     from ultramed.client import ServerConfig
 
     where = ServerConfig.of(server)
-    data: dict = {"server": {"url": where.url, "model": where.model}}
-    for text in overrides:
-        data = config.apply_override(data, *config.parse_override(text))
-    return config.validate(model, data, "annotate")
+    data = {"server": {"url": where.url, "model": where.model}}
+    return config.validate(model, config.overridden(data, overrides), "annotate")
 
 
 def _told(art: store.Artifact, out: Path) -> None:

@@ -40,9 +40,7 @@ def evaluate(
     quiet()
     config.known(template, TEMPLATES, "templates")
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
-    for text in overrides:
-        data = config.apply_override(data, *config.parse_override(text))
-    setting = config.validate(schema.EvalConfig, data, "eval")
+    setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
     asked = own(questions, "questions", limit=limit)
     art = answers(setting, model=models.resolve(model), questions=asked, template=template, dtype=dtype)
     frame = read_answers(art)

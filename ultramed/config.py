@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,16 @@ def apply_override(data: dict, keys: list[str], value: Any) -> dict:
     return {**data, head: apply_override(data.get(head, {}), rest, value) if rest else value}
 
 
-def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Profile:
-    """Profile `name` with overrides applied and checked. Raises ConfigError on anything unknown or impossible."""
-    data = raw_profile(name)
+def overridden(data: dict, overrides: Iterable[str]) -> dict:
+    """`data` with every override ('a.b=value') applied, in their order."""
     for text in overrides:
         data = apply_override(data, *parse_override(text))
+    return data
+
+
+def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Profile:
+    """Profile `name` with overrides applied and checked. Raises ConfigError on anything unknown or impossible."""
+    data = overridden(raw_profile(name), overrides)
     source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
     profile = validate(Profile, data, source)
     for arm in profile.usmle.arms:

@@ -6,6 +6,7 @@ at hand is named. Nothing is started and nothing is fetched.
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ultramed.config import arm_config, merge, preference_config
 from ultramed.data.catalog import SOURCES
@@ -123,8 +124,6 @@ class _Planner:
 
     def look(self) -> None:
         """What is not at hand."""
-        from pathlib import Path
-
         name, names = self.profile.models[0].name, set()
         if ":" not in name and not Path(name).expanduser().is_dir():
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

@@ -136,7 +136,10 @@ def check_rows(model: type[BaseModel], rows: list[dict], where: str) -> list[dic
 
 def read_questions(path: Path) -> list[dict]:
     """Canonical question rows of a file; rows without an id are numbered."""
-    rows = read_table(path)
+    return _questions(read_table(path), path)
+
+
+def _questions(rows: list[dict], path: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             row.setdefault("id", str(number))
@@ -153,10 +156,10 @@ def read_instructions(path: Path) -> list[dict]:
 
 def read_rows(path: Path) -> list[dict]:
     """Canonical rows of a file of any kind but pairs: questions, instructions or prompts, as its columns say."""
-    first = read_table(path)[0]
-    if "options" in first:
-        return read_questions(path)
-    return read_instructions(path) if "completion" in first else check_rows(Prompt, read_table(path), str(path))
+    rows = read_table(path)
+    if "options" in rows[0]:
+        return _questions(rows, path)
+    return check_rows(Instruction if "completion" in rows[0] else Prompt, rows, str(path))
 
 
 def read_pairs(path: Path) -> list[dict]:

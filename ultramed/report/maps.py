@@ -47,7 +47,7 @@ def draw(points: pd.DataFrame):
     fig, ax = plt.subplots(figsize=(9, 7))
     colours = sns.color_palette("tab10" if points.source.nunique() <= 10 else "tab20", points.source.nunique())
     sns.scatterplot(points, x="x", y="y", hue="source", palette=colours, s=9, linewidth=0, alpha=0.75, ax=ax)
-    low_high = points.y.quantile([0.002, 0.998]).to_list()
+    low_high = points.y.quantile([0.002, 0.998]).to_numpy()
     apart, last = 0.035 * (low_high[1] - low_high[0]), []
     for name, part in sorted(points.groupby("topic"), key=lambda item: item[1].y.median()):
         x, y = part.x.median(), part.y.median()
@@ -57,7 +57,7 @@ def draw(points: pd.DataFrame):
             y += apart / 4
         last.append((x, y))
         ax.text(x, y, name, ha="center", fontsize=8, bbox={"fc": "white", "alpha": 0.75, "lw": 0, "pad": 1.5})
-    ax.set(xlim=points.x.quantile([0.002, 0.998]) * 1.08, ylim=points.y.quantile([0.002, 0.998]) * 1.08)
+    ax.set(xlim=points.x.quantile([0.002, 0.998]) * 1.08, ylim=low_high * 1.08)
     ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
     ax.legend(title="source", loc="upper left", bbox_to_anchor=(1, 1), frameon=False, markerscale=2)
     sns.despine(fig, left=True, bottom=True)
