@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ultramed import models
 from ultramed.attention import BLOCK, NAME, SHORT, causal, masked
 from ultramed.batching import trees
-from ultramed.schema import LoraSettings, ModelConfig
+from ultramed.schema import ModelConfig, OptimConfig
 
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
@@ -65,7 +65,7 @@ def test_training_attention_has_the_gradients_of_scaled_dot_product_attention(tr
 @pytest.mark.parametrize("length", [40, SHORT + 8])
 def test_a_model_is_trained_alike_with_it(length):
     base = models.base_model(ModelConfig(name="tiny:llama", label="x"))
-    net = models.load_for_training(base, "full", LoraSettings())
+    net = models.load_for_training(base, OptimConfig(method="full", learning_rate=1e-4))
     ids = torch.randint(5, net.config.vocab_size, (2, length))
     found = {}
     for name in (NAME, "sdpa"):

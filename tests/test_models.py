@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ultramed import models, weights
-from ultramed.schema import ConfigError, LoraSettings, ModelConfig
+from ultramed.schema import ConfigError, ModelConfig, OptimConfig
 from ultramed.store import StoreError
 
 CPU = models.placement().device == "cpu"
@@ -63,7 +63,7 @@ def test_a_local_folder_is_used_in_place_and_known_by_its_content(bench, tmp_pat
 def test_every_adapter_tensor_gets_a_gradient(bench, method):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = models.load_for_training(bench.model, method, LoraSettings())
+        net = models.load_for_training(bench.model, OptimConfig(method=method, learning_rate=1e-4))
         ids = torch.arange(10, 40)[None]
         net.train()
         net(input_ids=ids, labels=ids).loss.backward()
@@ -77,7 +77,7 @@ def test_every_adapter_tensor_gets_a_gradient(bench, method):
 @pytest.mark.skipif(not CPU, reason="a GPU is at hand: NF4 training works there")
 def test_nf4_training_on_a_cpu_is_refused(bench):
     with pytest.raises(ConfigError, match=r"does nothing on a CPU.*method lora or lora_8bit"):
-        models.load_for_training(bench.model, "lora_4bit", LoraSettings())
+        models.load_for_training(bench.model, OptimConfig(method="lora_4bit", learning_rate=1e-4))
 
 
 def test_eight_bit_weights_answer_like_the_full_ones(bench):
@@ -89,7 +89,7 @@ def test_eight_bit_weights_answer_like_the_full_ones(bench):
 
 
 def _adapter(bench, folder, scale=0.05):
-    net = models.load_for_training(bench.model, "lora", LoraSettings())
+    net = models.load_for_training(bench.model, OptimConfig(method="lora", learning_rate=1e-4))
     with torch.no_grad():
         for n, p in net.named_parameters():
             if "lora_B" in n:

@@ -81,7 +81,7 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer):
 
     data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)
     batch = Collator(tokenizer.pad_token_id)(data[:4])
-    net = models.load_for_training(bench.model, "full", config.lora).eval()
+    net = models.load_for_training(bench.model, config).eval()
     logits = net(input_ids=batch["input_ids"]).logits[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     from datasets import Dataset

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ultramed import cli_data, cli_models, config, schema, store
-from ultramed.cli_data import ProfileOption, SetOption, console
+from ultramed.cli_data import ProcessesOption, ProfileOption, SetOption, console
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -140,6 +140,7 @@ def run(
         bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the HTML report afterwards.")] = True,
+    processes: ProcessesOption = 0,
     cluster: ClusterOption = "",
     sbatch: SbatchOption = [],  # noqa: B006
     wait: WaitOption = False,
@@ -160,6 +161,7 @@ def run(
         config.load_profile(profile, overrides)
         names = [p.stem.split("_")[0] for p in batch.notebooks(numbers or [])]
         more = ["--profile", profile, *(f"--set={o}" for o in overrides), *(["--force"] if force else [])]
+        more += [f"--processes={processes}"] if processes else []
         tasks = [on.command("run", n, *more, "--no-report") for n in names if n != batch.LAST]
         last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", profile)
         _submit(f"ultramed-{profile}", tasks, last, profile, cluster, sbatch, wait)

@@ -1,6 +1,7 @@
 """Command line of the data half: data sets, collections, decontamination, and annotation by a model behind a URL."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,21 @@ from ultramed import config, schema, store
 console = Console()
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A file of params/, without .yaml, or a path to one.")]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set train.epochs=2 (repeatable).")]
+
+
+def _processes(count: int) -> int:
+    if count:
+        os.environ[config.PROCESSES] = str(count)
+    return count
+
+
+ProcessesOption = Annotated[
+    int,
+    typer.Option(
+        min=0, callback=_processes, show_default="one a GPU, else one",
+        help="Processes that train together (accelerate launch); all weights trained: sharded over them by FSDP2.",
+    ),
+]  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: what there is, what is at hand, collections, decontamination.")
 annotate_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ultramed import config, schema, store
-from ultramed.cli_data import ProfileOption, SetOption, console
+from ultramed.cli_data import ProcessesOption, ProfileOption, SetOption, console
 
 models_app = typer.Typer(pretty_exceptions_enable=False)
 train_app = typer.Typer(no_args_is_help=True, help="Train one arm of a profile by hand.")
@@ -153,6 +153,7 @@ def train_sft(
     profile: ProfileOption = "laptop",
     seed: Annotated[int, typer.Option(help="Rows, order and adapter initialisation.")] = 0,
     overrides: SetOption = [],  # noqa: B006
+    processes: ProcessesOption = 0,
 ) -> None:
     """Supervised fine-tuning of one arm on the profile's first model. Ctrl-C saves a checkpoint; run again to go on."""
     from ultramed.notebook import quiet
@@ -179,6 +180,7 @@ def train_preference(
     mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.mixtures.")] = "ultramix",
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006
+    processes: ProcessesOption = 0,
 ) -> None:
     """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
     art = _suite(profile, overrides).prefer(mix, arm)
@@ -191,6 +193,7 @@ def train_reward(
     arm: Annotated[str, typer.Option(help="An arm of ultramedical.reward_arms: medical, general, mixed.")] = "medical",
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006
+    processes: ProcessesOption = 0,
 ) -> None:
     """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
     art = _suite(profile, overrides).reward(arm)

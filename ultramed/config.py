@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from ultramed.schema import ConfigError, PreferenceConfig, Profile, TrainConfig
 
+PROCESSES = "ULTRAMED_PROCESSES"  # environment variable: how many processes train together (train/launch.py)
+
 # ------------------------------------------------------------------------------------------------- files and overrides
 
 

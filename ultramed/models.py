@@ -19,7 +19,7 @@ import torch
 
 from ultramed.attention import attention_for
 from ultramed.client import ServerConfig
-from ultramed.schema import ConfigError, LoraSettings, ModelConfig
+from ultramed.schema import ConfigError, ModelConfig, OptimConfig
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 
@@ -281,17 +281,17 @@ def cast(net, dtype: torch.dtype):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, checkpointing: bool = False):
+def load_for_training(model: Artifact, config: OptimConfig):
     """The model with what shall be trained marked so: all of it (fp32 master weights) or a LoRA adapter.
 
-    method: 'full', 'lora' (base in the machine's dtype), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4).
+    config.method: 'full', 'lora' (base in the dtype of the run), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4).
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if card(model)["kind"] == "adapter":
         raise ConfigError("train on a whole model; merge the adapter first (`ultramed export KEY OUT --merge`)")
-    place = placement()
+    place, method, lora = placement(config.dtype), config.method, config.lora
     if method == "lora_4bit" and place.device == "cpu":
         raise ConfigError(
             "NF4 training does nothing on a CPU: bitsandbytes passes no gradient to the adapters there (measured: 0 of "
@@ -314,7 +314,7 @@ def load_for_training(model: Artifact, method: str, lora: LoraSettings, *, check
         if method == "full":
             return net
         if extra:
-            net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=checkpointing)
+            net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=config.gradient_checkpointing)
             warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         settings = LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,

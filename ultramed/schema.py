@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Method = Literal["full", "lora", "lora_8bit", "lora_4bit"]
 AnswerForm = Literal["content_first", "letter_first"]
 Protocol = Literal["likelihood", "greedy", "medalpaca"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class ConfigError(ValueError):
@@ -27,7 +28,6 @@ class ModelConfig(Strict):
     name: str  # "bundled:smollm2-135m", "tiny:llama", a hub id, or a local folder
     label: str  # what tables call it
     revision: str | None = None  # of a hub id
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     template: str = "chat"  # see prompts.TEMPLATES
 
 
@@ -67,6 +67,7 @@ class OptimConfig(Strict):
     optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"] = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     lora: LoraSettings = LoraSettings()
+    dtype: Dtype = "auto"  # of matrix products; trained weights are kept in fp32 meanwhile. auto: the machine's best
     seed: int = 0
     save_steps: int = Field(0, ge=0)  # optimiser steps between checkpoints; 0: none
 

@@ -137,7 +137,7 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     ids = torch.randint(3, config.shape.words, (config.rows * config.steps, config.length), generator=draw).tolist()
     start = config.length - config.length // 4
     rows = [{"input_ids": r, "labels": [-100] * start + r[start:], "length": len(r)} for r in ids]
-    net = models.load_for_training(model, train.method, train.lora, checkpointing=train.gradient_checkpointing)
+    net = models.load_for_training(model, train)
     trainer, _, _ = make_trainer(net, tokenizer, rows, train, out)
     models.free_memory()
     if place.device == "cpu":

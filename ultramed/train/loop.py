@@ -6,8 +6,6 @@ TRL's trainers get token ids that we made and do no preparation of their own.
 import functools
 import json
 import shutil
-import signal
-import threading
 import time
 import types
 import warnings
@@ -20,13 +18,15 @@ from ultramed.batching import trees
 from ultramed.progress import bar as progress_bar
 from ultramed.schema import ConfigError, OptimConfig
 from ultramed.store import Artifact, StoreError, write_json
+from ultramed.train import launch
 
 
-def batch_plan(config: OptimConfig, longest: int, processes: int = 1) -> tuple[int, int]:
+def batch_plan(config: OptimConfig, longest: int, processes: int = 0) -> tuple[int, int]:
     """(micro-batch per process, accumulation steps) whose product with the processes is the global batch.
 
     The micro-batch is the largest divisor that keeps `longest` tokens a row within `micro_batch_tokens`.
     """
+    processes = processes or launch.world()
     if config.global_batch_size % processes:
         raise ConfigError(f"global_batch_size {config.global_batch_size} does not divide by {processes} processes")
     share = config.global_batch_size // processes
@@ -42,7 +42,7 @@ def step_count(config: OptimConfig, rows: int) -> int:
 
 def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulation: int) -> dict:
     """Arguments that all of TRL's configurations share."""
-    place = models.placement()
+    place = models.placement(config.dtype)
     return {
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": micro,
@@ -60,7 +60,7 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
         "fp16": place.dtype == torch.float16,
         "use_cpu": place.device == "cpu",
         "max_length": None,  # cut already
-        "train_sampling_strategy": "group_by_length",  # of the rows' column `length`,
+        "train_sampling_strategy": "group_by_length",  # of the rows' column `length`, by our sampler
         "remove_unused_columns": False,  # which would go otherwise
         "logging_steps": 1,
         "logging_first_step": True,
@@ -75,8 +75,40 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
 
 @functools.cache
 def own_tokens(trainer: type) -> type:
-    """The TRL trainer without its preparation of the data set: ours is tokenised and linted already."""
-    return type(trainer.__name__, (trainer,), {"_prepare_dataset": lambda self, dataset, *_, **__: dataset})
+    """The TRL trainer without its preparation of the data set, which is tokenised and linted already, and with our order."""
+
+    def sampler(self, dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return trainer._get_train_sampler(self, dataset)
+        return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
+
+    methods = {"_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler": sampler}
+    return type(trainer.__name__, (trainer,), methods)
+
+
+class GroupedByLength(torch.utils.data.Sampler):
+    """transformers' order for rows of similar length, the same for any number of processes and after an interruption.
+
+    Its own sampler groups by the batch of one process, and draws from the global random stream, in which dropout lets
+    processes drift apart: from the second epoch on they would see some rows twice and others never.
+    """
+
+    def __init__(self, lengths: list[int], args):
+        self.lengths, self.seed, self.epoch = list(lengths), args.seed, 0
+        self.batch = args.train_batch_size * args.gradient_accumulation_steps * launch.world()
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        stream = torch.Generator().manual_seed(self.seed + self.epoch)
+        torch.empty((), dtype=torch.int64).random_(generator=stream)  # a DataLoader draws its own seed first: the same order
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=stream))
 
 
 def run(trainer, steps: int, desc: str) -> dict:
@@ -96,7 +128,8 @@ def run(trainer, steps: int, desc: str) -> dict:
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         for p in trained:  # TRL keeps adapters of quantised models in bf16, where small updates vanish
             p.data = p.data.float()
-        before = [p.detach().abs().sum().item() for p in trained]
+        named = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+        before = {name: _total(p) if launch.main_worker() else None for name, p in named}  # others get theirs only now
         last = get_last_checkpoint(folder) if folder.is_dir() else None
         clock = time.perf_counter()
         with _Interruptible(trainer) as stop:
@@ -104,25 +137,47 @@ def run(trainer, steps: int, desc: str) -> dict:
         if stop.asked and trainer.state.global_step < steps:
             raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {steps}; run again to go on")
         seconds = time.perf_counter() - clock
-        moved = sum(p.detach().abs().sum().item() != b for p, b in zip(trained, before, strict=True))
+        parts = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
+        after = {n: _total(p) for n, p in trainer.model.named_parameters() if n in before}
+        moved = sum(after[name] != value for name, value in before.items())
         if last is None and not moved:
             raise StoreError(f"training changed none of {len(trained)} tensors: it does nothing here")
-    with open(folder.parent / "log.jsonl", "w") as fh:
-        fh.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-    return {
+    if launch.main_worker():
+        with open(folder.parent / "log.jsonl", "w") as fh:
+            fh.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    about = {"processes": launch.world(), "sharded": parts} if launch.worker() else {}
+    return about | {
         "steps": steps, "train_loss": result.training_loss, "train_seconds": round(seconds, 1), "resumed": last is not None,
         "trainable_parameters": sum(p.numel() for p in trained), "tensors_moved": [moved, len(trained)],
     }  # fmt: skip
 
 
-def save(net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", **about) -> None:
-    """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go."""
+def _total(parameter: torch.Tensor) -> float:
+    """Sum of the absolute values, of a parameter of which this process may hold a part."""
+    held = parameter.detach()
+    return (held.full_tensor() if hasattr(held, "full_tensor") else held).abs().sum().item()
+
+
+def save(net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", dtype: str = "auto", **about) -> None:
+    """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go.
+
+    Called by all workers, because a sharded model is gathered; the first one writes.
+    """
     about = {"method": method, "base": base.key, "name": models.card(base)["name"], **about}
+    state = launch.whole(net) if launch.sharded() else None
+    if not launch.main_worker():
+        return
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if method == "full":
         net.config.use_cache = True
+        dtype = models.placement(dtype).dtype
         with models.quiet():
-            models.cast(net, models.placement().dtype).save_pretrained(out)
+            if state is None:
+                models.cast(net, dtype).save_pretrained(out)
+            else:
+                net.config.dtype = dtype
+                own = {name: value.to(dtype) for name, value in state.items() if name not in net.all_tied_weights_keys}
+                net.save_pretrained(out, state_dict=own)
         tokenizer.save_pretrained(out)
         write_json(out / "model.json", {"kind": kind, **about})
         return
@@ -199,34 +254,35 @@ def _callback(steps: int, desc: str):
     return Bar()
 
 
-class _Interruptible:
-    """On Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+class _Interruptible(launch.StopSignals):
+    """On Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    A worker takes no signals: the process that launched it does, and all workers stop after the same step.
+    """
 
     def __init__(self, trainer):
         from transformers import TrainerCallback
 
         outer = self
-        self.asked = False
+        self.asked = 0
 
         class Stop(TrainerCallback):
             def on_step_end(self, args, state, control, **_):
+                if launch.worker():
+                    outer.asked = launch.stop_asked()
                 if outer.asked:
                     control.should_save = control.should_training_stop = True
 
         trainer.add_callback(Stop())
 
     def __enter__(self):
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._note)
-        return self
+        return self if launch.worker() else super().__enter__()
 
-    def _note(self, number, frame):
-        if self.asked:
+    def note(self, number, frame):
+        super().note(number, frame)
+        if self.asked > 1:
             raise KeyboardInterrupt
-        self.asked = True
 
     def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        if not launch.worker():
+            super().__exit__()

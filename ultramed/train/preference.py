@@ -1,6 +1,7 @@
 """Preference learning through TRL: DPO and its relatives on pairs, KTO on single replies, pairwise KTO as released."""
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from ultramed.data import rows as canonical
 from ultramed.prompts import RELEASED, TEMPLATES, Template
 from ultramed.schema import ConfigError, PreferenceConfig
 from ultramed.store import Artifact, stage
-from ultramed.train import loop, losses
+from ultramed.train import launch, loop, losses
+from ultramed.train.launch import distributed
 
 
 def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> tuple[list[dict], dict]:
@@ -100,7 +102,19 @@ def _trainer(config: PreferenceConfig):
     return trl.DPOTrainer, trl.DPOConfig, {"beta": config.beta, "loss_type": [name]}
 
 
-@stage(version=3, also=prompts.wording)
+def _frozen(model: Artifact, config: PreferenceConfig):
+    """The reference: in fp32 as the policy, whose rounding autocast does for both; sharded in the dtype of the products."""
+    if not launch.sharded():
+        dtype = torch.float32 if config.method == "full" else models.placement(config.dtype).dtype
+        return models.load(model, dtype=dtype).requires_grad_(False)
+    # Otherwise transformers gives weights to one process of a node, and nothing brings them to the others' reference.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    net = models.load(model, dtype=models.placement(config.dtype).dtype, device="cpu").requires_grad_(False)
+    return launch.shard_frozen(net)
+
+
+@stage(version=4, also=prompts.wording)
+@distributed
 def preference(
     out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
     template: str = "chat",
@@ -116,11 +130,10 @@ def preference(
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
     torch.manual_seed(config.seed)
-    net = models.load_for_training(model, config.method, config.lora, checkpointing=config.gradient_checkpointing)
+    net = models.load_for_training(model, config)
     frozen = None
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
-        frozen = models.load(reference or model, dtype=torch.float32 if config.method == "full" else None)
-        frozen.requires_grad_(False)
+        frozen = _frozen(reference or model, config)
     longest = max(r["length"] for r in rows)
     micro, accumulation = loop.batch_plan(config, 2 * longest)
     data = rows
@@ -139,7 +152,7 @@ def preference(
         for each in filter(None, (net, frozen)):
             loop.labelled_head(each)
         result = loop.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
-    loop.save(net, tokenizer, out, model, config.method, template=template, loss=config.loss)
+    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template, loss=config.loss)
     del trainer, net, frozen
     models.free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": len(rows), **counts}

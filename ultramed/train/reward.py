@@ -16,6 +16,7 @@ from ultramed.prompts import TEMPLATES, Template
 from ultramed.schema import ConfigError, RewardConfig
 from ultramed.store import Artifact, stage
 from ultramed.train import loop, losses
+from ultramed.train.launch import distributed
 from ultramed.train.preference import encode_pairs
 
 
@@ -51,9 +52,10 @@ def _trainer() -> type:
             chosen, rejected = scores[inputs["pairs"]].T
             loss = losses.bradley_terry(chosen, rejected, self.args.center_rewards_coefficient or 0.0)
             metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["accuracy"].append((chosen > rejected).float().mean().item())
-            metrics["margin"].append((chosen - rejected).mean().item())
-            metrics["mean_reward"].append(scores.mean().item())
+            means = torch.stack([(chosen > rejected).float().mean(), (chosen - rejected).mean(), scores.mean()]).detach()
+            means = self.accelerator.gather(means[None]).mean(0).tolist()
+            for name, value in zip(("accuracy", "margin", "mean_reward"), means, strict=True):
+                metrics[name].append(value)
             return (loss, scores) if return_outputs else loss
 
     return ListwiseRewardTrainer
@@ -71,7 +73,8 @@ def read_head(net) -> None:
     net.forward = types.MethodType(forward, net)
 
 
-@stage(version=3, also=prompts.wording)
+@stage(version=4, also=prompts.wording)
+@distributed
 def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str = "chat") -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
 
@@ -133,7 +136,7 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
             processing_class=tokenizer,
         )  # fmt: skip
         result = loop.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
-    loop.save(net, tokenizer, out, model, "full", kind="reward", template=template)
+    loop.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=template)
     del trainer, net
     models.free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "prompts": len(groups), **counts}

@@ -10,6 +10,7 @@ from ultramed.data import rows as canonical
 from ultramed.schema import ConfigError, TrainConfig
 from ultramed.store import Artifact, stage
 from ultramed.train import loop
+from ultramed.train.launch import distributed
 
 
 def encode_rows(rows: list[dict], tokenizer, template: prompts.Template, config: TrainConfig) -> tuple[list[dict], dict]:
@@ -53,11 +54,10 @@ class Collator:
 
 def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
     """(TRL's trainer over token rows, rows of a micro-batch, accumulation steps)."""
-    from accelerate import PartialState
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    micro, accumulation = loop.batch_plan(config, max(r["length"] for r in rows), PartialState().num_processes)
+    micro, accumulation = loop.batch_plan(config, max(r["length"] for r in rows))
     args = SFTConfig(
         **loop.settings(config, out, loop.step_count(config, len(rows)), micro, accumulation),
         activation_checkpointing=config.gradient_checkpointing,
@@ -65,7 +65,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = SFTTrainer(
+        trainer = loop.own_tokens(SFTTrainer)(
             net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
             Dataset.from_list(held) if held else None, processing_class=tokenizer,
         )  # fmt: skip
@@ -73,7 +73,8 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     return trainer, micro, accumulation
 
 
-@stage(version=4, also=prompts.wording)
+@stage(version=5, also=prompts.wording)
+@distributed
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
 ) -> dict:
@@ -83,19 +84,19 @@ def sft(
     or SIGTERM it saves a checkpoint after the step at hand; the next call goes on from there, or from the last of the
     checkpoints made every `save_steps`, and ends with the same weights as an uninterrupted run.
     """
-    place, shape = models.placement(), prompts.TEMPLATES[template]
+    place, shape = models.placement(config.dtype), prompts.TEMPLATES[template]
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
-    net = models.load_for_training(model, config.method, config.lora, checkpointing=config.gradient_checkpointing)
+    net = models.load_for_training(model, config)
     trainer, micro, accumulation = make_trainer(net, tokenizer, rows, config, out, held)
     steps = trainer.args.max_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = loop.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
-    loop.save(net, tokenizer, out, model, config.method, template=template)
+    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
     epochs = steps * config.global_batch_size / len(rows)
     speed = None if result["resumed"] else round(counts["tokens"] * epochs / result["train_seconds"], 1)
     del trainer, net

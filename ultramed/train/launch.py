@@ -1,0 +1,258 @@
+"""Training over several processes: the stage's process starts `accelerate launch`, its workers run the same function.
+
+The process that asked for the artifact keeps the store's lock, shows the bar and publishes; the workers train, and the
+first of them writes the files. How many processes there are does not enter the artifact's key: they share out the same
+global batches, in the same order.
+
+    @stage(version=1)
+    @distributed
+    def sft(out, config, *, model, data): ...
+
+Full fine-tuning is sharded (FSDP2, params/accelerate/*.yaml). An adapter's base is frozen, often quantised, and held
+whole by every process, which is plain data parallelism. A last batch too short for all workers is filled up with rows
+from the beginning of the order (accelerate's `even_batches`).
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from ultramed import progress
+from ultramed.config import PROCESSES, home
+from ultramed.schema import ConfigError
+from ultramed.store import Artifact, StoreError, write_json
+
+WORKER = "ultramed.worker"
+JOB = "ULTRAMED_JOB"  # in a worker: the folder with what it is to do
+GRACE = 600  # seconds that workers have for the step at hand and a checkpoint
+
+
+def nodes() -> int:
+    """Nodes of the SLURM allocation that this process is the first task of; 1 outside."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if shutil.which("srun") else 1
+
+
+def processes() -> int:
+    """How many processes train: `ULTRAMED_PROCESSES`, else one a GPU of all nodes, else one."""
+    given = os.environ.get(PROCESSES)
+    if given is not None and not (given.isdigit() and int(given) > 0):
+        raise ConfigError(f"{PROCESSES}: wanted a number of processes, got {given!r}")
+    return int(given) if given else max(1, torch.cuda.device_count()) * nodes()
+
+
+def worker() -> bool:
+    """Whether this process is one of several that train together."""
+    return JOB in os.environ
+
+
+def world() -> int:
+    """Processes that share the batch here and now: 1 outside a worker."""
+    return int(os.environ["WORLD_SIZE"]) if worker() else 1
+
+
+def main_worker() -> bool:
+    """Whether this process writes files: alone, or the first of the workers."""
+    return not worker() or os.environ["RANK"] == "0"
+
+
+def sharded() -> bool:
+    """Whether the workers hold parts of the model (FSDP2) and not copies."""
+    return worker() and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def distributed(fn):
+    """Under `@stage`: run the stage's function in `processes()` workers, or here if that is one."""
+
+    @functools.wraps(fn)
+    def run(out: Path, config, **inputs) -> dict:
+        count = processes()
+        if count == 1 or worker():
+            return fn(out, config, **inputs)
+        return _launch(fn, count, out, config, inputs)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------- the process that launches
+
+
+def _launch(fn, count: int, out: Path, config, inputs: dict) -> dict:
+    if config.global_batch_size % count:
+        raise ConfigError(
+            f"global_batch_size {config.global_batch_size} does not divide by {count} processes; give --processes another "
+            f"number, or the configuration another batch"
+        )
+    job = out / ".launch"
+    shutil.rmtree(job, ignore_errors=True)
+    (out / "launch.log").unlink(missing_ok=True)  # of an attempt that failed
+    art = {k: {"stage": v.stage, "key": v.key, "path": str(v.path)} for k, v in inputs.items() if isinstance(v, Artifact)}
+    write_json(
+        job / "job.json",
+        {
+            "function": [fn.__module__, fn.__name__], "config": config, "class": type(config).__name__, "artifacts": art,
+            "options": {k: v for k, v in inputs.items() if k not in art}, "out": str(out),
+            "parent": [os.getpid(), psutil.Process().create_time()],
+        },
+    )  # fmt: skip
+    command, extra = _command(count, config.method == "full")
+    env = {**os.environ, **extra, JOB: str(job), progress.FILE: os.environ.get(progress.FILE, str(job / "progress"))}
+    with open(job / "log.txt", "w") as log:
+        # A session of its own: Ctrl-C in the terminal reaches this process alone, which asks the workers to stop.
+        child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            _watch(child, job)
+        except BaseException:
+            _kill(child)
+            raise
+    return _result(job, child.returncode, count)
+
+
+def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
+    """The launching command and what it needs in its environment."""
+    machines = nodes()
+    if count % machines:
+        raise ConfigError(f"{count} processes do not divide by {machines} nodes")
+    file = home() / "params" / "accelerate" / ("fsdp_1x8.yaml" if machines == 1 else "fsdp_8x8.yaml")
+    port = _free_port() if machines == 1 else 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+    given = [f"--num_processes={count}", f"--num_machines={machines}", f"--main_process_port={port}"]
+    given += [f"--config_file={file}"] if shard else ["--multi_gpu", "--dynamo_backend=no", "--mixed_precision=no"]
+    env = {"TOKENIZERS_PARALLELISM": "false"}
+    if not torch.cuda.is_available():
+        cores = max(1, len(os.sched_getaffinity(0)) // (count // machines)) if hasattr(os, "sched_getaffinity") else 1
+        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(cores)}
+    line = [sys.executable, "-m", "accelerate.commands.launch", *given]
+    if machines == 1:
+        return [*line, "-m", WORKER], env
+    line += [f"--main_process_ip={socket.gethostname()}", "--machine_rank=$SLURM_NODEID", "-m", WORKER]
+    spread = ["srun", f"--nodes={machines}", f"--ntasks={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    return [*spread, "bash", "-c", "exec " + " ".join(line)], env
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _watch(child: subprocess.Popen, job: Path) -> None:
+    """Wait for the workers; show their progress; hand them a request to stop."""
+    bar, asked = None, None
+    with StopSignals() as stop:
+        while child.poll() is None:
+            time.sleep(0.2)
+            bar = _show(job / "progress", bar)
+            if stop.asked and asked is None:
+                (job / "stop").touch()
+                asked = time.monotonic()
+            if asked is not None and (stop.asked > 1 or time.monotonic() - asked > GRACE):
+                raise KeyboardInterrupt
+    if bar is not None:
+        bar.close()
+
+
+def _show(file: Path, bar):
+    """The workers' progress file as a bar of this process (nothing to do where the runner reads that file itself)."""
+    with contextlib.suppress(OSError):
+        found = re.fullmatch(r"(.*) (\d+)/(\d+) (\w+)s", file.read_text())
+        if found:
+            desc, n, total, unit = found.groups()
+            if bar is None:
+                bar = progress.bar(int(total), desc, unit, initial=int(n))
+            bar.update(int(n) - bar.n)
+    return bar
+
+
+class StopSignals:
+    """Counts Ctrl-C and SIGTERM while the block runs, in `asked` (in the main thread; elsewhere nothing can be caught)."""
+
+    def __enter__(self):
+        self.asked, self._old = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.asked += 1
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _kill(child: subprocess.Popen) -> None:
+    """The launcher and everything that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    child.wait()
+
+
+def _result(job: Path, code: int, count: int) -> dict:
+    try:
+        result = json.loads((job / "result.json").read_text())
+    except OSError:
+        lines = (job / "log.txt").read_text(errors="replace").splitlines()
+        told = [line for line in lines if re.search(r"\b\w*(Error|Exception|OutOfMemory)\b.*:|Killed|Signal", line)]
+        kept = job.with_name("launch.log")
+        os.replace(job / "log.txt", kept)
+        raise StoreError(
+            f"training over {count} processes ended with status {code}: {(told or lines or ['no output'])[0].strip()} "
+            f"The whole log: {kept}. The same command goes on from the last checkpoint."
+        ) from None
+    shutil.rmtree(job)
+    if "error" in result:
+        kinds = {"ConfigError": ConfigError, "StoreError": StoreError, "KeyboardInterrupt": KeyboardInterrupt}
+        raise kinds[result["error"]](result["message"])
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ the workers
+
+
+def stop_asked() -> bool:
+    """Whether the workers shall stop after this step: the same answer in all of them, from the first one's view."""
+    job = Path(os.environ[JOB])
+    flag = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    if main_worker():
+        pid, created = json.loads((job / "job.json").read_text())["parent"]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            flag += (job / "stop").exists() or psutil.Process(pid).create_time() != created
+        flag += not psutil.pid_exists(pid)  # nobody would publish what is made here
+    torch.distributed.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def whole(net) -> dict[str, torch.Tensor] | None:
+    """The model's state dict, gathered on the first worker; None on the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state if main_worker() else None
+
+
+def shard_frozen(net):
+    """Shard a model that is only read (a reference), layer by layer, over all workers.
+
+    TRL shards a reference as one piece, so that every process holds all of it during its forward pass.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in net.base_model.layers:
+        fully_shard(layer)
+    return fully_shard(net)
