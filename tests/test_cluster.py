@@ -1,5 +1,6 @@
 """Job arrays: the same script by SLURM and without it; a real slurmctld and two slurmd where they are installed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -88,19 +89,35 @@ def until(holds, seconds=90):
 
 def test_a_sweep_survives_a_cancelled_task_and_a_drained_node(real, tmp_path):
     file = tmp_path / "rates.yaml"
-    file.write_text(SWEEP.replace("[1e-3, 2e-3, 4e-3]", "[1e-3, 2e-3, 3e-3, 4e-3]"))
+    file.write_text(SWEEP.replace("[1e-3, 2e-3, 4e-3]", str([n * 1e-3 for n in range(1, 13)])))
     command = [sys.executable, "-m", "ultramed", "sweep", str(file), "--cluster", "slurm", "--wait", "-C", "time=10"]
     first = subprocess.Popen(command, env={**os.environ, **real}, stdout=subprocess.PIPE, text=True)
     running = until(lambda: ask_slurm(real, "squeue", "-h", "-t", "R", "-o", "%F_%K").split())
-    ask_slurm(real, "scancel", running[0])
+    ask_slurm(real, "scancel", running[-1])
     ask_slurm(real, "scontrol", "update", "nodename=n1", "state=drain", "reason=test")
-    assert first.wait(180) == 1
-    assert "4 tasks" in first.stdout.read()
-    second = subprocess.run(command, env={**os.environ, **real}, capture_output=True, text=True, timeout=300)
+    assert first.wait(400) == 1
+    assert "12 tasks" in first.stdout.read()
+    second = subprocess.run(command, env={**os.environ, **real}, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
     table = next((Path(os.environ["ULTRAMED_HOME"]) / "figures" / "smoke" / "tables").glob("sweep_rates.csv")).read_text()
-    assert table.count(",done,") == 4
+    assert table.count(",done,") == 12
     ask_slurm(real, "scontrol", "update", "nodename=n1", "state=resume")
+
+
+def test_training_over_two_nodes(real, tmp_path):
+    """`srun` starts a launcher on every node of the allocation; the job's own process publishes."""
+    script = tmp_path / "job.sh"
+    over = "--set train.dtype=float32 --set train.micro_batch_tokens=512"
+    script.write_text(
+        f"#!/bin/bash\nexec {sys.executable} -m ultramed train sft --profile smoke --processes 2 --seed 7 {over}\n"
+    )
+    log, env = tmp_path / "log", {**os.environ, **real, "ULTRAMED_STORE": str(tmp_path / "store")}
+    command = ["sbatch", "--wait", "--nodes=2", f"--output={log}", str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr + log.read_text()
+    (art,) = (tmp_path / "store" / "sft").glob("[0-9a-f]*")
+    metrics = json.loads((art / "manifest.json").read_text())["metrics"]
+    assert (metrics["processes"], metrics["sharded"]) == (2, True)
 
 
 def test_at_its_time_limit_a_task_is_told_and_queued_again(real, tmp_path, monkeypatch):

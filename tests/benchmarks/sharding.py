@@ -35,7 +35,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             os.environ["ULTRAMED_STORE"] = folder  # each trains for itself
             art = sft(profile.train, model=base, data=data, template=profile.models[0].template)
-            curves.append([r["loss"] for r in map(json.loads, open(art / "log.jsonl")) if "loss" in r])
+            log = map(json.loads, (art / "log.jsonl").read_text().splitlines())
+            curves.append([row["loss"] for row in log if "loss" in row])
             m = art.manifest
             peak = m["metrics"].get("worker_peak_memory_bytes", m["peak_memory_bytes"])
             table.append((count, art.metrics["train_seconds"], peak / 1e9, curves[-1][0], curves[-1][-1]))
