@@ -9,6 +9,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ultramed import models, prompts
@@ -17,7 +19,7 @@ from ultramed.data.rows import read_instructions
 from ultramed.schema import ConfigError, TrainConfig
 from ultramed.store import StoreError
 from ultramed.train.loop import batch_plan, labelled_head
-from ultramed.train.sft import Collator, encode_rows, sft
+from ultramed.train.sft import Collator, encode_rows, parts, sft
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,22 @@ def test_batch_plan_keeps_the_global_batch():
     assert batch_plan(c, longest=10_000) == (1, 12)
     with pytest.raises(ConfigError, match="does not divide by 5"):
         batch_plan(c, 10, processes=5)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(40, 200), st.integers(1, 6))
+def test_parts_hold_every_row_once_and_nothing_but_padding_is_cut(lengths, budget, least):
+    rows = [{"input_ids": [7] * n, "labels": [-100] * (n // 2) + [i] * (n - n // 2)} for i, n in enumerate(lengths)]
+    batch = Collator(0)(rows)
+    made = parts(batch, budget, min(least, len(rows)))
+    assert len(made) >= min(least, len(rows))
+    seen = [i for part in made for i in part["labels"].amax(1).tolist()]
+    assert sorted(seen) == list(range(len(rows)))
+    for part in made:
+        assert {v.shape for v in part.values()} == {part["labels"].shape}
+        if len(made) > 1 and len(part["labels"]) > 1:
+            assert len(part["labels"]) * max(lengths[i] for i in part["labels"].amax(1).tolist()) <= budget
+        for row, label in zip(part["labels"], part["labels"].amax(1).tolist(), strict=True):
+            assert (row == label).sum() == lengths[label] - lengths[label] // 2
 
 
 def test_full_training_moves_every_tensor_and_lowers_the_loss(bench, config):
@@ -115,8 +133,8 @@ def test_accumulated_micro_batches_are_one_batch(bench, monkeypatch):
     monkeypatch.setattr(models, "placement", lambda dtype="auto": models.Placement("cpu", torch.float32, "test"))
     one = bench.train("full", learning_rate=1e-3, micro_batch_tokens=4096)
     four = bench.train("full", learning_rate=1e-3, micro_batch_tokens=300)
-    assert one.metrics["accumulation"] == 1
-    assert four.metrics["micro_batch"] * four.metrics["accumulation"] == 8 > four.metrics["micro_batch"]
+    assert one.metrics["micro_batches"] == one.metrics["steps"]
+    assert four.metrics["micro_batches"] > 2 * four.metrics["steps"]
     a, b = weights(one), weights(four)
     assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 1e-4
 

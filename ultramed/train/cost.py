@@ -138,7 +138,7 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     start = config.length - config.length // 4
     rows = [{"input_ids": r, "labels": [-100] * start + r[start:], "length": len(r)} for r in ids]
     net = models.load_for_training(model, train)
-    trainer, _, _ = make_trainer(net, tokenizer, rows, train, out)
+    trainer = make_trainer(net, tokenizer, rows, train, out)
     models.free_memory()
     if place.device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, without what loading took

@@ -21,18 +21,23 @@ from ultramed.store import Artifact, StoreError, write_json
 from ultramed.train import launch
 
 
+def share(config: OptimConfig, processes: int = 0) -> int:
+    """Rows of the global batch that each process has. Raises ConfigError if they cannot have as many."""
+    processes = processes or launch.world()
+    if config.global_batch_size % processes:
+        raise ConfigError(f"global_batch_size {config.global_batch_size} does not divide by {processes} processes")
+    return config.global_batch_size // processes
+
+
 def batch_plan(config: OptimConfig, longest: int, processes: int = 0) -> tuple[int, int]:
     """(micro-batch per process, accumulation steps) whose product with the processes is the global batch.
 
     The micro-batch is the largest divisor that keeps `longest` tokens a row within `micro_batch_tokens`.
     """
-    processes = processes or launch.world()
-    if config.global_batch_size % processes:
-        raise ConfigError(f"global_batch_size {config.global_batch_size} does not divide by {processes} processes")
-    share = config.global_batch_size // processes
-    fits = [m for m in range(1, share + 1) if share % m == 0 and m * longest <= config.micro_batch_tokens]
+    rows = share(config, processes)
+    fits = [m for m in range(1, rows + 1) if rows % m == 0 and m * longest <= config.micro_batch_tokens]
     micro = max(fits, default=1)
-    return micro, share // micro
+    return micro, rows // micro
 
 
 def step_count(config: OptimConfig, rows: int) -> int:
@@ -46,7 +51,6 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
     return {
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
@@ -192,9 +196,9 @@ def labelled_head(net) -> None:
 
     Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
     vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only,
-    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Where most
-    positions have a label (`train_on_inputs`), TRL's own tiled head is the better one and stays. Rows must be padded on
-    the right and have their labels in one stretch at the end: then causal attention needs no mask, and none is passed on.
+    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Rows must be
+    padded on the right and have their labels in one stretch at the end: then causal attention needs no mask, and none is
+    passed on.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -207,17 +211,17 @@ def labelled_head(net) -> None:
 
     @functools.wraps(fused)
     def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
-        target = labels[:, 1:] != prompts.LABEL_IGNORED if fused_lm_head else None
-        if not fused_lm_head or target.float().mean() > 0.5:
-            given = {"labels": labels, "num_items_in_batch": num_items_in_batch, **kwargs}
-            return fused(*args, fused_lm_head=fused_lm_head, **given)
+        if not fused_lm_head:
+            return fused(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+        target = labels[:, 1:] != prompts.LABEL_IGNORED
         hidden = _reply_states(self.base_model, kwargs["input_ids"], target)
         logits = self.get_output_embeddings()(hidden).float()
         wanted = labels[:, 1:][target]
         logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        with torch.no_grad():  # what TRL's metrics read
-            p = logits.detach().log_softmax(-1)
-            shown = {"entropy": -(p.exp() * p).sum(-1), "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == wanted}
+        with torch.no_grad():  # what TRL's metrics read; entropy, the dear one, is the mean over every eighth token
+            some = logits.detach()[::8].log_softmax(-1)
+            entropy = -(some.exp() * some).sum(-1).mean().expand_as(logps)
+            shown = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == wanted}
         spread = {k: v.new_zeros(target.shape).masked_scatter(target, v) for k, v in {"log_probs": logps, **shown}.items()}
         count = target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(loss=-logps.sum() / count, label_mask=target, **spread)

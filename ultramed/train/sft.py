@@ -1,15 +1,17 @@
 """Supervised fine-tuning: full, LoRA, 8-bit and 4-bit LoRA through TRL and PEFT."""
 
+import functools
 import warnings
 from pathlib import Path
 
 import torch
 
 from ultramed import models, prompts
+from ultramed.batching import batches
 from ultramed.data import rows as canonical
 from ultramed.schema import ConfigError, TrainConfig
 from ultramed.store import Artifact, stage
-from ultramed.train import loop
+from ultramed.train import launch, loop
 from ultramed.train.launch import distributed
 
 
@@ -52,25 +54,68 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
-def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
-    """(TRL's trainer over token rows, rows of a micro-batch, accumulation steps)."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+def parts(inputs: dict, budget: int, least: int = 1) -> list[dict]:
+    """The rows of a padded batch in parts of at most `budget` padded tokens, longest first, each as wide as it must be.
 
-    micro, accumulation = loop.batch_plan(config, max(r["length"] for r in rows))
+    The labels of a row end where the row ends. least: make so many parts even if fewer would do (no more than rows).
+    """
+    labelled = inputs["labels"] != prompts.LABEL_IGNORED
+    place = torch.arange(1, labelled.shape[1] + 1, device=labelled.device)
+    lengths = (labelled * place).amax(1).tolist()
+    groups = list(batches(lengths, budget))
+    while len(groups) < least:
+        groups.sort(key=len)
+        widest = groups.pop()
+        groups += [widest[: len(widest) // 2], widest[len(widest) // 2 :]]
+    if len(groups) == 1:
+        return [inputs]
+    return [{k: v[rows, : -(-max(lengths[i] for i in rows) // 8) * 8] for k, v in inputs.items()} for rows in groups]
+
+
+@functools.cache
+def _trainer() -> type:
+    from trl import SFTTrainer
+
+    class BudgetTrainer(loop.own_tokens(SFTTrainer)):
+        """A step's rows in micro-batches by their tokens: two long ones or forty short ones at once.
+
+        Trainer's own micro-batches have a fixed number of rows, which the longest row of the data decides.
+        """
+
+        micro_batch_tokens = micro_batches = 0
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            split = parts(inputs, self.micro_batch_tokens)
+            if launch.worker():  # as many backward passes as every other process has
+                count = torch.tensor([len(split)], device=self.accelerator.device)
+                split = parts(inputs, self.micro_batch_tokens, least=self.accelerator.gather(count).max().item())
+            self.micro_batches += len(split)
+            return sum(super(BudgetTrainer, self).training_step(model, part, num_items_in_batch) for part in split)
+
+    return BudgetTrainer
+
+
+def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
+    """TRL's trainer over token rows."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    micro, _ = loop.batch_plan(config, max(r["length"] for r in held or rows))
     args = SFTConfig(
-        **loop.settings(config, out, loop.step_count(config, len(rows)), micro, accumulation),
+        **loop.settings(config, out, loop.step_count(config, len(rows)), loop.share(config), 1),
+        per_device_eval_batch_size=micro,
         activation_checkpointing=config.gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = loop.own_tokens(SFTTrainer)(
+        trainer = _trainer()(
             net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
             Dataset.from_list(held) if held else None, processing_class=tokenizer,
         )  # fmt: skip
+    trainer.micro_batch_tokens = config.micro_batch_tokens
     loop.labelled_head(net)
-    return trainer, micro, accumulation
+    return trainer
 
 
 @stage(version=5, also=prompts.wording)
@@ -90,7 +135,7 @@ def sft(
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
     net = models.load_for_training(model, config)
-    trainer, micro, accumulation = make_trainer(net, tokenizer, rows, config, out, held)
+    trainer = make_trainer(net, tokenizer, rows, config, out, held)
     steps = trainer.args.max_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,11 +143,14 @@ def sft(
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
     loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
     epochs = steps * config.global_batch_size / len(rows)
-    speed = None if result["resumed"] else round(counts["tokens"] * epochs / result["train_seconds"], 1)
+    seen = {"tokens_per_second": None, "micro_batches": None}  # of the whole run, so not of a part of it
+    if not result["resumed"]:
+        speed = round(counts["tokens"] * epochs / result["train_seconds"], 1)
+        seen = {"tokens_per_second": speed, "micro_batches": trainer.micro_batches}
     del trainer, net
     models.free_memory()
     return {
-        **result, "epochs": epochs, "micro_batch": micro, "accumulation": accumulation, "dev_loss": dev_loss,
-        "tokens_per_second": speed, "rows": len(rows), "template_hash": shape.fingerprint(tokenizer), **counts,
+        **result, "epochs": epochs, "dev_loss": dev_loss,
+        **seen, "rows": len(rows), "template_hash": shape.fingerprint(tokenizer), **counts,
         "device": place.device, "dtype": str(place.dtype),
     }  # fmt: skip
