@@ -145,9 +145,24 @@ def overridden(data: dict, overrides: Iterable[str]) -> dict:
     return data
 
 
+COUNTS = {"mixture", "mixtures", "questions", "prompts", "held_prompts", "preference_prompts"}  # all numbers beneath are
+SIZES = {"tuning_questions", "tries_limit", "open_rows", "public_pairs"}
+
+
+def limited(data: Any, limit: int, counting: bool = False) -> Any:
+    """A profile's data with no count of rows, questions or prompts above `limit` (multiples of a source count as more)."""
+    if isinstance(data, dict):
+        return {k: limited(v, limit, counting or k in COUNTS or (k in SIZES and v is not None)) for k, v in data.items()}
+    if counting and isinstance(data, int | float) and not isinstance(data, bool):
+        return limit if isinstance(data, float) else min(data or limit, limit)  # 0: all
+    return data
+
+
 def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Profile:
     """Profile `name` with overrides applied and checked. Raises ConfigError on anything unknown or impossible."""
     data = overridden(raw_profile(name), overrides)
+    if isinstance(data.get("limit"), int) and data["limit"] > 0:
+        data = limited(data, data["limit"])
     source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
     profile = validate(Profile, data, source)
     for arm in profile.usmle.arms:

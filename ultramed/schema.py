@@ -287,5 +287,6 @@ class Profile(Strict):
     collection: CollectionConfig | None = None
     cost: CostSection | None = None
     judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
+    limit: int = Field(0, ge=0)  # a quick look: no more rows, questions or prompts than this of any source; 0: as they are
     open_rows: int = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)
     open_tokens: int = Field(64, ge=1)  # longest reply in them; CURE-Med's own setting is 2,048

@@ -17,6 +17,7 @@ from ultramed.prompts import Template
 from ultramed.schema import ConfigError
 from ultramed.store import Artifact
 
+CPU_TOKENS = 32768  # of a batch: a GPU profile's would not fit beside the weights
 Done = Callable[[list[int], list[Reply]], None]
 
 
@@ -34,7 +35,8 @@ class Local:
     """Weights in memory: token-budget batches, a prompt read once for all its samples."""
 
     def __init__(self, model: Artifact, template: Template, budget: int, dtype=None, quantize: str | None = None):
-        self.tokenizer, self.template, self.budget = models.load_tokenizer(model), template, budget
+        self.tokenizer, self.template = models.load_tokenizer(model), template
+        self.budget = budget if models.placement().device != "cpu" else min(budget, CPU_TOKENS)
         self.net = models.load(model, dtype=dtype, quantize=quantize)
 
     def shown(self, messages: list[dict]) -> str:

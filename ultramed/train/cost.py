@@ -1,6 +1,7 @@
 """What training costs: memory and speed of a method at a shape, measured with random weights in a process of its own."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -17,6 +18,10 @@ from ultramed.schema import ConfigError, Profile, Strict, TrainConfig
 from ultramed.store import Artifact, StoreError, find, stage, write_json
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
+log = logging.getLogger(__name__)
+CPU_PARAMETERS = 1e9  # a step of a larger model takes minutes on a CPU, where it fits at all
+SMALL = Shape(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=8, words=8192)
+
 
 class CostConfig(Strict):
     """`rows` rows of `length` tokens are one micro-batch and one step; the last quarter of a row has labels."""
@@ -29,11 +34,14 @@ class CostConfig(Strict):
 
 
 def cost_config(profile: Profile) -> CostConfig:
-    """The section `cost` of a profile."""
+    """The section `cost` of a profile; on a CPU a small shape stands in for one of billions of parameters."""
     own = profile.cost
     if own is None:
         raise ConfigError(f"profile {profile.name!r} has no section `cost`")
     shape = shape_of(own.shape) if isinstance(own.shape, str) else validate(Shape, own.shape, "cost.shape")
+    if models.placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
+        log.warning("no GPU: %.1f billion parameters are not measured here, a small shape is", shape.parameters / 1e9)
+        shape = SMALL
     arms = {
         name: validate(TrainConfig, merge(profile.train.model_dump(mode="json"), c), f"cost.arms.{name}")
         for name, c in own.arms.items()
@@ -60,7 +68,7 @@ def random_model(out: Path, config: Shape) -> dict:
 @stage(version=2)
 def cost(out: Path, config: CostConfig, *, model: Artifact) -> dict:
     """For each arm peak memory (bytes, above what the libraries hold), tokens per second, and the share of the device's
-    best matrix product that the steps reach; `failed`: 'out of memory' instead, where it did not fit.
+    best matrix product that the steps reach; `failed`, with the reason, where it did not fit or cannot be.
 
     The arms run one after the other in a process of their own; if one is too large for it, the next ones get another.
     """
@@ -109,8 +117,9 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> None:
             empty = _resident("VmRSS") if place.device == "cpu" else 0
             try:
                 peak, ends = _train(config, config.arms[name], model, out)
-            except torch.OutOfMemoryError:
-                ledger.add({"arm": name, "failed": "out of memory"})
+            except (torch.OutOfMemoryError, ConfigError) as err:
+                failed = str(err).partition(":")[0] if isinstance(err, ConfigError) else "out of memory"
+                ledger.add({"arm": name, "failed": failed})
                 continue
             speed = config.rows * config.length * (len(ends) - 1) / (ends[-1] - ends[0])
             flops = flops_per_token(config.shape, config.arms[name], config.length) * speed
@@ -155,6 +164,32 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     trainer.add_callback(Clock())
     trainer.train()
     return (_resident("VmHWM") if place.device == "cpu" else torch.cuda.max_memory_allocated()), ends
+
+
+def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int, ...] = (1, 4)) -> pd.DataFrame:
+    """MedAlpaca's measured memory beside the estimate for a GPU with micro-batches of so many `rows` (it does not say).
+
+    published: rows with train_8bit, lora, fp16, bf16, gradient_checkpointing, vram_gb ('OOM': more than 80 GB). Its full
+    fine-tuning kept 16-bit weights and moments of Adam, ours keeps fp32 ones: the estimate is of ours.
+    """
+    out = []
+    for row in published.itertuples():
+        method = "full" if not row.lora else "lora_8bit" if row.train_8bit else "lora"
+        checkpointing = bool(row.gradient_checkpointing)
+        train = TrainConfig(mixture={"-": 1}, learning_rate=1e-4, method=method, gradient_checkpointing=checkpointing)
+        about = {
+            "arm": method + ", checkpointing" * checkpointing,
+            "numbers": "fp16" if row.fp16 else "bf16" if row.bf16 else "fp32",
+        }
+        guesses = {
+            f"estimate GB, {n} row{'s' * (n > 1)}": memory(shape, train, n, length, labelled=n * length // 2, device="cuda")[
+                "total"
+            ]
+            / 1e9
+            for n in rows
+        }
+        out.append({**about, "published GB": row.vram_gb, **guesses})
+    return pd.DataFrame(out)
 
 
 def table(config: CostConfig, measured: Artifact) -> pd.DataFrame:

@@ -20,6 +20,14 @@ from ultramed.schema import ConfigError, OptimConfig
 from ultramed.store import Artifact, StoreError, write_json
 from ultramed.train import launch
 
+CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU profiles ask for tens of thousands
+
+
+def fitted(config: OptimConfig) -> OptimConfig:
+    """The configuration with micro-batches that a CPU's memory holds; what is learnt does not depend on them."""
+    most = config.micro_batch_tokens if models.placement().device != "cpu" else min(config.micro_batch_tokens, CPU_TOKENS)
+    return config.model_copy(update={"micro_batch_tokens": most})
+
 
 def share(config: OptimConfig, processes: int = 0) -> int:
     """Rows of the global batch that each process has. Raises ConfigError if they cannot have as many."""

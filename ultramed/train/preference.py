@@ -135,7 +135,7 @@ def preference(
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
         frozen = _frozen(reference or model, config)
     longest = max(r["length"] for r in rows)
-    micro, accumulation = loop.batch_plan(config, 2 * longest)
+    micro, accumulation = loop.batch_plan(loop.fitted(config), 2 * longest)
     data = rows
     if config.loss == "kto":
         data = unpair(rows, shift=2)

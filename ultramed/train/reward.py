@@ -122,7 +122,7 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     net.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(net.score.weight, std=1 / (net.config.hidden_size + 1) ** 0.5)  # Stiennon et al. 2020
     read_head(net)
-    micro, accumulation = loop.batch_plan(config, longest)
+    micro, accumulation = loop.batch_plan(loop.fitted(config), longest)
     steps = loop.step_count(config, len(groups))
     args = Arguments(
         **loop.settings(config, out, steps, micro, accumulation),

@@ -100,7 +100,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     from datasets import Dataset
     from trl import SFTConfig
 
-    micro, _ = loop.batch_plan(config, max(r["length"] for r in held or rows))
+    micro, _ = loop.batch_plan(loop.fitted(config), max(r["length"] for r in held or rows))
     args = SFTConfig(
         **loop.settings(config, out, loop.step_count(config, len(rows)), loop.share(config), 1),
         per_device_eval_batch_size=micro,
@@ -113,7 +113,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
             net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
             Dataset.from_list(held) if held else None, processing_class=tokenizer,
         )  # fmt: skip
-    trainer.micro_batch_tokens = config.micro_batch_tokens
+    trainer.micro_batch_tokens = loop.fitted(config).micro_batch_tokens
     loop.labelled_head(net)
     return trainer
 
