@@ -115,19 +115,22 @@ def chat(
     ] = "bundled:smollm2-135m",
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    web: Annotated[bool, typer.Option("--web", help="On a page in the browser, for this machine alone.")] = False,
+    port: Annotated[int, typer.Option(help="Of the page; 0: any free one.")] = 7860,
 ) -> None:
-    """Talk to a model in the terminal. It runs here; nothing leaves the machine. Not medical advice."""
-    from transformers import TextStreamer
-
+    """Talk to a model. It runs here; nothing leaves the machine. Research software: no medical advice."""
     from ultramed import models
+    from ultramed.chat import Talker, server
     from ultramed.notebook import quiet
 
     quiet()
-    art = models.resolve(model)
-    tokenizer, net = models.load_tokenizer(art), models.load(art)
+    talker = Talker(models.resolve(model), max_new_tokens, temperature)
+    if web:
+        with server(talker, port) as page:
+            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)", highlight=False)
+            page.serve_forever()
     console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
     turns: list[dict] = []
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
             text = console.input("[bold cyan]you[/] ").strip()
@@ -136,15 +139,12 @@ def chat(
         if not text:
             return
         turns.append({"role": "user", "content": text})
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
-            net.device
-        )
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature else {"do_sample": False}
-        made = net.generate(
-            **ids, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **sampling
-        )
-        reply = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        turns.append({"role": "assistant", "content": reply})
+        pieces = []
+        for piece in talker.reply(turns):
+            pieces.append(piece)
+            console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+        console.print()
+        turns.append({"role": "assistant", "content": "".join(pieces)})
 
 
 @train_app.command("sft")
