@@ -17,7 +17,9 @@ def talker(bench):
     """The tiny random model, kept to whole words."""
     made = chat.Talker(bench.model, max_new_tokens=24)
     texts = [made.tokenizer.decode([i]) for i in range(len(made.tokenizer))]
-    made.net.generation_config.suppress_tokens = [i for i, text in enumerate(texts) if not (text[:1] == " " and text[1:].isalpha())]
+    made.net.generation_config.suppress_tokens = [
+        i for i, text in enumerate(texts) if not (text[:1] == " " and text[1:].isalpha())
+    ]
     return made
 
 

@@ -50,6 +50,7 @@ def test_imports_only_go_down():
         "progress",
         "store",
         "weights",
+        "gguf_file",
         "client",
         "attention",
         "batching",

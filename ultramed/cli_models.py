@@ -60,6 +60,45 @@ def evaluate(
 
 
 @models_app.command()
+def agreement(
+    model: Annotated[str, typer.Option(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")],
+    questions: Annotated[Path, typer.Option(help="JSONL or Parquet of question rows: question, options {A: ...}, gold.")],
+    out: Annotated[Path, typer.Option(help="Folder for agreement.csv.")],
+    variants: Annotated[
+        list[str],
+        typer.Option(
+            "--with", "-w",
+            help="Another way to ask: dtype=float32, batch_tokens=256, engine=openvino, quantize=8bit, model=http://host/v1#name "
+            "(several with commas; repeatable).",
+        ),
+    ],
+    overrides: Annotated[list[str], typer.Option("--set", "-s", help="Of all of them, e.g. protocol=likelihood.")] = [],  # noqa: B006
+    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca.")] = "chat",
+    limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
+) -> None:  # fmt: skip
+    """Ask the same questions by several engines, dtypes, batch sizes: how many answers flip, and does the accuracy move?"""
+    from ultramed import models
+    from ultramed.data.sources import own
+    from ultramed.evaluate import agreement as agree
+    from ultramed.notebook import percent, quiet
+    from ultramed.prompts import TEMPLATES
+
+    quiet()
+    config.known(template, TEMPLATES, "templates")
+    setting = config.validate(schema.EvalConfig, config.overridden({"answer_form": "letter_first"}, overrides), "eval")
+    for text in variants:
+        agree.variant(text)  # a slip should show before the first question is asked
+    given = {"model": models.resolve(model), "questions": own(questions, "questions", limit=limit), "template": template}
+    table = agree.flips({text or "as it is": agree.ask(setting, text, **given) for text in ["", *variants]})
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "agreement.csv", index=False)
+    changed = table.rename(columns={"low": "_", "high": "_", "changed_low": "low", "changed_high": "high"})
+    for row, right, other in zip(table.itertuples(), percent(table), percent(changed, "changed"), strict=True):
+        more = f"  changed {other}  lost {row.lost}, won {row.won}, p {row.p:.2g}" if row.Index else ""
+        console.print(f"{row.variant:<24} {right} n = {row.n}{more}", highlight=False, soft_wrap=True)
+
+
+@models_app.command()
 def reward(
     model: Annotated[str, typer.Option(help="Reward model: artifact key, local folder or hub id with one output.")],
     pairs: Annotated[Path, typer.Option(help="JSONL or Parquet of pairs: prompt, chosen, rejected (texts or messages).")],
@@ -95,6 +134,7 @@ def export(
     model: Annotated[str, typer.Argument(help="Artifact key (`ultramed store ls sft`), or its beginning.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Put an adapter into its base; checked that the logits stay.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also as model.gguf, for llama.cpp, Ollama and OpenVINO.")] = False,
     push: Annotated[str, typer.Option("--push", help="Hub id to publish it as (private); nothing is sent without it.")] = "",
 ) -> None:
     """A model for others: safetensors, tokenizer, chat template, model card, results, lineage."""
@@ -102,7 +142,7 @@ def export(
     from ultramed.report import export as exporting
 
     quiet()
-    made = exporting.export(store.find(model), out, merge=merge)
+    made = exporting.export(store.find(model), out, merge=merge, gguf=gguf)
     console.print(f"{out}: {', '.join(made['files'])} ({made['bytes'] / 1e6:.0f} MB)", highlight=False, soft_wrap=True)
     if push:
         console.print(exporting.push(out, push))

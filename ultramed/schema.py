@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Method = Literal["full", "lora", "lora_8bit", "lora_4bit"]
 AnswerForm = Literal["content_first", "letter_first"]
 Protocol = Literal["likelihood", "greedy", "medalpaca"]
+EngineName = Literal["transformers", "openvino"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -108,6 +109,7 @@ class SampleConfig(Strict):
     stop: str | None = None  # regular expression at whose first match a reply ends
     answer_form: AnswerForm = "content_first"
     batch_tokens: int = Field(8192, ge=64)
+    engine: EngineName = "transformers"
     seed: int = 0
 
 
@@ -128,6 +130,7 @@ class EvalConfig(Strict):
     likelihood_target: Literal["letter", "text"] = "letter"  # likelihood protocol: what is scored after the prompt
     likelihood_prompt: Literal["template", "cloze", "lm_eval"] = "template"  # cloze: the question without its options
     batch_tokens: int = Field(8192, ge=64)  # padded prompt tokens of one batch
+    engine: EngineName = "transformers"  # who generates here; a model behind a URL has its own
     seed: int = 0
 
 

@@ -36,8 +36,9 @@ def answers(
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
             engine = open_engine(
-                model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype, quantize=quantize
-            )
+                model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype, quantize=quantize,
+                engine=config.engine,
+            )  # fmt: skip
             with progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger)) as bar:
                 ASK[config.protocol](engine, todo, config, ledger, bar)
             del engine

@@ -8,7 +8,9 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from ultramed import models
 from ultramed.client import Request, ServerConfig, ask
@@ -16,6 +18,9 @@ from ultramed.evaluate.generate import Reply, Sampling, generate
 from ultramed.prompts import Template
 from ultramed.schema import ConfigError
 from ultramed.store import Artifact
+
+if TYPE_CHECKING:
+    from ultramed.evaluate.openvino import OpenVino
 
 CPU_TOKENS = 32768  # of a batch: a GPU profile's would not fit beside the weights
 Done = Callable[[list[int], list[Reply]], None]
@@ -75,19 +80,27 @@ class Server:
 
 
 def open_engine(
-    model: Artifact, template: Template, out: Path, *, budget: int, dtype=None, quantize: str | None = None
-) -> Local | Server:
-    """The engine that a model's card names; a server's ledger goes to `out`/requests.jsonl."""
+    model: Artifact, template: Template, out: Path, *, budget: int, dtype=None, quantize: str | None = None,
+    engine: str = "transformers",
+) -> "Local | Server | OpenVino":  # fmt: skip
+    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`."""
     about = models.card(model)
-    if about["kind"] != "server":
+    if about["kind"] == "server":
+        if quantize:
+            raise ConfigError(f"{about['name']} is behind a URL: start the server with quantised weights instead")
+        return Server(ServerConfig(url=about["url"], model=about["model"]), out / "requests.jsonl")
+    if engine == "transformers":
         return Local(model, template, budget, dtype, quantize)
     if quantize:
-        raise ConfigError(f"{about['name']} is behind a URL: start the server with quantised weights instead")
-    return Server(ServerConfig(url=about["url"], model=about["model"]), out / "requests.jsonl")
+        raise ConfigError(f"engine {engine} runs 16- and 32-bit weights; quantize {quantize!r} needs engine transformers")
+    from ultramed.evaluate.openvino import OpenVino
+
+    return OpenVino(model, template, out, "bf16" if dtype == torch.bfloat16 else "f32")
 
 
-def weights(engine: Local | Server, what: str) -> Local:
+def weights(engine: Engine, what: str) -> Local:
     """The engine, if it has weights; else ConfigError saying that `what` needs them."""
-    if isinstance(engine, Server):
-        raise ConfigError(f"{what} needs the weights, and {engine.config.url} gives replies only; use protocol=greedy")
+    if not isinstance(engine, Local):
+        who = engine.config.url if isinstance(engine, Server) else "engine openvino"
+        raise ConfigError(f"{what} needs the weights, and {who} gives replies only; use protocol=greedy")
     return engine

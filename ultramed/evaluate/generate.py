@@ -70,7 +70,7 @@ def decode(
     model, tokenizer, prompts: list[list[int]], sampling: Sampling, rngs: list[random.Random] | None = None
 ) -> list[Reply]:
     """Continue each prompt (token ids). One batch; see `generate` for many. Equal prompts are read once."""
-    end = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    end = ends(model, tokenizer)
     stop = re.compile(sampling.stop) if sampling.stop else None
     unique = list(dict.fromkeys(map(tuple, prompts)))
     number = {prompt: i for i, prompt in enumerate(unique)}
@@ -114,10 +114,11 @@ def decode(
             position_ids=position, past_key_values=cache, use_cache=True,
         )  # fmt: skip
         logits, cache, position = step.logits[:, -1], step.past_key_values, position + 1
-    return [_reply(tokenizer.decode(o, skip_special_tokens=True), len(o), d, stop) for o, d in zip(out, finished, strict=True)]
+    return [cut(tokenizer.decode(o, skip_special_tokens=True), len(o), d, stop) for o, d in zip(out, finished, strict=True)]
 
 
-def _reply(text: str, tokens: int, finished: bool, stop) -> Reply:
+def cut(text: str, tokens: int, finished: bool, stop: re.Pattern | None) -> Reply:
+    """A reply that ends where `stop` first matches."""
     found = stop.search(text) if stop else None
     return Reply(text[: found.end()] if found else text, tokens, finished)
 
@@ -151,8 +152,10 @@ def _nucleus(p: torch.Tensor, tokens: torch.Tensor, top_p: float, u: torch.Tenso
     return tokens.gather(-1, index)[:, 0]
 
 
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def ends(model, tokenizer) -> set[int]:
+    """Tokens at which a reply ends."""
+    own = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
 
 
 def generate(

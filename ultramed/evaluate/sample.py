@@ -30,7 +30,9 @@ def samples(
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
-            engine = open_engine(model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype)
+            engine = open_engine(
+                model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype, engine=config.engine
+            )
             with progress_bar(len(rows), f"{config.n} samples", "question", initial=len(ledger)) as bar:
                 _sample(engine, todo, config, ledger, bar)
             del engine

@@ -8,26 +8,30 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
+import torch
 
 from ultramed import models, prompts, store
 from ultramed.data.catalog import SOURCES
 from ultramed.evaluate.accuracy import read_answers
 from ultramed.evaluate.stats import wilson
+from ultramed.gguf_file import write_gguf
 from ultramed.schema import ConfigError
 from ultramed.store import Artifact, write_json, write_text
 
 TRAINED = ("sft", "preference", "reward")  # stages whose artifacts can be exported
 
 
-def export(model: Artifact, out: Path, *, merge: bool = False) -> dict:
+def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = False) -> dict:
     """Write `model` into the new folder `out` and return what was written.
 
-    merge: put an adapter into its base (checked: the logits stay). Raises ConfigError for what was not trained here, for
+    merge: put an adapter into its base (checked: the logits stay). gguf: add model.gguf, for llama.cpp and its kin. Raises ConfigError for what was not trained here, for
     a folder that exists, and for `merge` of a whole model.
     """
     about = models.card(model)
     if model.stage not in TRAINED:
         raise ConfigError(f"{model.stage}/{model.key} was not trained here: take {about['name']} from where it came from")
+    if gguf and not (about["kind"] == "weights" or merge):
+        raise ConfigError("GGUF holds a whole language model: merge the adapter, and a reward model stays as it is")
     if merge and about["kind"] != "adapter":
         raise ConfigError(f"{model.stage}/{model.key} is a whole model: export it without --merge")
     if out.exists():
@@ -46,6 +50,9 @@ def export(model: Artifact, out: Path, *, merge: bool = False) -> dict:
     template = prompts.TEMPLATES[about.get("template", "chat")]
     tokenizer.chat_template = template.jinja() or tokenizer.chat_template
     tokenizer.save_pretrained(part)
+    if gguf:
+        with models.quiet():
+            write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")
     if about["kind"] != "reward":
         _generation(tokenizer).save_pretrained(part)
     results = results_of(model)

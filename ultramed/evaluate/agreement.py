@@ -1,0 +1,63 @@
+"""Do engines, dtypes and batch sizes give the same answers? The same items asked in several ways, and how many answers flip.
+
+Rounding differs between them, and greedy decoding turns a near tie into another text. An accuracy difference smaller than
+the flip rate between two engines says nothing about two models.
+"""
+
+import pandas as pd
+
+from ultramed import models
+from ultramed.config import known, overridden, validate
+from ultramed.evaluate import stats
+from ultramed.evaluate.accuracy import answers, read_answers
+from ultramed.schema import ConfigError, EvalConfig
+from ultramed.store import Artifact
+
+OWN = ("dtype", "quantize", "model")  # of a variant, beside every key of EvalConfig
+
+
+def variant(text: str) -> dict[str, str]:
+    """'dtype=float32,batch_tokens=256' as a dictionary. Raises ConfigError for what is no setting."""
+    out = {}
+    for part in text.split(","):
+        key, sep, value = part.partition("=")
+        if not sep or not value:
+            raise ConfigError(
+                f"variant {text!r}: wanted key=value pairs with commas between, such as dtype=float32,batch_tokens=256"
+            )
+        known(key, [*OWN, *EvalConfig.model_fields], "settings of a variant")
+        out[key] = value
+    return out
+
+
+def ask(config: EvalConfig, text: str, *, model: Artifact, questions: Artifact, **given) -> pd.DataFrame:
+    """Answers of one variant, '' for the configuration as it is."""
+    change = variant(text) if text else {}
+    own = {key: change.pop(key) for key in OWN if key in change}
+    setting = validate(
+        EvalConfig, overridden(config.model_dump(), [f"{k}={v}" for k, v in change.items()]), f"variant {text!r}"
+    )
+    if "model" in own:
+        model = models.resolve(own.pop("model"))
+    return read_answers(answers(setting, model=model, questions=questions, **{**given, **own}))
+
+
+def flips(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every variant beside the first: variant, accuracy, low, high, n, changed (other answers), changed_low, changed_high,
+    lost (right there, wrong here), won, p (McNemar's exact test)."""
+    (first, base), *_ = frames.items()
+    out = []
+    for name, frame in frames.items():
+        both = base.merge(frame, on="id", suffixes=("_a", "_b"), validate="one_to_one")
+        if len(both) != len(base):
+            raise ValueError(f"{name!r} has answers to {len(both)} of the {len(base)} questions of {first!r}")
+        e = stats.wilson(both.correct_b)
+        changed = stats.wilson(both.letter_a.fillna("-") != both.letter_b.fillna("-"))
+        out.append(
+            {
+                "variant": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "changed": changed.value,
+                "changed_low": changed.low, "changed_high": changed.high, "lost": int((both.correct_a & ~both.correct_b).sum()),
+                "won": int((~both.correct_a & both.correct_b).sum()), "p": stats.mcnemar(both.correct_a, both.correct_b),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(out)
