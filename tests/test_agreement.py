@@ -40,10 +40,16 @@ def test_flips_by_hand():
         agreement.flips({"one": frame("ABCDABCD--", gold), "two": frame("ABCDABCD-", gold[:9])})
 
 
-@pytest.mark.parametrize("text", ["dtype", "dtype=", "float32", "dtyp=float32", "batch_tokens=12"])
-def test_variants_that_mean_nothing(text, bench, exam):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dtype", "dtype=", "float32", "dtyp=float32", "dtype=flot32", "batch_tokens=12", "quantize=3bit",
+        "engine=openvino,protocol=likelihood", "engine=openvino,quantize=8bit",
+    ],
+)  # fmt: skip
+def test_variants_that_mean_nothing(text):
     with pytest.raises(ConfigError):
-        agreement.ask(EvalConfig(), text, model=bench.model, questions=exam)
+        agreement.settings(EvalConfig(), text)
 
 
 def test_batch_sizes_and_engines_agree_on_the_tiny_model(bench, exam):

@@ -25,7 +25,8 @@ def talker(bench):
 
 @pytest.fixture
 def address(talker):
-    with chat.server(talker) as server:
+    with chat.server() as server:
+        server.talker = talker
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address
         server.shutdown()
@@ -80,12 +81,12 @@ def test_old_turns_make_room_for_new_ones(talker, monkeypatch):
         talker._ids(user("What is asthma, and " * 9))
 
 
-def ask(address, body, path="/reply", host=None, kind="application/json", method="POST"):
+def ask(address, body, path="/reply", host=None, kind="application/json", method="POST", length=None):
     to = http.client.HTTPConnection(*address, timeout=60)
     to.putrequest(method, path, skip_host=True)
     to.putheader("Host", host or f"127.0.0.1:{address[1]}")
     to.putheader("Content-Type", kind)
-    to.putheader("Content-Length", str(len(body)))
+    to.putheader("Content-Length", length or str(len(body)))
     to.endheaders(body.encode())
     answer = to.getresponse()
     return answer.status, answer.read().decode()
@@ -108,6 +109,9 @@ def test_the_server_replies(talker, address):
         ({"body": "{}"}, 400, "turns"),
         ({"body": '{"turns": [{"role": "assistant", "content": "x"}]}'}, 400, "from the user's to the user's"),
         ({"body": '{"turns": [{"role": "user", "content": " "}]}'}, 400, "needs a text"),
+        ({"length": "-1"}, 400, "JSON"),
+        ({"length": "x"}, 400, "JSON"),
+        ({"length": str(1 << 30)}, 400, "JSON"),
         ({"method": "GET", "path": "/../secret"}, 404, ""),
     ],
 )
@@ -116,6 +120,11 @@ def test_what_the_server_refuses(address, change, status, says):
     found = ask(address, **given)
     assert found[0] == status
     assert says in found[1]
+
+
+def test_a_port_that_is_taken(address):
+    with pytest.raises(ConfigError, match="--port"):
+        chat.server(address[1])
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine")
@@ -140,7 +149,8 @@ def test_the_page_in_a_browser(talker, address, tmp_path):
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine")
 def test_stop_keeps_what_was_said(endless, tmp_path):
     slow, steps = endless
-    with chat.server(slow) as server:
+    with chat.server() as server:
+        server.talker = slow
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with browser.page(f"http://127.0.0.1:{server.server_address[1]}/", tmp_path / "profile") as page:
             page.js("document.getElementById('text').value = 'Tell me'; document.getElementById('form').requestSubmit()")

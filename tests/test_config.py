@@ -110,3 +110,24 @@ def test_an_override_changes_its_key_and_nothing_else(data, key, value):
 def test_override_values_survive_the_round_trip(value):
     text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
     assert parse_override(f"a.b={text}") == (["a", "b"], value)
+
+
+def test_limit_caps_every_count_and_nothing_else():
+    whole, small = load_profile("gpu"), load_profile("gpu", ["limit=10"])
+    assert set(small.train.mixture.values()) == {10}
+    assert set(small.usmle.questions.values()) == {10}
+    assert {n for counts in small.ultramedical.mixtures.values() for n in counts.values()} == {10}
+    assert {n for spec in small.ultramedical.questions.values() for n in spec.values()} == {10}
+    assert {n for spec in small.ultramedical.prompts.values() for n in spec.values()} == {10}
+    assert small.ultramedical.iterative.prompts == {"medqa:medqa": 10}
+    assert set(small.usmle.arms["alpaca"]["mixture"].values()) == {10}
+    assert (small.usmle.tuning_questions, small.usmle.tries_limit, small.open_rows) == (10, 10, 10)
+    assert small.ultramedical.public_pairs == 10, "a default, too"
+    for kept in ("train.max_length", "train.epochs", "usmle.seeds", "usmle.grid", "ultramedical.sample.n", "exam", "cost"):
+        one, two = whole, small
+        for part in kept.split("."):
+            one, two = getattr(one, part), getattr(two, part)
+        assert one == two, kept
+    paper = load_profile("paper-8b", ["limit=10"])  # multiples of a source, and 'all' as 0 or nothing, are limited, too
+    assert paper.ultramedical.mixtures["ultramed"] == {"ultramedical": 10}
+    assert load_profile("gpu", ["limit=100000"]).usmle.questions == whole.usmle.questions

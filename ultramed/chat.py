@@ -14,6 +14,10 @@ from ultramed.schema import ConfigError
 from ultramed.store import Artifact
 
 PAGE = Path(__file__).with_name("chat.html")
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 LONGEST = 1 << 20  # bytes of a request
 
 
@@ -57,7 +61,7 @@ class Talker:
                     self.net.generate(
                         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens,
                         streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, **how,
-                        stopping_criteria=StoppingCriteriaList([lambda ids, scores, **_: torch.full((1,), stop.is_set())]),
+                        stopping_criteria=StoppingCriteriaList([lambda ids, scores, **_: torch.full((1,), stop.is_set(), device=ids.device)]),
                     )  # fmt: skip
             except BaseException as err:
                 failed.append(err)
@@ -85,11 +89,21 @@ def _turns(data: bytes) -> list[dict]:
     return [{"role": t["role"], "content": t["content"]} for t in turns]
 
 
-def server(talker: Talker, port: int = 0) -> ThreadingHTTPServer:
+class Page(ThreadingHTTPServer):
+    """The server of `server`; `talker` is set before `serve_forever`."""
+
+    talker: Talker
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A reader who has gone is no error worth a traceback."""
+
+
+def server(port: int = 0) -> Page:
     """A web server for this machine alone: GET / is the page, POST /reply streams the answer to {'turns': [...]}.
 
     It listens on the loopback address and refuses what names another host or does not come as JSON, so that pages of
-    other sites cannot talk to it. Call `serve_forever`.
+    other sites cannot talk to it. Raises ConfigError if the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -99,13 +113,13 @@ def server(talker: Talker, port: int = 0) -> ThreadingHTTPServer:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(text)))
-            self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; "
-                             "script-src 'unsafe-inline'; connect-src 'self'; img-src data:")  # fmt: skip
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Content-Security-Policy", POLICY)
             self.end_headers()
             self.wfile.write(text)
 
         def _foreign(self) -> bool:
-            host = self.headers.get("Host", "").rpartition(":")[0]
+            host = self.headers.get("Host", "").partition(":")[0]
             if host not in ("localhost", "127.0.0.1"):
                 self._answer(403, b"this page is for this machine only")
                 return True
@@ -115,7 +129,7 @@ def server(talker: Talker, port: int = 0) -> ThreadingHTTPServer:
             if self._foreign():
                 return
             if self.path == "/about":
-                self._answer(200, json.dumps({"model": talker.name}).encode(), "application/json")
+                self._answer(200, json.dumps({"model": self.server.talker.name}).encode(), "application/json")
             elif self.path == "/":
                 self._answer(200, PAGE.read_bytes(), "text/html; charset=utf-8")
             else:
@@ -124,13 +138,14 @@ def server(talker: Talker, port: int = 0) -> ThreadingHTTPServer:
         def do_POST(self):
             if self._foreign():
                 return
-            length = int(self.headers.get("Content-Length") or 0)
-            if self.path != "/reply" or self.headers.get("Content-Type") != "application/json" or length > LONGEST:
+            told = self.headers.get("Content-Length", "")
+            length = int(told) if told.isdecimal() else 0
+            if self.path != "/reply" or self.headers.get("Content-Type") != "application/json" or not 0 < length <= LONGEST:
                 self._answer(400, b"wanted POST /reply with JSON")
                 return
             try:
                 turns = _turns(self.rfile.read(length))
-                pieces = talker.reply(turns)
+                pieces = self.server.talker.reply(turns)
                 first = next(pieces, "")
             except (ValueError, KeyError, TypeError) as err:
                 self._answer(400, str(err).encode())
@@ -147,10 +162,15 @@ def server(talker: Talker, port: int = 0) -> ThreadingHTTPServer:
                     self.wfile.flush()
             except OSError:
                 pass  # the reader has gone, or pressed Stop
+            except Exception as err:  # of the model, in the middle of a reply: the reader must not take it for a whole one
+                self.wfile.write(f"\n[{type(err).__name__}: the reply breaks off here]".encode())
             finally:
                 pieces.close()
 
         def log_message(self, *_):
             """Nobody's questions belong in a log."""
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    try:
+        return Page(("127.0.0.1", port), Handler)
+    except OSError as err:
+        raise ConfigError(f"port {port} cannot be had ({err.strerror}); give another one (--port), or 0 for any") from None

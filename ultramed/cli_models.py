@@ -86,8 +86,8 @@ def agreement(
     quiet()
     config.known(template, TEMPLATES, "templates")
     setting = config.validate(schema.EvalConfig, config.overridden({"answer_form": "letter_first"}, overrides), "eval")
-    for text in variants:
-        agree.variant(text)  # a slip should show before the first question is asked
+    for text in ["", *variants]:
+        agree.settings(setting, text)  # a slip should show before the first question is asked
     given = {"model": models.resolve(model), "questions": own(questions, "questions", limit=limit), "template": template}
     table = agree.flips({text or "as it is": agree.ask(setting, text, **given) for text in ["", *variants]})
     out.mkdir(parents=True, exist_ok=True)
@@ -164,11 +164,12 @@ def chat(
     from ultramed.notebook import quiet
 
     quiet()
-    talker = Talker(models.resolve(model), max_new_tokens, temperature)
     if web:
-        with server(talker, port) as page:
-            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)", highlight=False)
+        with server(port) as page:  # a port that is taken shows before a model is loaded
+            page.talker = Talker(models.resolve(model), max_new_tokens, temperature)
+            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({page.talker.name}; Ctrl-C ends)", highlight=False)
             page.serve_forever()
+    talker = Talker(models.resolve(model), max_new_tokens, temperature)
     console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
     turns: list[dict] = []
     while True:
@@ -180,9 +181,14 @@ def chat(
             return
         turns.append({"role": "user", "content": text})
         pieces = []
-        for piece in talker.reply(turns):
-            pieces.append(piece)
-            console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+        try:
+            for piece in talker.reply(turns):
+                pieces.append(piece)
+                console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+        except schema.ConfigError as err:  # too long a message is no end of the conversation
+            console.print(f"[red]{err}[/]")
+            turns.pop()
+            continue
         console.print()
         turns.append({"role": "assistant", "content": "".join(pieces)})
 

@@ -161,10 +161,10 @@ def limited(data: Any, limit: int, counting: bool = False) -> Any:
 def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Profile:
     """Profile `name` with overrides applied and checked. Raises ConfigError on anything unknown or impossible."""
     data = overridden(raw_profile(name), overrides)
-    if isinstance(data.get("limit"), int) and data["limit"] > 0:
-        data = limited(data, data["limit"])
     source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
     profile = validate(Profile, data, source)
+    if profile.limit:
+        profile = validate(Profile, limited(profile.model_dump(mode="json"), profile.limit), source)
     for arm in profile.usmle.arms:
         arm_config(profile, arm)  # an impossible arm should fail now, not an hour into the run
     own = profile.ultramedical

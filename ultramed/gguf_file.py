@@ -1,7 +1,7 @@
 """A model as one GGUF file, which llama.cpp, Ollama, OpenVINO GenAI and transformers read.
 
-For Llama-like models with a byte-level BPE tokenizer (Llama 3, SmolLM2, GPT-2). Written with the `gguf` package of llama.cpp; the
-names of tensors and metadata are those of its converter.
+For Llama-like models with plain rotary positions and a byte-level BPE tokenizer (Llama 3, SmolLM2). Written with the `gguf`
+package of llama.cpp; the names of tensors and metadata are those of its converter.
 """
 
 import json
@@ -27,6 +27,9 @@ def write_gguf(net, tokenizer, file: Path, dtype: str = "f16") -> None:
     (kept, kind), c = DTYPES[dtype], net.config
     if net.__class__.__name__ != "LlamaForCausalLM":
         raise ConfigError(f"GGUF is written for LlamaForCausalLM, this is {net.__class__.__name__}: use llama.cpp's converter")
+    plain = c.rope_parameters.get("rope_type", "default") == "default" and not (c.attention_bias or c.mlp_bias)
+    if not plain or (c.head_dim or c.hidden_size // c.num_attention_heads) != c.hidden_size // c.num_attention_heads:
+        raise ConfigError("GGUF is written for plain rotary positions and no biases (not Llama 3.1 and later): use llama.cpp's")
     part = file.with_name(f".{file.name}.part")
     writer = gguf.GGUFWriter(part, "llama")
     writer.add_name(file.stem)

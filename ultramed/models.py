@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,6 +282,27 @@ def cast(net, dtype: torch.dtype):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+def trainable(kind: type, model: Artifact, **options):
+    """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels.
+
+    Of processes that will shard it the first reads the weights, and accelerate hands out the parts (FSDP's
+    `cpu_ram_efficient_loading`); the others get a model of memory that nothing touches, so that a node need not hold one
+    copy a GPU. (Not on the meta device: the optimiser would not find its parameters again.)
+    """
+    from transformers import AutoConfig
+
+    given = {"dtype": torch.float32, "attn_implementation": attention_for(placement().device)}
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or os.environ.get("RANK", "0") == "0":
+        return kind.from_pretrained(**location(model), **given, **options, use_safetensors=True)
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        net = kind.from_config(AutoConfig.from_pretrained(**location(model), **options), **given)
+    net._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    net.tie_weights()
+    return net
+
+
 def load_for_training(model: Artifact, config: OptimConfig):
     """The model with what shall be trained marked so: all of it (fp32 master weights) or a LoRA adapter.
 
@@ -306,13 +328,14 @@ def load_for_training(model: Artifact, config: OptimConfig):
         },
     }.get(method, {})
     with quiet():
-        net = AutoModelForCausalLM.from_pretrained(
-            **location(model), dtype=torch.float32 if method == "full" else place.dtype,
-            attn_implementation=attention_for(place.device), use_safetensors=True, **extra,
-        )  # fmt: skip
-        net.config.use_cache = False
         if method == "full":
+            net = trainable(AutoModelForCausalLM, model)
+            net.config.use_cache = False
             return net
+        net = AutoModelForCausalLM.from_pretrained(
+            **location(model), dtype=place.dtype, attn_implementation=attention_for(place.device), use_safetensors=True, **extra
+        )
+        net.config.use_cache = False
         if extra:
             net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=config.gradient_checkpointing)
             warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -53,6 +54,14 @@ def main() -> None:
         result = canonical({**made, "worker_peak_memory_bytes": memory.peak})
     except (ConfigError, StoreError, KeyboardInterrupt) as err:
         result = {"error": type(err).__name__, "message": str(err)}
+        # What fails here usually fails in the first worker, too, which tells why. If it does not, it waits for this one:
+        # then this one's status ends them all.
+        for _ in range(300):
+            if main_worker() or (job / "result.json").exists():
+                break
+            time.sleep(0.1)
+        else:
+            raise
     if main_worker():
         write_json(job / "result.json", result)
     if torch.distributed.is_initialized():

@@ -4,13 +4,15 @@ Rounding differs between them, and greedy decoding turns a near tie into another
 the flip rate between two engines says nothing about two models.
 """
 
+from typing import get_args
+
 import pandas as pd
 
 from ultramed import models
 from ultramed.config import known, overridden, validate
 from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers
-from ultramed.schema import ConfigError, EvalConfig
+from ultramed.schema import ConfigError, Dtype, EvalConfig
 from ultramed.store import Artifact
 
 OWN = ("dtype", "quantize", "model")  # of a variant, beside every key of EvalConfig
@@ -30,13 +32,28 @@ def variant(text: str) -> dict[str, str]:
     return out
 
 
-def ask(config: EvalConfig, text: str, *, model: Artifact, questions: Artifact, **given) -> pd.DataFrame:
-    """Answers of one variant, '' for the configuration as it is."""
+def settings(config: EvalConfig, text: str) -> tuple[EvalConfig, dict[str, str]]:
+    """(configuration, dtype, quantize and model of its own) of a variant, '' for the configuration as it is.
+
+    Raises ConfigError for anything impossible, so that a slip shows before the first question is asked.
+    """
     change = variant(text) if text else {}
     own = {key: change.pop(key) for key in OWN if key in change}
     setting = validate(
         EvalConfig, overridden(config.model_dump(), [f"{k}={v}" for k, v in change.items()]), f"variant {text!r}"
     )
+    known(own.get("dtype", "auto"), get_args(Dtype), "dtypes")
+    known(own.get("quantize", "8bit"), ("8bit", "4bit"), "quantisations")
+    if setting.engine != "transformers" and (setting.protocol != "greedy" or "quantize" in own):
+        raise ConfigError(
+            f"variant {text!r}: engine {setting.engine} has the greedy protocol only, and no quantisation of its own"
+        )
+    return setting, own
+
+
+def ask(config: EvalConfig, text: str, *, model: Artifact, questions: Artifact, **given) -> pd.DataFrame:
+    """Answers of one variant."""
+    setting, own = settings(config, text)
     if "model" in own:
         model = models.resolve(own.pop("model"))
     return read_answers(answers(setting, model=model, questions=questions, **{**given, **own}))

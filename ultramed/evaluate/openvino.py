@@ -69,5 +69,5 @@ class OpenVino:
             for result in self.pipe.generate(given, settings):
                 tokens = result.m_generation_ids[0]
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                made.append(cut(text, len(tokens), len(tokens) < sampling.max_new_tokens, stop))
+                made.append(cut(text, len(tokens), tokens[-1] in self.ends, stop))
             done(batch, made)

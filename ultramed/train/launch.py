@@ -41,8 +41,14 @@ GRACE = 600  # seconds that workers have for the step at hand and a checkpoint
 
 
 def nodes() -> int:
-    """Nodes of the SLURM allocation that this process is the first task of; 1 outside."""
-    return int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if shutil.which("srun") else 1
+    """Nodes of the SLURM allocation that this process is the first task of; 1 outside.
+
+    Raises ConfigError in an allocation of several nodes, but not on its first one (a login node with `salloc`).
+    """
+    count = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if shutil.which("srun") else 1
+    if count > 1 and os.environ.get("SLURM_NODEID") != "0":
+        raise ConfigError(f"training over {count} nodes starts on the first of them: use sbatch, or `srun -N1 -n1 --overlap`")
+    return count
 
 
 def processes() -> int:
@@ -112,11 +118,11 @@ def _launch(fn, count: int, out: Path, config, inputs: dict) -> dict:
     with open(job / "log.txt", "w") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which asks the workers to stop.
         child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        family: set[psutil.Process] = set()
         try:
-            _watch(child, job)
-        except BaseException:
-            _kill(child)
-            raise
+            _watch(child, job, family)
+        finally:
+            _kill(child, family)
     return _result(job, child.returncode, count)
 
 
@@ -126,7 +132,8 @@ def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
     if count % machines:
         raise ConfigError(f"{count} processes do not divide by {machines} nodes")
     file = home() / "params" / "accelerate" / ("fsdp_1x8.yaml" if machines == 1 else "fsdp_8x8.yaml")
-    port = _free_port() if machines == 1 else 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+    # Several trainings of one job need ports of their own; which ones are free on the other nodes cannot be seen.
+    port = _free_port() if machines == 1 else 20000 + (int(os.environ["SLURM_JOB_ID"]) * 17 + os.getpid()) % 20000
     given = [f"--num_processes={count}", f"--num_machines={machines}", f"--main_process_port={port}"]
     given += [f"--config_file={file}"] if shard else ["--multi_gpu", "--dynamo_backend=no", "--mixed_precision=no"]
     env = {"TOKENIZERS_PARALLELISM": "false"}
@@ -147,13 +154,15 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _watch(child: subprocess.Popen, job: Path) -> None:
-    """Wait for the workers; show their progress; hand them a request to stop."""
+def _watch(child: subprocess.Popen, job: Path, family: set[psutil.Process]) -> None:
+    """Wait for the workers, which are put into `family`; show their progress; hand them a request to stop."""
     bar, asked = None, None
     with StopSignals() as stop:
         while child.poll() is None:
             time.sleep(0.2)
             bar = _show(job / "progress", bar)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family.update(psutil.Process(child.pid).children(recursive=True))
             if stop.asked and asked is None:
                 (job / "stop").touch()
                 asked = time.monotonic()
@@ -193,13 +202,16 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def _kill(child: subprocess.Popen) -> None:
-    """The launcher and everything that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+def _kill(child: subprocess.Popen, family: set[psutil.Process]) -> None:
+    """End what is left of the launcher and of all that it started: the next attempt must have the folder to itself."""
+    if child.poll() is None:
+        child.terminate()  # srun and torch's launcher end theirs in turn
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(15)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()  # psutil sees to it that the number is still that process's
+    child.kill()
     child.wait()
 
 
@@ -228,14 +240,23 @@ def _result(job: Path, code: int, count: int) -> dict:
 def stop_asked() -> bool:
     """Whether the workers shall stop after this step: the same answer in all of them, from the first one's view."""
     job = Path(os.environ[JOB])
-    flag = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    stop = False
     if main_worker():
         pid, created = json.loads((job / "job.json").read_text())["parent"]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            flag += (job / "stop").exists() or psutil.Process(pid).create_time() != created
-        flag += not psutil.pid_exists(pid)  # nobody would publish what is made here
-    torch.distributed.broadcast(flag, 0)
-    return bool(flag.item())
+        try:
+            stop = (job / "stop").exists() or psutil.Process(pid).create_time() != created
+        except psutil.NoSuchProcess:
+            stop = True  # nobody would publish what is made here
+    return bool(agreed(int(stop)))
+
+
+def agreed(value: int) -> int:
+    """The first worker's value, in all of them; outside workers the value itself."""
+    if not worker():
+        return value
+    told = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.broadcast(told, 0)
+    return int(told.item())
 
 
 def whole(net) -> dict[str, torch.Tensor] | None:

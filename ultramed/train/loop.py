@@ -24,7 +24,8 @@ CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU 
 
 
 def fitted(config: OptimConfig) -> OptimConfig:
-    """The configuration with micro-batches that a CPU's memory holds; what is learnt does not depend on them."""
+    """The configuration with micro-batches that a CPU's memory holds. (In reward models and pairwise KTO a pair's weight
+    depends on what else is in its micro-batch; elsewhere micro-batches do not matter.)"""
     most = config.micro_batch_tokens if models.placement().device != "cpu" else min(config.micro_batch_tokens, CPU_TOKENS)
     return config.model_copy(update={"micro_batch_tokens": most})
 
@@ -85,6 +86,13 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
     }
 
 
+def alone(args):
+    """The trainer's arguments with this process on one device: of several GPUs Trainer would make threads of its own
+    (DataParallel), and batches as many times larger."""
+    args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
+    return args
+
+
 @functools.cache
 def own_tokens(trainer: type) -> type:
     """The TRL trainer without its preparation of the data set, which is tokenised and linted already, and with our order."""
@@ -118,7 +126,7 @@ class GroupedByLength(torch.utils.data.Sampler):
     def __iter__(self):
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
-        stream = torch.Generator().manual_seed(self.seed + self.epoch)
+        stream = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         torch.empty((), dtype=torch.int64).random_(generator=stream)  # a DataLoader draws its own seed first: the same order
         return iter(get_length_grouped_indices(self.lengths, self.batch, generator=stream))
 
@@ -142,7 +150,7 @@ def run(trainer, steps: int, desc: str) -> dict:
             p.data = p.data.float()
         named = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
         before = {name: _total(p) if launch.main_worker() else None for name, p in named}  # others get theirs only now
-        last = get_last_checkpoint(folder) if folder.is_dir() else None
+        last = _usable(get_last_checkpoint(folder) if folder.is_dir() else None)
         clock = time.perf_counter()
         with _Interruptible(trainer) as stop:
             result = trainer.train(resume_from_checkpoint=last)
@@ -151,7 +159,7 @@ def run(trainer, steps: int, desc: str) -> dict:
         seconds = time.perf_counter() - clock
         parts = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
         after = {n: _total(p) for n, p in trainer.model.named_parameters() if n in before}
-        moved = sum(after[name] != value for name, value in before.items())
+        moved = launch.agreed(sum(after[name] != value for name, value in before.items()))
         if last is None and not moved:
             raise StoreError(f"training changed none of {len(trained)} tensors: it does nothing here")
     if launch.main_worker():
@@ -162,6 +170,18 @@ def run(trainer, steps: int, desc: str) -> dict:
         "steps": steps, "train_loss": result.training_loss, "train_seconds": round(seconds, 1), "resumed": last is not None,
         "trainable_parameters": sum(p.numel() for p in trained), "tensors_moved": [moved, len(trained)],
     }  # fmt: skip
+
+
+def _usable(checkpoint: str | None) -> str | None:
+    """The checkpoint, if this kind of run can go on from it. Raises StoreError for one of sharded training in a single
+    process, and the other way round."""
+    if checkpoint is not None and any(Path(checkpoint).glob("pytorch_model_fsdp*")) != launch.sharded():
+        made, now = ("one", "several") if launch.sharded() else ("several", "one")
+        raise StoreError(
+            f"{checkpoint} was made by {made} process{'es' * (made == 'several')} and cannot be gone on from by {now}: give "
+            f"--processes as before, or delete that folder to begin anew"
+        )
+    return checkpoint
 
 
 def _total(parameter: torch.Tensor) -> float:
@@ -213,7 +233,7 @@ def labelled_head(net) -> None:
     inner = net.get_base_model() if hasattr(net, "get_base_model") else net
     about = inner.config.get_text_config()
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    if inner.device.type != "cpu" or any(getattr(about, name, None) not in (None, 1.0) for name in scaled):
+    if models.placement().device != "cpu" or any(getattr(about, name, None) not in (None, 1.0) for name in scaled):
         return
     fused = inner.forward
 

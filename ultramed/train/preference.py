@@ -1,7 +1,6 @@
 """Preference learning through TRL: DPO and its relatives on pairs, KTO on single replies, pairwise KTO as released."""
 
 import functools
-import os
 import warnings
 from pathlib import Path
 
@@ -107,8 +106,7 @@ def _frozen(model: Artifact, config: PreferenceConfig):
     if not launch.sharded():
         dtype = torch.float32 if config.method == "full" else models.placement(config.dtype).dtype
         return models.load(model, dtype=dtype).requires_grad_(False)
-    # Otherwise transformers gives weights to one process of a node, and nothing brings them to the others' reference.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # Every process reads it whole into memory of the host, in 16 bits, and keeps its part.
     net = models.load(model, dtype=models.placement(config.dtype).dtype, device="cpu").requires_grad_(False)
     return launch.shard_frozen(net)
 
@@ -143,7 +141,9 @@ def preference(
     steps = loop.step_count(config, len(rows))
     base, arguments, own = _trainer(config)
     shared = loop.settings(config, out, steps, micro, accumulation)
-    args = arguments(**{**shared, **own}, gradient_checkpointing=config.gradient_checkpointing, disable_dropout=True)
+    args = loop.alone(
+        arguments(**{**shared, **own}, gradient_checkpointing=config.gradient_checkpointing, disable_dropout=True)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = loop.own_tokens(base)(

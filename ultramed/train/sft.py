@@ -101,11 +101,13 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     from trl import SFTConfig
 
     micro, _ = loop.batch_plan(loop.fitted(config), max(r["length"] for r in held or rows))
-    args = SFTConfig(
-        **loop.settings(config, out, loop.step_count(config, len(rows)), loop.share(config), 1),
-        per_device_eval_batch_size=micro,
-        activation_checkpointing=config.gradient_checkpointing,
-        dataset_kwargs={"skip_prepare_dataset": True},
+    args = loop.alone(
+        SFTConfig(
+            **loop.settings(config, out, loop.step_count(config, len(rows)), loop.share(config), 1),
+            per_device_eval_batch_size=micro,
+            activation_checkpointing=config.gradient_checkpointing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -142,7 +144,7 @@ def sft(
         result = loop.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
     loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
-    epochs = steps * config.global_batch_size / len(rows)
+    epochs = steps / -(-len(rows) // config.global_batch_size)  # the last batch of an epoch may be short
     seen = {"tokens_per_second": None, "micro_batches": None}  # of the whole run, so not of a part of it
     if not result["resumed"]:
         speed = round(counts["tokens"] * epochs / result["train_seconds"], 1)
