@@ -93,8 +93,10 @@ def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(bench, me
     assert all("lora_" in k for k in weights(made))
 
 
-def test_our_loss_is_trls_loss(bench, config, rows, tokenizer):
+@pytest.mark.parametrize("on_inputs", [False, True])
+def test_our_loss_is_trls_loss(bench, config, rows, tokenizer, on_inputs):
     """The mean over trained tokens of minus log p, as a plain forward pass over all logits gives it."""
+    config = config.model_copy(update={"train_on_inputs": on_inputs})
     from trl import SFTConfig, SFTTrainer
 
     data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)

@@ -156,13 +156,15 @@ def _free_port() -> int:
 
 def _watch(child: subprocess.Popen, job: Path, family: set[psutil.Process]) -> None:
     """Wait for the workers, which are put into `family`; show their progress; hand them a request to stop."""
-    bar, asked = None, None
+    bar, asked, look = None, None, 0.0
     with StopSignals() as stop:
         while child.poll() is None:
             time.sleep(0.2)
             bar = _show(job / "progress", bar)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family.update(psutil.Process(child.pid).children(recursive=True))
+            if time.monotonic() > look:
+                look = time.monotonic() + 2
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    family.update(psutil.Process(child.pid).children(recursive=True))
             if stop.asked and asked is None:
                 (job / "stop").touch()
                 asked = time.monotonic()
