@@ -55,13 +55,16 @@ class Talker:
         how = {"do_sample": True, "temperature": self.temperature, "top_p": 0.9} if self.temperature else {"do_sample": False}
         failed: list[BaseException] = []
 
+        def stopped(ids, scores, **_):
+            return torch.full((1,), stop.is_set(), device=ids.device)
+
         def work():
             try:
                 with self._busy:
                     self.net.generate(
                         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens,
                         streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, **how,
-                        stopping_criteria=StoppingCriteriaList([lambda ids, scores, **_: torch.full((1,), stop.is_set(), device=ids.device)]),
+                        stopping_criteria=StoppingCriteriaList([stopped]),
                     )  # fmt: skip
             except BaseException as err:
                 failed.append(err)

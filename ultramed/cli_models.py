@@ -164,12 +164,12 @@ def chat(
     from ultramed.notebook import quiet
 
     quiet()
-    if web:
-        with server(port) as page:  # a port that is taken shows before a model is loaded
-            page.talker = Talker(models.resolve(model), max_new_tokens, temperature)
-            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({page.talker.name}; Ctrl-C ends)", highlight=False)
-            page.serve_forever()
+    page = server(port) if web else None  # a port that is taken shows before a model is loaded
     talker = Talker(models.resolve(model), max_new_tokens, temperature)
+    if page:
+        page.talker = talker
+        console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)", highlight=False)
+        page.serve_forever()
     console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
     turns: list[dict] = []
     while True:

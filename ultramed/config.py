@@ -145,14 +145,19 @@ def overridden(data: dict, overrides: Iterable[str]) -> dict:
     return data
 
 
-COUNTS = {"mixture", "mixtures", "questions", "prompts", "held_prompts", "preference_prompts"}  # all numbers beneath are
-SIZES = {"tuning_questions", "tries_limit", "open_rows", "public_pairs"}
+COUNTS = {
+    "mixture", "mixtures", "questions", "prompts", "held_prompts", "preference_prompts", "tuning_questions", "tries_limit",
+    "open_rows", "public_pairs",
+}  # fmt: skip
 
 
 def limited(data: Any, limit: int, counting: bool = False) -> Any:
-    """A profile's data with no count of rows, questions or prompts above `limit` (multiples of a source count as more)."""
+    """A profile's data with no count of rows, questions or prompts above `limit` (multiples of a source count as more).
+
+    counting: whether numbers here are such counts, as all are at or beneath a key of COUNTS.
+    """
     if isinstance(data, dict):
-        return {k: limited(v, limit, counting or k in COUNTS or (k in SIZES and v is not None)) for k, v in data.items()}
+        return {k: limited(v, limit, counting or k in COUNTS) for k, v in data.items()}
     if counting and isinstance(data, int | float) and not isinstance(data, bool):
         return limit if isinstance(data, float) else min(data or limit, limit)  # 0: all
     return data

@@ -11,7 +11,6 @@ import gc
 import io
 import json
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +56,11 @@ def placement(dtype: str = "auto") -> Placement:
     if dtype != "auto":
         best, why = getattr(torch, dtype), f"asked for; {why}"
     return Placement(device, best, why)
+
+
+def at_most_on_cpu(tokens: int, most: int) -> int:
+    """Tokens of a batch, for a CPU no more than `most`: GPU profiles ask for what its memory does not hold."""
+    return min(tokens, most) if placement().device == "cpu" else tokens
 
 
 @functools.cache
@@ -282,17 +286,16 @@ def cast(net, dtype: torch.dtype):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def trainable(kind: type, model: Artifact, **options):
+def trainable(kind: type, model: Artifact, *, empty: bool = False, **options):
     """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels.
 
-    Of processes that will shard it the first reads the weights, and accelerate hands out the parts (FSDP's
-    `cpu_ram_efficient_loading`); the others get a model of memory that nothing touches, so that a node need not hold one
-    copy a GPU. (Not on the meta device: the optimiser would not find its parameters again.)
+    empty: a model of memory that nothing touches, for a process that gets its part of the weights from another one, so
+    that a node need not hold one copy a GPU. (Not on the meta device: the optimiser would not find its parameters again.)
     """
     from transformers import AutoConfig
 
     given = {"dtype": torch.float32, "attn_implementation": attention_for(placement().device)}
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or os.environ.get("RANK", "0") == "0":
+    if not empty:
         return kind.from_pretrained(**location(model), **given, **options, use_safetensors=True)
     from accelerate import init_empty_weights
 
@@ -303,10 +306,11 @@ def trainable(kind: type, model: Artifact, **options):
     return net
 
 
-def load_for_training(model: Artifact, config: OptimConfig):
+def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = False):
     """The model with what shall be trained marked so: all of it (fp32 master weights) or a LoRA adapter.
 
-    config.method: 'full', 'lora' (base in the dtype of the run), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4).
+    config.method: 'full', 'lora' (base in the dtype of the run), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4). empty: see
+    `trainable`; an adapter's base is always loaded.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -329,7 +333,7 @@ def load_for_training(model: Artifact, config: OptimConfig):
     }.get(method, {})
     with quiet():
         if method == "full":
-            net = trainable(AutoModelForCausalLM, model)
+            net = trainable(AutoModelForCausalLM, model, empty=empty)
             net.config.use_cache = False
             return net
         net = AutoModelForCausalLM.from_pretrained(

@@ -41,7 +41,7 @@ class Local:
 
     def __init__(self, model: Artifact, template: Template, budget: int, dtype=None, quantize: str | None = None):
         self.tokenizer, self.template = models.load_tokenizer(model), template
-        self.budget = budget if models.placement().device != "cpu" else min(budget, CPU_TOKENS)
+        self.budget = models.at_most_on_cpu(budget, CPU_TOKENS)
         self.net = models.load(model, dtype=dtype, quantize=quantize)
 
     def shown(self, messages: list[dict]) -> str:

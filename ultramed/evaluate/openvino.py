@@ -1,4 +1,5 @@
-"""OpenVINO GenAI as an engine for CPUs: several times as fast as transformers there (README, "Engines"; an extra package).
+"""OpenVINO GenAI as an engine for CPUs: other kernels for the same weights, to check ours by (README, "Engines"; an extra
+package). At these sizes it is no faster than our batching (tests/benchmarks/engines.py).
 
 The weights, adapter merged, go through a GGUF file; prompts go in as the token ids that every other engine gets.
 """

@@ -24,8 +24,9 @@ TRAINED = ("sft", "preference", "reward")  # stages whose artifacts can be expor
 def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = False) -> dict:
     """Write `model` into the new folder `out` and return what was written.
 
-    merge: put an adapter into its base (checked: the logits stay). gguf: add model.gguf, for llama.cpp and its kin. Raises ConfigError for what was not trained here, for
-    a folder that exists, and for `merge` of a whole model.
+    merge: put an adapter into its base (checked: the logits stay). gguf: add model.gguf, for llama.cpp and its kin. Raises
+    ConfigError for what was not trained here, for a folder that exists, for `merge` of a whole model, and for `gguf` of what
+    is none.
     """
     about = models.card(model)
     if model.stage not in TRAINED:

@@ -20,7 +20,6 @@ from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
 log = logging.getLogger(__name__)
 CPU_PARAMETERS = 1e9  # a step of a larger model takes minutes on a CPU, where it fits at all
-SMALL = Shape(hidden=512, intermediate=1408, layers=4, heads=8, kv_heads=8, words=8192)
 
 
 class CostConfig(Strict):
@@ -41,7 +40,7 @@ def cost_config(profile: Profile) -> CostConfig:
     shape = shape_of(own.shape) if isinstance(own.shape, str) else validate(Shape, own.shape, "cost.shape")
     if models.placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
         log.warning("no GPU: %.1f billion parameters are not measured here, a small shape is", shape.parameters / 1e9)
-        shape = SMALL
+        shape = shape_of("small")
     arms = {
         name: validate(TrainConfig, merge(profile.train.model_dump(mode="json"), c), f"cost.arms.{name}")
         for name, c in own.arms.items()

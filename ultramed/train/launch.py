@@ -32,7 +32,7 @@ import torch
 
 from ultramed import progress
 from ultramed.config import PROCESSES, home
-from ultramed.schema import ConfigError
+from ultramed.schema import ConfigError, OptimConfig
 from ultramed.store import Artifact, StoreError, write_json
 
 WORKER = "ultramed.worker"
@@ -69,6 +69,17 @@ def world() -> int:
     return int(os.environ["WORLD_SIZE"]) if worker() else 1
 
 
+def share(config: OptimConfig, count: int = 0) -> int:
+    """Rows of the global batch for each of `count` processes (0: those of now). Raises ConfigError if they do not divide."""
+    count = count or world()
+    if config.global_batch_size % count:
+        raise ConfigError(
+            f"global_batch_size {config.global_batch_size} does not divide by {count} processes; give --processes another "
+            f"number, or the configuration another batch"
+        )
+    return config.global_batch_size // count
+
+
 def main_worker() -> bool:
     """Whether this process writes files: alone, or the first of the workers."""
     return not worker() or os.environ["RANK"] == "0"
@@ -77,6 +88,11 @@ def main_worker() -> bool:
 def sharded() -> bool:
     """Whether the workers hold parts of the model (FSDP2) and not copies."""
     return worker() and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def receives() -> bool:
+    """Whether this worker gets its part of the weights from the first one, which reads them."""
+    return sharded() and not main_worker()
 
 
 def distributed(fn):
@@ -96,11 +112,7 @@ def distributed(fn):
 
 
 def _launch(fn, count: int, out: Path, config, inputs: dict) -> dict:
-    if config.global_batch_size % count:
-        raise ConfigError(
-            f"global_batch_size {config.global_batch_size} does not divide by {count} processes; give --processes another "
-            f"number, or the configuration another batch"
-        )
+    share(config, count)  # what cannot be shared out should show before any process is started
     job = out / ".launch"
     shutil.rmtree(job, ignore_errors=True)
     (out / "launch.log").unlink(missing_ok=True)  # of an attempt that failed

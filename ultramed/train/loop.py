@@ -4,7 +4,6 @@ TRL's trainers get token ids that we made and do no preparation of their own.
 """
 
 import functools
-import json
 import shutil
 import time
 import types
@@ -15,8 +14,9 @@ import torch
 
 from ultramed import models, prompts
 from ultramed.batching import trees
+from ultramed.ledger import write_lines
 from ultramed.progress import bar as progress_bar
-from ultramed.schema import ConfigError, OptimConfig
+from ultramed.schema import OptimConfig
 from ultramed.store import Artifact, StoreError, write_json
 from ultramed.train import launch
 
@@ -26,16 +26,8 @@ CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU 
 def fitted(config: OptimConfig) -> OptimConfig:
     """The configuration with micro-batches that a CPU's memory holds. (In reward models and pairwise KTO a pair's weight
     depends on what else is in its micro-batch; elsewhere micro-batches do not matter.)"""
-    most = config.micro_batch_tokens if models.placement().device != "cpu" else min(config.micro_batch_tokens, CPU_TOKENS)
-    return config.model_copy(update={"micro_batch_tokens": most})
-
-
-def share(config: OptimConfig, processes: int = 0) -> int:
-    """Rows of the global batch that each process has. Raises ConfigError if they cannot have as many."""
-    processes = processes or launch.world()
-    if config.global_batch_size % processes:
-        raise ConfigError(f"global_batch_size {config.global_batch_size} does not divide by {processes} processes")
-    return config.global_batch_size // processes
+    tokens = models.at_most_on_cpu(config.micro_batch_tokens, CPU_TOKENS)
+    return config.model_copy(update={"micro_batch_tokens": tokens})
 
 
 def batch_plan(config: OptimConfig, longest: int, processes: int = 0) -> tuple[int, int]:
@@ -43,7 +35,7 @@ def batch_plan(config: OptimConfig, longest: int, processes: int = 0) -> tuple[i
 
     The micro-batch is the largest divisor that keeps `longest` tokens a row within `micro_batch_tokens`.
     """
-    rows = share(config, processes)
+    rows = launch.share(config, processes)
     fits = [m for m in range(1, rows + 1) if rows % m == 0 and m * longest <= config.micro_batch_tokens]
     micro = max(fits, default=1)
     return micro, rows // micro
@@ -86,16 +78,15 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
     }
 
 
-def alone(args):
-    """The trainer's arguments with this process on one device: of several GPUs Trainer would make threads of its own
-    (DataParallel), and batches as many times larger."""
-    args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
-    return args
-
-
 @functools.cache
 def own_tokens(trainer: type) -> type:
-    """The TRL trainer without its preparation of the data set, which is tokenised and linted already, and with our order."""
+    """The TRL trainer on one device, without its preparation of the data set, which is tokenised and linted already, and
+    with our order of rows. `args` is given by name."""
+
+    def on_one_device(self, *given, args, **named):
+        # Of several GPUs Trainer would make threads of its own (DataParallel), and batches as many times larger.
+        args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
+        trainer.__init__(self, *given, args=args, **named)
 
     def sampler(self, dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -103,7 +94,7 @@ def own_tokens(trainer: type) -> type:
         return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
 
     methods = {"_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler": sampler}
-    return type(trainer.__name__, (trainer,), methods)
+    return type(trainer.__name__, (trainer,), {"__init__": on_one_device, **methods})
 
 
 class GroupedByLength(torch.utils.data.Sampler):
@@ -145,11 +136,10 @@ def run(trainer, steps: int, desc: str) -> dict:
         warnings.simplefilter("ignore")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_callback(steps, desc))
-        trained = [p for p in trainer.model.parameters() if p.requires_grad]
-        for p in trained:  # TRL keeps adapters of quantised models in bf16, where small updates vanish
+        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        for p in trained.values():  # TRL keeps adapters of quantised models in bf16, where small updates vanish
             p.data = p.data.float()
-        named = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
-        before = {name: _total(p) if launch.main_worker() else None for name, p in named}  # others get theirs only now
+        before = {name: None if launch.receives() else _total(p) for name, p in trained.items()}
         last = _usable(get_last_checkpoint(folder) if folder.is_dir() else None)
         clock = time.perf_counter()
         with _Interruptible(trainer) as stop:
@@ -163,12 +153,11 @@ def run(trainer, steps: int, desc: str) -> dict:
         if last is None and not moved:
             raise StoreError(f"training changed none of {len(trained)} tensors: it does nothing here")
     if launch.main_worker():
-        with open(folder.parent / "log.jsonl", "w") as fh:
-            fh.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        write_lines(folder.parent / "log.jsonl", trainer.state.log_history)
     about = {"processes": launch.world(), "sharded": parts} if launch.worker() else {}
     return about | {
         "steps": steps, "train_loss": result.training_loss, "train_seconds": round(seconds, 1), "resumed": last is not None,
-        "trainable_parameters": sum(p.numel() for p in trained), "tensors_moved": [moved, len(trained)],
+        "trainable_parameters": sum(p.numel() for p in trained.values()), "tensors_moved": [moved, len(trained)],
     }  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def preference(
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
     torch.manual_seed(config.seed)
-    net = models.load_for_training(model, config)
+    net = models.load_for_training(model, config, empty=launch.receives())
     frozen = None
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
         frozen = _frozen(reference or model, config)
@@ -141,9 +141,7 @@ def preference(
     steps = loop.step_count(config, len(rows))
     base, arguments, own = _trainer(config)
     shared = loop.settings(config, out, steps, micro, accumulation)
-    args = loop.alone(
-        arguments(**{**shared, **own}, gradient_checkpointing=config.gradient_checkpointing, disable_dropout=True)
-    )
+    args = arguments(**{**shared, **own}, gradient_checkpointing=config.gradient_checkpointing, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = loop.own_tokens(base)(

@@ -15,7 +15,7 @@ from ultramed.data import rows as canonical
 from ultramed.prompts import TEMPLATES, Template
 from ultramed.schema import ConfigError, RewardConfig
 from ultramed.store import Artifact, stage
-from ultramed.train import loop, losses
+from ultramed.train import launch, loop, losses
 from ultramed.train.launch import distributed
 from ultramed.train.preference import encode_pairs
 
@@ -112,18 +112,16 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
         raise ConfigError(f"no pair fits into max_length {config.max_length}: nothing to train on")
     torch.manual_seed(config.seed)  # the new head
     with models.quiet():
-        net = models.trainable(AutoModelForSequenceClassification, model, num_labels=1)
+        net = models.trainable(AutoModelForSequenceClassification, model, empty=launch.receives(), num_labels=1)
     net.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(net.score.weight, std=1 / (net.config.hidden_size + 1) ** 0.5)  # Stiennon et al. 2020
     read_head(net)
     micro, accumulation = loop.batch_plan(loop.fitted(config), longest)
     steps = loop.step_count(config, len(groups))
-    args = loop.alone(
-        Arguments(
-            **loop.settings(config, out, steps, micro, accumulation),
-            gradient_checkpointing=config.gradient_checkpointing,
-            center_rewards_coefficient=config.centre or None,
-        )
+    args = Arguments(
+        **loop.settings(config, out, steps, micro, accumulation),
+        gradient_checkpointing=config.gradient_checkpointing,
+        center_rewards_coefficient=config.centre or None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -88,7 +88,8 @@ def _trainer() -> type:
             split = parts(inputs, self.micro_batch_tokens)
             if launch.worker():  # as many backward passes as every other process has
                 count = torch.tensor([len(split)], device=self.accelerator.device)
-                split = parts(inputs, self.micro_batch_tokens, least=self.accelerator.gather(count).max().item())
+                if (most := self.accelerator.gather(count).max().item()) > len(split):
+                    split = parts(inputs, self.micro_batch_tokens, least=most)
             self.micro_batches += len(split)
             return sum(super(BudgetTrainer, self).training_step(model, part, num_items_in_batch) for part in split)
 
@@ -101,19 +102,17 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     from trl import SFTConfig
 
     micro, _ = loop.batch_plan(loop.fitted(config), max(r["length"] for r in held or rows))
-    args = loop.alone(
-        SFTConfig(
-            **loop.settings(config, out, loop.step_count(config, len(rows)), loop.share(config), 1),
-            per_device_eval_batch_size=micro,
-            activation_checkpointing=config.gradient_checkpointing,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
+    args = SFTConfig(
+        **loop.settings(config, out, loop.step_count(config, len(rows)), launch.share(config), 1),
+        per_device_eval_batch_size=micro,
+        activation_checkpointing=config.gradient_checkpointing,
+        dataset_kwargs={"skip_prepare_dataset": True},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = _trainer()(
-            net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(rows),
-            Dataset.from_list(held) if held else None, processing_class=tokenizer,
+            net, args=args, data_collator=Collator(tokenizer.pad_token_id), train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(held) if held else None, processing_class=tokenizer,
         )  # fmt: skip
     trainer.micro_batch_tokens = loop.fitted(config).micro_batch_tokens
     loop.labelled_head(net)
@@ -136,7 +135,7 @@ def sft(
     rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
-    net = models.load_for_training(model, config)
+    net = models.load_for_training(model, config, empty=launch.receives())
     trainer = make_trainer(net, tokenizer, rows, config, out, held)
     steps = trainer.args.max_steps
     with warnings.catch_warnings():
