@@ -287,20 +287,23 @@ def cast(net, dtype: torch.dtype):
 
 
 def trainable(kind: type, model: Artifact, *, empty: bool = False, **options):
-    """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels.
+    """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels. empty: see `blank`."""
+    if empty:
+        return blank(kind, model, torch.float32, **options)
+    given = {"dtype": torch.float32, "attn_implementation": attention_for(placement().device)}
+    return kind.from_pretrained(**location(model), **given, **options, use_safetensors=True)
 
-    empty: a model of memory that nothing touches, for a process that gets its part of the weights from another one, so
-    that a node need not hold one copy a GPU. (Not on the meta device: the optimiser would not find its parameters again.)
+
+def blank(kind: type, model: Artifact, dtype: torch.dtype, **options):
+    """The model in memory that nothing has touched, for a process that gets its part of the weights from another one, so
+    that a node need not hold one copy a GPU. (Not on the meta device: an optimiser would not find its parameters again.)
     """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    given = {"dtype": torch.float32, "attn_implementation": attention_for(placement().device)}
-    if not empty:
-        return kind.from_pretrained(**location(model), **given, **options, use_safetensors=True)
-    from accelerate import init_empty_weights
-
+    config = AutoConfig.from_pretrained(**location(model), **options)
     with init_empty_weights(include_buffers=False):
-        net = kind.from_config(AutoConfig.from_pretrained(**location(model), **options), **given)
+        net = kind.from_config(config, dtype=dtype, attn_implementation=attention_for(placement().device))
     net._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     net.tie_weights()
     return net
@@ -310,9 +313,9 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
     """The model with what shall be trained marked so: all of it (fp32 master weights) or a LoRA adapter.
 
     config.method: 'full', 'lora' (base in the dtype of the run), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4). empty: see
-    `trainable`; an adapter's base is always loaded.
+    `blank`; an adapter's base is always loaded.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if card(model)["kind"] == "adapter":
@@ -341,7 +344,6 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
         )
         net.config.use_cache = False
         if extra:
-            net = prepare_model_for_kbit_training(net, use_gradient_checkpointing=config.gradient_checkpointing)
             warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         settings = LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,

@@ -67,10 +67,11 @@ class _Planner:
         length = min(self.row_tokens, config.max_length)
         steps = loop.step_count(config, rows)
         tokens = steps * min(config.global_batch_size, rows) * length * replies
-        micro, _ = loop.batch_plan(
+        micro, accumulation = loop.batch_plan(
             config.model_copy(update={"global_batch_size": config.global_batch_size * self.gpus}), length, self.gpus
         )
-        need = memory(self.shape, config, micro, length, processes=self.gpus, labelled=micro * length // 2)["total"]
+        about = {"accumulation": accumulation, "processes": self.gpus, "labelled": micro * length // 2}
+        need = memory(self.shape, config, micro, length, **about)["total"]
         hours = tokens * flops_per_token(self.shape, config, length) / (self.peak * UTILISATION["training"]) / 3600
         self.plan.runs.append(Run(notebook, what, rows, steps, tokens, need / 2**30, hours))
 

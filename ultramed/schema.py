@@ -273,7 +273,7 @@ class CostSection(Strict):
     shape: str | dict[str, int | bool]
     rows: int = Field(8, ge=1)
     length: int = Field(256, ge=8)
-    steps: int = Field(4, ge=2)  # the first is not timed
+    steps: int = Field(6, ge=3)  # the first two are not timed
     arms: dict[str, dict[str, Any]]  # arm -> changes to `train`
 
 

@@ -24,7 +24,7 @@ parser.add_argument("--layers", type=int, default=12)
 parser.add_argument("--words", type=int, default=32000)
 parser.add_argument("--rows", type=int, default=8)
 parser.add_argument("--length", type=int, default=256)
-parser.add_argument("--steps", type=int, default=4)
+parser.add_argument("--steps", type=int, default=6)
 args = parser.parse_args()
 if args.shape:
     config = shape_of(args.shape)

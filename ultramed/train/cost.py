@@ -19,6 +19,7 @@ from ultramed.store import Artifact, StoreError, find, stage, write_json
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
 log = logging.getLogger(__name__)
+UNTIMED = 2  # steps; the optimiser has its states in the second
 CPU_PARAMETERS = 1e9  # a step of a larger model takes minutes on a CPU, where it fits at all
 
 
@@ -29,7 +30,7 @@ class CostConfig(Strict):
     arms: dict[str, TrainConfig] = Field(min_length=1)
     rows: int = Field(4, ge=1)
     length: int = Field(256, ge=8)
-    steps: int = Field(4, ge=2)  # the first is not timed
+    steps: int = Field(6, ge=3)  # the first two are not timed: memory is measured there
 
 
 def cost_config(profile: Profile) -> CostConfig:
@@ -64,10 +65,11 @@ def random_model(out: Path, config: Shape) -> dict:
     return {"parameters": sum(p.numel() for p in net.parameters())}
 
 
-@stage(version=2)
+@stage(version=3)
 def cost(out: Path, config: CostConfig, *, model: Artifact) -> dict:
-    """For each arm peak memory (bytes, above what the libraries hold), tokens per second, and the share of the device's
-    best matrix product that the steps reach; `failed`, with the reason, where it did not fit or cannot be.
+    """For each arm the most bytes that tensors hold at once, on a CPU also what the process holds above the libraries'
+    (`resident_bytes`), tokens per second, and the share of the device's best matrix product that the steps reach;
+    `failed`, with the reason, where it did not fit or cannot be.
 
     The arms run one after the other in a process of their own; if one is too large for it, the next ones get another.
     """
@@ -120,23 +122,24 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> None:
                 failed = str(err).partition(":")[0] if isinstance(err, ConfigError) else "out of memory"
                 ledger.add({"arm": name, "failed": failed})
                 continue
-            speed = config.rows * config.length * (len(ends) - 1) / (ends[-1] - ends[0])
+            held = {"resident_bytes": _resident("VmHWM") - empty} if place.device == "cpu" else {}
+            speed = config.rows * config.length * (len(ends) - UNTIMED) / (ends[-1] - ends[UNTIMED - 1])
             flops = flops_per_token(config.shape, config.arms[name], config.length) * speed
             ledger.add(
                 {
-                    "arm": name, "peak_bytes": peak - empty, "tokens_per_second": speed, "flops": flops,
+                    "arm": name, "peak_bytes": peak, **held, "tokens_per_second": speed, "flops": flops,
                     "best_flops": peak_flops, "utilisation": flops / peak_flops, "device": str(place),
                 }
             )  # fmt: skip
 
 
 def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -> tuple[int, list[float]]:
-    """(peak memory, ends of the steps) of a training run on random tokens."""
+    """(most bytes of tensors at once, ends of the steps) of a training run on random tokens."""
     from transformers import TrainerCallback
 
     from ultramed.train.sft import make_trainer
 
-    place = models.placement()
+    on_cpu = models.placement().device == "cpu"
     train = train.model_copy(
         update={"global_batch_size": config.rows, "micro_batch_tokens": config.rows * config.length, "max_steps": config.steps}
     )
@@ -148,21 +151,41 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     net = models.load_for_training(model, train)
     trainer = make_trainer(net, tokenizer, rows, train, out)
     models.free_memory()
-    if place.device == "cpu":
+    if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, without what loading took
     else:
         torch.cuda.reset_peak_memory_stats()
-    ends = []
+    watch, ends = _Tensors(net, out / "memory.json") if on_cpu else None, []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            if place.device == "cuda":
+            if on_cpu and len(ends) == UNTIMED - 1:
+                watch.stop()
+            elif not on_cpu:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
     trainer.add_callback(Clock())
     trainer.train()
-    return (_resident("VmHWM") if place.device == "cpu" else torch.cuda.max_memory_allocated()), ends
+    return (watch.most if on_cpu else torch.cuda.max_memory_allocated()), ends
+
+
+class _Tensors:
+    """Counts the bytes of tensors on a CPU, as CUDA does by itself; `most` at once from now to `stop()`, with the model's."""
+
+    def __init__(self, net, path: Path):
+        storages = {t.untyped_storage() for t in (*net.parameters(), *net.buffers())}
+        self.model, self.path = sum({s.data_ptr(): s.nbytes() for s in storages}.values()), path
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+
+    def stop(self) -> None:
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.path))
+        events = [e for e in json.loads(self.path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+        self.path.unlink()
+        totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]  # PyTorch never sets it to 0
+        self.most = self.model + max(totals) - totals[0]
 
 
 def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int, ...] = (1, 4)) -> pd.DataFrame:
@@ -194,24 +217,18 @@ def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int
 def table(config: CostConfig, measured: Artifact) -> pd.DataFrame:
     """One row an arm: measured and estimated peak in GB, tokens per second, share of the device's peak."""
     out, device = [], models.placement().device
+    about = {"accumulation": 1, "labelled": config.rows * (config.length // 4), "device": device}
     for name, m in measured.metrics["arms"].items():
-        labelled = config.rows * (config.length // 4)
-        guess = (
-            memory(config.shape, config.arms[name], config.rows, config.length, labelled=labelled, device=device)["total"] / 1e9
-        )
-        row = {
-            "arm": name,
-            "peak GB": None,
-            "estimate GB": guess,
-            "estimate / measured": None,
-            "tokens/s": None,
-            "of peak": None,
-        }
-        if "failed" not in m:
-            peak = m["peak_bytes"] / 1e9
-            row |= {"peak GB": peak, "estimate / measured": guess / peak}
-            row |= {"tokens/s": round(m["tokens_per_second"]), "of peak": m["utilisation"]}
-        out.append({**row, "state": m.get("failed", "measured")})
+        guess = memory(config.shape, config.arms[name], config.rows, config.length, **about)["total"] / 1e9
+        state = m.get("failed", "measured")
+        peak, speed = (m.get("peak_bytes", float("nan")) / 1e9, m.get("tokens_per_second"))
+        out.append(
+            {
+                "arm": name, "peak GB": peak, "estimate GB": guess, "estimate / measured": guess / peak,
+                "process GB": m.get("resident_bytes", float("nan")) / 1e9, "tokens/s": speed and round(speed),
+                "of peak": m.get("utilisation"), "state": state,
+            }
+        )  # fmt: skip
     return pd.DataFrame(out)
 
 

@@ -2,8 +2,7 @@
 
 Weights, gradients and optimiser states are counted; activations are taken from a run of one and of two layers on tensors
 without data (PyTorch's fake tensors), which record what the backward pass keeps. Notebook 12 and
-`tests/benchmarks/cost.py` show the error against measured runs: on a CPU full fine-tuning comes out 2 to 20% low, adapters
-40% and more, because what the kernels hold for a moment is not in it.
+`tests/benchmarks/cost.py` show the error against measured runs.
 """
 
 import torch
@@ -85,23 +84,24 @@ def shape_of(name: str) -> Shape:
     return Shape(**dict(zip(fields, sizes, strict=True)), tied=bool(c.tie_word_embeddings))
 
 
-def kept(shape: Shape, layers: int, rows: int, length: int, full: bool, checkpointing: bool, device: str) -> int:
+def kept(shape: Shape, layers: int, rows: int, length: int, method: str, checkpointing: bool, device: str) -> int:
     """Bytes that the backward pass of `layers` layers keeps for a micro-batch, without head and adapters.
 
-    full: fp32 weights under autocast, whose bf16 copies count, too; otherwise frozen bf16 weights.
+    method 'full': fp32 weights under autocast, whose bf16 copies count, too; otherwise frozen bf16 weights.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaModel
 
     before, sizes, alive = torch.get_default_dtype(), {}, []
     with FakeTensorMode():
-        torch.set_default_dtype(torch.float32 if full else torch.bfloat16)
+        torch.set_default_dtype(torch.float32 if method == "full" else torch.bfloat16)
         try:
             net = LlamaModel(shape.config(layers, words=16, attention=attention_for(device))).train()
         finally:
             torch.set_default_dtype(before)
-        if not full:
-            net.requires_grad_(False)
+        if method != "full":
+            for name, weight in net.named_parameters():  # bitsandbytes' LLM.int8 keeps the input of a product, too
+                weight.requires_grad_(method == "lora_8bit" and name.endswith("proj.weight"))
             net.enable_input_require_grads()
         if checkpointing:
             net.activation_checkpointing_enable({"use_reentrant": False})
@@ -120,30 +120,52 @@ def kept(shape: Shape, layers: int, rows: int, length: int, full: bool, checkpoi
 
 
 def memory(
-    shape: Shape, config: OptimConfig, rows: int, length: int, *, processes: int = 1, labelled: int | None = None,
-    device: str = "cuda",
+    shape: Shape, config: OptimConfig, rows: int, length: int, *, accumulation: int = 2, processes: int = 1,
+    labelled: int | None = None, device: str = "cuda",
 ) -> dict:  # fmt: skip
-    """Bytes for each process, by part, and their `total`. rows: of a micro-batch; labelled: tokens of it with a label.
+    """Bytes of tensors for each process at the worst moment of a step, by part, and their `total`.
 
-    Weights, gradients and optimiser states are divided among the processes, as FSDP does; activations are not. What a
-    device needs for itself (about half a GB on CUDA) comes on top.
+    rows: of a micro-batch; accumulation: micro-batches of a step (of more than one, the gradients are there all the time);
+    labelled: tokens of a micro-batch with a label. Weights, gradients and optimiser states are divided among the processes,
+    as FSDP does; activations are not, and the layer that FSDP has gathered at a time is not counted. What a device needs
+    for itself (about half a GB on CUDA) comes on top.
     """
-    full, method = config.method == "full", config.method
+    full, method, layers, tokens = config.method == "full", config.method, shape.layers, rows * length
     outside = shape.parameters - shape.in_layers
     trained = shape.parameters if full else shape.adapter(config.lora.r, config.lora.target_modules)
     weights = shape.parameters * 4 if full else shape.in_layers * BYTES[method] + outside * 2 + trained * 4
-    states = trained * (2 if config.optim == "adamw_8bit" else 8)
-    one, two = (kept(shape, n, rows, length, full, config.gradient_checkpointing, device) for n in (1, 2))
-    again = kept(shape, 1, rows, length, full, False, device) if config.gradient_checkpointing else 0
-    activations = one + (two - one) * (shape.layers - 1) + again
-    if not full:  # what an adapter reads: a bf16 copy of its input after dropout, and the mask
+    matrix = shape.words * shape.hidden * 4 if full else 0  # of the vocabulary, in fp32
+    small_states = config.optim == "adamw_8bit"
+    states = trained * 2 + matrix * 6 / 4 if small_states else trained * 8  # an embedding's states stay in fp32
+    unpacked = 5 * matrix if small_states and device == "cpu" else 0  # bitsandbytes steps there in fp32, a tensor at a time
+    one, two = (kept(shape, n, rows, length, method, config.gradient_checkpointing, device) for n in (1, 2))
+    layer, around = two - one, 2 * one - two
+    if full:
+        adapters = 0
+    else:  # a bf16 copy of what goes into each adapter after dropout, and the mask (numbers on a CPU, bytes on CUDA)
         inputs = sum(shape.intermediate if t == "down_proj" else shape.hidden for t in config.lora.target_modules)
-        activations += 3 * inputs * rows * length * (1 if config.gradient_checkpointing else shape.layers)
-    labelled = rows * length if labelled is None else labelled
-    # fp32 logits, their gradient, and in bf16 what the matrix product gave; the whole head's weights are cast for it
-    head = labelled * shape.words * 10 + (shape.words * shape.hidden * 2 if full else 0)
+        adapters = (4 if device == "cpu" else 3) * inputs * tokens
+    again = 0  # what checkpointing computes a second time, one layer after the other
+    if config.gradient_checkpointing:
+        again = adapters + sum(n * kept(shape, i, rows, length, method, False, device) for i, n in ((1, -1), (2, 1)))
+    else:
+        layer += adapters
+    labelled = tokens if labelled is None else labelled
+    # Logits, their softmax and two gradients, of which three are there at once; the whole head's weights are cast for it.
+    head = labelled * shape.words * 12 + (shape.words * shape.hidden * 2 if full else 0)
+    passing = 3 * tokens * shape.intermediate * 2  # gradients of the widest tensors of a layer
+    gradients = trained * 4
+    of_layer = (gradients - (outside * 4 if full else 0)) / layers
+    kept_all = gradients if accumulation > 1 else 0
+    moments = [  # (gradients, activations, head)
+        (kept_all, around + layer * layers, head),  # the loss is there
+        (max(kept_all, matrix), around + layer * layers + again + passing, 0),  # the last layer's backward pass begins
+        (max(kept_all, gradients - matrix - of_layer), around + layer + again + passing, 0),  # the first layer's
+        (gradients, unpacked, 0),  # the optimiser's step
+    ]
+    gradients, activations, head = max(moments, key=lambda m: m[0] / processes + m[1] + m[2])
     parts = {
-        "weights": weights / processes, "gradients": trained * 4 / processes, "optimiser": states / processes,
+        "weights": weights / processes, "gradients": gradients / processes, "optimiser": states / processes,
         "activations": activations, "head": head,
     }  # fmt: skip
     return {**parts, "total": sum(parts.values())}

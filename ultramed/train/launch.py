@@ -282,12 +282,17 @@ def whole(net) -> dict[str, torch.Tensor] | None:
 
 
 def shard_frozen(net):
-    """Shard a model that is only read (a reference), layer by layer, over all workers.
+    """Shard a model that is only read (a reference), layer by layer, over all workers. Its weights are those of the first
+    worker; the others give a blank one.
 
     TRL shards a reference as one piece, so that every process holds all of it during its forward pass.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
+    whole = {} if receives() else net.state_dict()
     for layer in net.base_model.layers:
         fully_shard(layer)
-    return fully_shard(net)
+    net = fully_shard(net)
+    set_model_state_dict(net, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return net

@@ -64,6 +64,9 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
         "bf16": place.dtype == torch.bfloat16,
         "fp16": place.dtype == torch.float16,
         "use_cpu": place.device == "cpu",
+        "activation_checkpointing": config.gradient_checkpointing,
+        # bitsandbytes holds the inputs of its 8-bit products by itself: only reentrant checkpointing lets go of them
+        "activation_checkpointing_kwargs": {"use_reentrant": config.method == "lora_8bit"},
         "max_length": None,  # cut already
         "train_sampling_strategy": "group_by_length",  # of the rows' column `length`, by our sampler
         "remove_unused_columns": False,  # which would go otherwise
@@ -88,13 +91,20 @@ def own_tokens(trainer: type) -> type:
         args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
         trainer.__init__(self, *given, args=args, **named)
 
+    def train(self, *given, **named):
+        from peft.helpers import disable_input_dtype_casting
+
+        # Autocast does it; PEFT's own cast of what goes into an adapter doubles what dropout keeps.
+        with disable_input_dtype_casting(self.model):
+            return trainer.train(self, *given, **named)
+
     def sampler(self, dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return trainer._get_train_sampler(self, dataset)
         return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
 
     methods = {"_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler": sampler}
-    return type(trainer.__name__, (trainer,), {"__init__": on_one_device, **methods})
+    return type(trainer.__name__, (trainer,), {"__init__": on_one_device, "train": train, **methods})
 
 
 class GroupedByLength(torch.utils.data.Sampler):

@@ -103,15 +103,19 @@ def _trainer(config: PreferenceConfig):
 
 def _frozen(model: Artifact, config: PreferenceConfig):
     """The reference: in fp32 as the policy, whose rounding autocast does for both; sharded in the dtype of the products."""
+    from transformers import AutoModelForCausalLM
+
     if not launch.sharded():
         dtype = torch.float32 if config.method == "full" else models.placement(config.dtype).dtype
         return models.load(model, dtype=dtype).requires_grad_(False)
-    # Every process reads it whole into memory of the host, in 16 bits, and keeps its part.
-    net = models.load(model, dtype=models.placement(config.dtype).dtype, device="cpu").requires_grad_(False)
-    return launch.shard_frozen(net)
+    dtype = models.placement(config.dtype).dtype
+    net = (
+        models.blank(AutoModelForCausalLM, model, dtype) if launch.receives() else models.load(model, dtype=dtype, device="cpu")
+    )
+    return launch.shard_frozen(net.eval().requires_grad_(False))
 
 
-@stage(version=4, also=prompts.wording)
+@stage(version=5, also=prompts.wording)
 @distributed
 def preference(
     out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
@@ -141,7 +145,7 @@ def preference(
     steps = loop.step_count(config, len(rows))
     base, arguments, own = _trainer(config)
     shared = loop.settings(config, out, steps, micro, accumulation)
-    args = arguments(**{**shared, **own}, gradient_checkpointing=config.gradient_checkpointing, disable_dropout=True)
+    args = arguments(**{**shared, **own}, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = loop.own_tokens(base)(

@@ -120,7 +120,6 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     steps = loop.step_count(config, len(groups))
     args = Arguments(
         **loop.settings(config, out, steps, micro, accumulation),
-        gradient_checkpointing=config.gradient_checkpointing,
         center_rewards_coefficient=config.centre or None,
     )
     with warnings.catch_warnings():

@@ -105,7 +105,6 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     args = SFTConfig(
         **loop.settings(config, out, loop.step_count(config, len(rows)), launch.share(config), 1),
         per_device_eval_batch_size=micro,
-        activation_checkpointing=config.gradient_checkpointing,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     with warnings.catch_warnings():
@@ -119,7 +118,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     return trainer
 
 
-@stage(version=5, also=prompts.wording)
+@stage(version=6, also=prompts.wording)
 @distributed
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
