@@ -117,12 +117,12 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> None:
             models.free_memory()
             empty = _resident("VmRSS") if place.device == "cpu" else 0
             try:
-                peak, ends = _train(config, config.arms[name], model, out)
+                peak, resident, ends = _train(config, config.arms[name], model, out)
             except (torch.OutOfMemoryError, ConfigError) as err:
                 failed = str(err).partition(":")[0] if isinstance(err, ConfigError) else "out of memory"
                 ledger.add({"arm": name, "failed": failed})
                 continue
-            held = {"resident_bytes": _resident("VmHWM") - empty} if place.device == "cpu" else {}
+            held = {"resident_bytes": resident - empty} if place.device == "cpu" else {}
             speed = config.rows * config.length * (len(ends) - UNTIMED) / (ends[-1] - ends[UNTIMED - 1])
             flops = flops_per_token(config.shape, config.arms[name], config.length) * speed
             ledger.add(
@@ -133,8 +133,8 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> None:
             )  # fmt: skip
 
 
-def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -> tuple[int, list[float]]:
-    """(most bytes of tensors at once, ends of the steps) of a training run on random tokens."""
+def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -> tuple[int, int, list[float]]:
+    """(most bytes of tensors at once, of the process, ends of the steps) of a training run on random tokens."""
     from transformers import TrainerCallback
 
     from ultramed.train.sft import make_trainer
@@ -155,37 +155,38 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, without what loading took
     else:
         torch.cuda.reset_peak_memory_stats()
-    watch, ends = _Tensors(net, out / "memory.json") if on_cpu else None, []
+    watch, ends = _Tensors(net) if on_cpu else None, []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             if on_cpu and len(ends) == UNTIMED - 1:
-                watch.stop()
+                watch.profiler.stop()
             elif not on_cpu:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
     trainer.add_callback(Clock())
     trainer.train()
-    return (watch.most if on_cpu else torch.cuda.max_memory_allocated()), ends
+    resident = _resident("VmHWM") if on_cpu else 0  # before the profile is read, which takes memory, too
+    return watch.most(out / "memory.json") if on_cpu else torch.cuda.max_memory_allocated(), resident, ends
 
 
 class _Tensors:
-    """Counts the bytes of tensors on a CPU, as CUDA does by itself; `most` at once from now to `stop()`, with the model's."""
+    """Counts the bytes of tensors on a CPU, as CUDA does by itself, from now until `profiler` is stopped."""
 
-    def __init__(self, net, path: Path):
-        storages = {t.untyped_storage() for t in (*net.parameters(), *net.buffers())}
-        self.model, self.path = sum({s.data_ptr(): s.nbytes() for s in storages}.values()), path
+    def __init__(self, net):
+        storages = [t.untyped_storage() for t in (*net.parameters(), *net.buffers())]
+        self.model = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self.profiler.start()
 
-    def stop(self) -> None:
-        self.profiler.stop()
-        self.profiler.export_chrome_trace(str(self.path))
-        events = [e for e in json.loads(self.path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-        self.path.unlink()
+    def most(self, path: Path) -> int:
+        """Held at once, with the model's. path: of a file to come and go."""
+        self.profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+        path.unlink()
         totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]  # PyTorch never sets it to 0
-        self.most = self.model + max(totals) - totals[0]
+        return self.model + max(totals) - totals[0]
 
 
 def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int, ...] = (1, 4)) -> pd.DataFrame:
