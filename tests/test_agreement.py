@@ -129,6 +129,28 @@ def test_a_gguf_file_is_the_same_model(bench, tmp_path, dtype):
     assert again.chat_template == tokenizer.chat_template
 
 
+def test_llama_cpp_says_what_transformers_says(bench, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python compiles llama.cpp")
+    policy = bench.train("full", learning_rate=1e-2, epochs=4)
+    tokenizer, net = models.load_tokenizer(policy), models.load(policy, dtype=torch.float32, device="cpu")
+    write_gguf(net, tokenizer, tmp_path / "m.gguf", "f32")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, logits_all=True, verbose=False)
+    assert llama.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+    for question in ("What is Addison's disease?", "Dose: 12.5 mg of \u03b2-blockers\n\n  A. once"):
+        text = prompts.TEMPLATES["chat"].render([{"role": "user", "content": question}], tokenizer)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+        llama.reset()
+        llama.eval(ids)
+        with torch.inference_mode():
+            ours = net(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            reply = net.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+        theirs = torch.tensor(llama.scores[: len(ids)]).log_softmax(-1)
+        assert (ours - theirs).abs().max() < 1e-3
+        told = llama.create_completion(ids, max_tokens=12, temperature=0)["choices"][0]["text"]
+        assert told == tokenizer.decode(reply, skip_special_tokens=True)
+
+
 def test_what_gguf_does_not_hold(bench, tmp_path):
     tokenizer, net = models.load_tokenizer(bench.model), models.load(bench.model, dtype=torch.float32)
 

@@ -37,7 +37,7 @@ from ultramed.store import Artifact, StoreError, write_json
 
 WORKER = "ultramed.worker"
 JOB = "ULTRAMED_JOB"  # in a worker: the folder with what it is to do
-GRACE = 600  # seconds that workers have for the step at hand and a checkpoint
+GRACE = 3600  # seconds that workers have for the step at hand and a checkpoint, which at 70B is a terabyte
 
 
 def nodes() -> int:
