@@ -20,7 +20,7 @@ from ultramed.config import home
 from ultramed.schema import ConfigError
 from ultramed.store import write_text
 
-GRACE = 120  # seconds between the warning and the end of a task's time
+GRACE = 120  # seconds between the warning and the end of a task's time, unless the options have a signal
 
 _SCRIPT = """\
 #!/bin/bash
@@ -28,7 +28,6 @@ _SCRIPT = """\
 #SBATCH --output={folder}/%x_%A_%a.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@{grace}
 {options}
 # At the time limit SLURM warns this shell alone; the work is told to stop, saves a checkpoint, and the task is queued again.
 stop() {{
@@ -51,9 +50,10 @@ def command(*args: str) -> str:
 
 
 def _write(name: str, tasks: list[str], folder: Path, options: list[str]) -> Path:
-    lines = [f"#SBATCH --{option}" for option in options]
+    warned = any(option.startswith("signal=") for option in options)
+    lines = [f"#SBATCH --{option}" for option in (*options, *([] if warned else [f"signal=B:USR1@{GRACE}"]))]
     write_text(folder / f"{name}.tasks", "".join(task + "\n" for task in tasks))
-    given = {"folder": folder, "grace": GRACE, "home": shlex.quote(str(home())), "tasks": shlex.quote(f"{folder / name}.tasks")}
+    given = {"folder": folder, "home": shlex.quote(str(home())), "tasks": shlex.quote(f"{folder / name}.tasks")}
     path = folder / f"{name}.sh"
     write_text(path, _SCRIPT.format(name=name, options="\n".join(lines), **given))
     return path

@@ -268,9 +268,10 @@ class CollectionConfig(Strict):
 
 class CostSection(Strict):
     """Notebook 12: what training costs at a shape. `shape`: a model whose shape is known, or sizes (train/estimate.py);
-    `rows` rows of `length` tokens are one step."""
+    `rows` rows of `length` tokens are one step, `epoch_rows` an epoch."""
 
     shape: str | dict[str, int | bool]
+    epoch_rows: int = Field(6000, ge=1)
     rows: int = Field(8, ge=1)
     length: int = Field(256, ge=8)
     steps: int = Field(6, ge=3)  # the first two are not timed

@@ -215,22 +215,23 @@ def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int
     return pd.DataFrame(out)
 
 
-def table(config: CostConfig, measured: Artifact) -> pd.DataFrame:
-    """One row an arm: measured and estimated peak in GB, tokens per second, share of the device's peak."""
+def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.DataFrame:
+    """One row an arm: measured and estimated peak in GB, tokens per second, minutes for `epoch_rows` rows, share of the
+    device's peak."""
     out, device = [], models.placement().device
     about = {"accumulation": 1, "labelled": config.rows * (config.length // 4), "device": device}
     for name, m in measured.metrics["arms"].items():
         guess = memory(config.shape, config.arms[name], config.rows, config.length, **about)["total"] / 1e9
         state = m.get("failed", "measured")
-        peak, speed = (m.get("peak_bytes", float("nan")) / 1e9, m.get("tokens_per_second"))
+        peak, speed = (m.get(key, float("nan")) for key in ("peak_bytes", "tokens_per_second"))
         out.append(
             {
-                "arm": name, "peak GB": peak, "estimate GB": guess, "estimate / measured": guess / peak,
-                "process GB": m.get("resident_bytes", float("nan")) / 1e9, "tokens/s": speed and round(speed),
-                "of peak": m.get("utilisation"), "state": state,
+                "arm": name, "peak GB": peak / 1e9, "estimate GB": guess, "estimate / measured": guess * 1e9 / peak,
+                "process GB": m.get("resident_bytes", float("nan")) / 1e9, "tokens/s": speed,
+                "minutes an epoch": epoch_rows * config.length / speed / 60, "of peak": m.get("utilisation"), "state": state,
             }
         )  # fmt: skip
-    return pd.DataFrame(out)
+    return pd.DataFrame(out).round({"tokens/s": 0}).astype({"tokens/s": "Int64"})
 
 
 if __name__ == "__main__":
