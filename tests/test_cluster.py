@@ -131,7 +131,8 @@ def test_at_its_time_limit_a_task_is_told_and_queued_again(real, tmp_path, monke
     for name, value in real.items():
         monkeypatch.setenv(name, value)
     tasks = [cluster.shlex.join([sys.executable, str(work)])]
-    cluster.submit("limit", tasks, touch(tmp_path / "last"), where="slurm", folder=tmp_path / "jobs", options=["time=1", "signal=B:USR1@55"])
+    short = ["time=1", "signal=B:USR1@55"]
+    cluster.submit("limit", tasks, touch(tmp_path / "last"), where="slurm", folder=tmp_path / "jobs", options=short)
     until(lambda: (tmp_path / "told").exists())
     shown = until(lambda: [s for s in ask_slurm(real, "scontrol", "show", "job").split("\n\n") if "Restarts=1" in s])
     assert "JobState=PENDING" in shown[0]
