@@ -44,6 +44,9 @@ def test_what_costs_memory():
     assert total() > total(optim="adamw_8bit") > total(optim="adamw_8bit", gradient_checkpointing=True)
     assert total(method="lora") > total(method="lora_8bit") > total(method="lora_4bit")
     assert total(processes=8) < total() / 3
+    assert total(method="lora", processes=8) == total(method="lora")  # data parallel
+    whole, parts = (memory(shape, TRAIN, 4, 256, processes=n, reference=True)["reference"] for n in (1, 8))
+    assert (whole, parts) == (4 * shape.parameters, 2 * shape.parameters / 8)
     parts = memory(shape, TRAIN, 4, 256)
     assert parts["weights"] == 4 * shape.parameters
     assert parts["optimiser"] == 8 * shape.parameters
@@ -95,7 +98,7 @@ def test_an_arm_that_the_kernel_kills_is_out_of_memory_and_the_next_ones_run(mon
                 ledger.add({"arm": "b", "peak_bytes": 1, "tokens_per_second": 1, "utilisation": 0.5})
         return SimpleNamespace(returncode=-9 if len(calls) == 1 else 0, stderr="")
 
-    monkeypatch.setattr(module.subprocess, "run", killed)
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=killed))  # here only: the store asks git
     config = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
     setting = CostConfig(shape=config, arms={"a": TRAIN, "b": TRAIN}, rows=1, length=8)
     shown = table(setting, cost(setting, model=random_model(config))).set_index("arm")
@@ -109,6 +112,12 @@ def test_every_profile_has_a_plan(name, monkeypatch):
     assert {r.notebook for r in found.runs} >= {"11", "21", "22", "24", "25", "26"}
     assert all(r.rows > 0 and r.tokens > 0 and r.gib > 0 and r.hours > 0 for r in found.runs)
     assert bool(found.missing) == (name not in ("smoke", "laptop"))
+
+
+def test_what_does_not_fit_is_said():
+    assert not any("memory for" in m for m in plan(load_profile("paper-8b"), gpus=8).missing)
+    (tight,) = {m.partition(":")[0] for m in plan(load_profile("medalpaca-13b"), gpus=2).missing if "memory for alpaca" in m}
+    assert tight == "memory for alpaca"
 
 
 def test_the_papers_rows_and_rates():

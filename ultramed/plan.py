@@ -11,11 +11,12 @@ from pathlib import Path
 from ultramed.config import arm_config, merge, preference_config
 from ultramed.data.catalog import SOURCES
 from ultramed.data.sources import local_files
-from ultramed.schema import ConfigError, OptimConfig, Profile, TrainConfig
+from ultramed.schema import ConfigError, OptimConfig, PreferenceConfig, Profile, TrainConfig
 from ultramed.train import loop
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
 UTILISATION = {"training": 0.4, "sampling": 0.05}  # of the device's peak; sampling is bound by memory, not by arithmetic
+DEVICE_GB = 80  # an H100
 
 
 @dataclass
@@ -70,8 +71,8 @@ class _Planner:
         micro, accumulation = loop.batch_plan(
             config.model_copy(update={"global_batch_size": config.global_batch_size * self.gpus}), length, self.gpus
         )
-        about = {"accumulation": accumulation, "processes": self.gpus, "labelled": micro * length // 2}
-        need = memory(self.shape, config, micro, length, **about)["total"]
+        about = {"accumulation": accumulation, "processes": self.gpus, "reference": isinstance(config, PreferenceConfig)}
+        need = memory(self.shape, config, micro, length, labelled=micro * length // 2, **about)["total"]
         hours = tokens * flops_per_token(self.shape, config, length) / (self.peak * UTILISATION["training"]) / 3600
         self.plan.runs.append(Run(notebook, what, rows, steps, tokens, need / 2**30, hours))
 
@@ -125,6 +126,12 @@ class _Planner:
 
     def look(self) -> None:
         """What is not at hand."""
+        for run in self.plan.runs:
+            if run.gib * 2**30 > DEVICE_GB * 1e9:
+                self.plan.missing.append(
+                    f"memory for {run.what} (notebook {run.notebook}): {run.gib:.0f} GiB on each device, which has {DEVICE_GB} GB; "
+                    f"more --gpus (no help to adapters), gradient_checkpointing, fewer micro_batch_tokens"
+                )
         name, names = self.profile.models[0].name, set()
         if ":" not in name and not Path(name).expanduser().is_dir():
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

@@ -121,16 +121,18 @@ def kept(shape: Shape, layers: int, rows: int, length: int, method: str, checkpo
 
 def memory(
     shape: Shape, config: OptimConfig, rows: int, length: int, *, accumulation: int = 2, processes: int = 1,
-    labelled: int | None = None, device: str = "cuda",
+    labelled: int | None = None, reference: bool = False, device: str = "cuda",
 ) -> dict:  # fmt: skip
     """Bytes of tensors for each process at the worst moment of a step, by part, and their `total`.
 
     rows: of a micro-batch; accumulation: micro-batches of a step (of more than one, the gradients are there all the time);
-    labelled: tokens of a micro-batch with a label. Weights, gradients and optimiser states are divided among the processes,
-    as FSDP does; activations are not, and the layer that FSDP has gathered at a time is not counted. What a device needs
-    for itself (about half a GB on CUDA) comes on top.
+    labelled: tokens of a micro-batch with a label; reference: beside all weights that are trained a frozen copy is held.
+    Weights, gradients and optimiser states are divided among the processes where all weights are trained, as FSDP does;
+    activations are not, and the layer that FSDP has gathered at a time is not counted. What a device needs for itself
+    (about half a GB on CUDA) comes on top.
     """
     full, method, layers, tokens = config.method == "full", config.method, shape.layers, rows * length
+    processes = processes if full else 1  # adapters are trained data parallel
     outside = shape.parameters - shape.in_layers
     trained = shape.parameters if full else shape.adapter(config.lora.r, config.lora.target_modules)
     weights = shape.parameters * 4 if full else shape.in_layers * BYTES[method] + outside * 2 + trained * 4
@@ -167,6 +169,7 @@ def memory(
     parts = {
         "weights": weights / processes, "gradients": gradients / processes, "optimiser": states / processes,
         "activations": activations, "head": head,
+        "reference": shape.parameters * (4 if processes == 1 else 2) / processes if full and reference else 0,
     }  # fmt: skip
     return {**parts, "total": sum(parts.values())}
 
