@@ -1,6 +1,7 @@
 """Command line of models: train one arm, ask it, score pairs, talk to it, take it out of the store."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -164,12 +165,12 @@ def chat(
     from ultramed.notebook import quiet
 
     quiet()
-    page = server(port) if web else None  # a port that is taken shows before a model is loaded
-    talker = Talker(models.resolve(model), max_new_tokens, temperature)
-    if page:
-        page.talker = talker
-        console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)", highlight=False)
-        page.serve_forever()
+    with server(port) if web else nullcontext() as page:  # a port that is taken shows before a model is loaded
+        talker = Talker(models.resolve(model), max_new_tokens, temperature)
+        if page:
+            page.talker = talker
+            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)", highlight=False)
+            page.serve_forever()
     console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
     turns: list[dict] = []
     while True:

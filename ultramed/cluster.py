@@ -50,8 +50,9 @@ def command(*args: str) -> str:
 
 
 def _write(name: str, tasks: list[str], folder: Path, options: list[str]) -> Path:
-    warned = any(option.startswith("signal=") for option in options)
-    lines = [f"#SBATCH --{option}" for option in (*options, *([] if warned else [f"signal=B:USR1@{GRACE}"]))]
+    if not any(option.startswith("signal=") for option in options):
+        options = [*options, f"signal=B:USR1@{GRACE}"]
+    lines = [f"#SBATCH --{option}" for option in options]
     write_text(folder / f"{name}.tasks", "".join(task + "\n" for task in tasks))
     given = {"folder": folder, "home": shlex.quote(str(home())), "tasks": shlex.quote(f"{folder / name}.tasks")}
     path = folder / f"{name}.sh"

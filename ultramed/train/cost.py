@@ -32,6 +32,11 @@ class CostConfig(Strict):
     length: int = Field(256, ge=8)
     steps: int = Field(6, ge=3)  # the first two are not timed: memory is measured there
 
+    @property
+    def labels(self) -> int:
+        """Labelled tokens of a row."""
+        return self.length // 4
+
 
 def cost_config(profile: Profile) -> CostConfig:
     """The section `cost` of a profile; on a CPU a small shape stands in for one of billions of parameters."""
@@ -146,7 +151,7 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     tokenizer = models.load_tokenizer(model)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.shape.words, (config.rows * config.steps, config.length), generator=draw).tolist()
-    start = config.length - config.length // 4
+    start = config.length - config.labels
     rows = [{"input_ids": r, "labels": [-100] * start + r[start:], "length": len(r)} for r in ids]
     net = models.load_for_training(model, train)
     trainer = make_trainer(net, tokenizer, rows, train, out)
@@ -219,7 +224,7 @@ def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.
     """One row an arm: measured and estimated peak in GB, tokens per second, minutes for `epoch_rows` rows, share of the
     device's peak."""
     out, device = [], models.placement().device
-    about = {"accumulation": 1, "labelled": config.rows * (config.length // 4), "device": device}
+    about = {"accumulation": 1, "labelled": config.rows * config.labels, "device": device}
     for name, m in measured.metrics["arms"].items():
         guess = memory(config.shape, config.arms[name], config.rows, config.length, **about)["total"] / 1e9
         state = m.get("failed", "measured")

@@ -140,8 +140,13 @@ def memory(
     small_states = config.optim == "adamw_8bit"
     states = trained * 2 + matrix * 6 / 4 if small_states else trained * 8  # an embedding's states stay in fp32
     unpacked = 5 * matrix if small_states and device == "cpu" else 0  # bitsandbytes steps there in fp32, a tensor at a time
-    one, two = (kept(shape, n, rows, length, method, config.gradient_checkpointing, device) for n in (1, 2))
-    layer, around = two - one, 2 * one - two
+
+    def activations(checkpointing: bool) -> tuple[int, int]:
+        """(of a layer, around the layers)."""
+        one, two = (kept(shape, n, rows, length, method, checkpointing, device) for n in (1, 2))
+        return two - one, 2 * one - two
+
+    layer, around = activations(config.gradient_checkpointing)
     if full:
         adapters = 0
     else:  # a bf16 copy of what goes into each adapter after dropout, and the mask (numbers on a CPU, bytes on CUDA)
@@ -149,7 +154,7 @@ def memory(
         adapters = (4 if device == "cpu" else 3) * inputs * tokens
     again = 0  # what checkpointing computes a second time, one layer after the other
     if config.gradient_checkpointing:
-        again = adapters + sum(n * kept(shape, i, rows, length, method, False, device) for i, n in ((1, -1), (2, 1)))
+        again = adapters + activations(False)[0]
     else:
         layer += adapters
     labelled = tokens if labelled is None else labelled
@@ -158,17 +163,18 @@ def memory(
     passing = 3 * tokens * shape.intermediate * 2  # gradients of the widest tensors of a layer
     gradients = trained * 4
     of_layer = (gradients - (outside * 4 if full else 0)) / layers
-    kept_all = gradients if accumulation > 1 else 0
+    earlier = gradients if accumulation > 1 else 0  # of micro-batches before this one
+    forward = around + layer * layers
     moments = [  # (gradients, activations, head)
-        (kept_all, around + layer * layers, head),  # the loss is there
-        (max(kept_all, matrix), around + layer * layers + again + passing, 0),  # the last layer's backward pass begins
-        (max(kept_all, gradients - matrix - of_layer), around + layer + again + passing, 0),  # the first layer's
+        (earlier, forward, head),  # the loss is there
+        (max(earlier, matrix), forward + again + passing, 0),  # the last layer's backward pass begins
+        (max(earlier, gradients - matrix - of_layer), around + layer + again + passing, 0),  # the first layer's
         (gradients, unpacked, 0),  # the optimiser's step
     ]
-    gradients, activations, head = max(moments, key=lambda m: m[0] / processes + m[1] + m[2])
+    gradients, held, head = max(moments, key=lambda m: m[0] / processes + m[1] + m[2])
     parts = {
         "weights": weights / processes, "gradients": gradients / processes, "optimiser": states / processes,
-        "activations": activations, "head": head,
+        "activations": held, "head": head,
         "reference": shape.parameters * (4 if processes == 1 else 2) / processes if full and reference else 0,
     }  # fmt: skip
     return {**parts, "total": sum(parts.values())}

@@ -290,9 +290,9 @@ def shard_frozen(net):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    whole = {} if receives() else net.state_dict()
+    weights = {} if receives() else net.state_dict()
     for layer in net.base_model.layers:
         fully_shard(layer)
     net = fully_shard(net)
-    set_model_state_dict(net, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return net

@@ -86,25 +86,29 @@ def own_tokens(trainer: type) -> type:
     """The TRL trainer on one device, without its preparation of the data set, which is tokenised and linted already, and
     with our order of rows. `args` is given by name."""
 
-    def on_one_device(self, *given, args, **named):
-        # Of several GPUs Trainer would make threads of its own (DataParallel), and batches as many times larger.
-        args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
-        trainer.__init__(self, *given, args=args, **named)
+    class Own(trainer):
+        def __init__(self, *given, args, **named):
+            # Of several GPUs Trainer would make threads of its own (DataParallel), and batches as many times larger.
+            args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
+            super().__init__(*given, args=args, **named)
 
-    def train(self, *given, **named):
-        from peft.helpers import disable_input_dtype_casting
+        def train(self, *given, **named):
+            from peft.helpers import disable_input_dtype_casting
 
-        # Autocast does it; PEFT's own cast of what goes into an adapter doubles what dropout keeps.
-        with disable_input_dtype_casting(self.model):
-            return trainer.train(self, *given, **named)
+            # Autocast does it; PEFT's own cast of what goes into an adapter doubles what dropout keeps.
+            with disable_input_dtype_casting(self.model):
+                return super().train(*given, **named)
 
-    def sampler(self, dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return trainer._get_train_sampler(self, dataset)
-        return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
 
-    methods = {"_prepare_dataset": lambda self, dataset, *_, **__: dataset, "_get_train_sampler": sampler}
-    return type(trainer.__name__, (trainer,), {"__init__": on_one_device, "train": train, **methods})
+        def _get_train_sampler(self, dataset=None):
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(dataset)
+            return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
+
+    Own.__name__ = trainer.__name__
+    return Own
 
 
 class GroupedByLength(torch.utils.data.Sampler):

@@ -105,13 +105,13 @@ def _frozen(model: Artifact, config: PreferenceConfig):
     """The reference: in fp32 as the policy, whose rounding autocast does for both; sharded in the dtype of the products."""
     from transformers import AutoModelForCausalLM
 
-    if not launch.sharded():
-        dtype = torch.float32 if config.method == "full" else models.placement(config.dtype).dtype
-        return models.load(model, dtype=dtype).requires_grad_(False)
     dtype = models.placement(config.dtype).dtype
-    net = (
-        models.blank(AutoModelForCausalLM, model, dtype) if launch.receives() else models.load(model, dtype=dtype, device="cpu")
-    )
+    if not launch.sharded():
+        return models.load(model, dtype=torch.float32 if config.method == "full" else dtype).requires_grad_(False)
+    if launch.receives():
+        net = models.blank(AutoModelForCausalLM, model, dtype)
+    else:
+        net = models.load(model, dtype=dtype, device="cpu")
     return launch.shard_frozen(net.eval().requires_grad_(False))
 
 
