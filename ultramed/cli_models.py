@@ -14,6 +14,15 @@ models_app = typer.Typer(pretty_exceptions_enable=False)
 train_app = typer.Typer(no_args_is_help=True, help="Train one arm of a profile by hand.")
 
 
+def _template(name: str) -> dict[str, str]:
+    """The option `template` of a stage, or nothing, for the model's own. Raises ConfigError for an unknown one."""
+    from ultramed.prompts import TEMPLATES
+
+    if name:
+        config.known(name, TEMPLATES, "templates")
+    return {"template": name} if name else {}
+
+
 @models_app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")],
@@ -22,8 +31,11 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="likelihood, greedy or medalpaca.")] = "likelihood",
     answer_form: Annotated[str, typer.Option(help="content_first ('text (B)') or letter_first ('B: text').")] = "letter_first",
     template: Annotated[
-        str, typer.Option(help="chat, alpaca or medalpaca; likelihood uses the harness's plain prompt.")
-    ] = "chat",
+        str,
+        typer.Option(
+            help="chat, alpaca or medalpaca; the model's own if not given. Likelihood uses the harness's plain prompt."
+        ),
+    ] = "",
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
@@ -36,14 +48,13 @@ def evaluate(
     from ultramed.evaluate import stats
     from ultramed.evaluate.accuracy import answers, read_answers
     from ultramed.notebook import quiet
-    from ultramed.prompts import TEMPLATES
 
     quiet()
-    config.known(template, TEMPLATES, "templates")
+    given_template = _template(template)
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
     setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
     asked = own(questions, "questions", limit=limit)
-    art = answers(setting, model=models.resolve(model), questions=asked, template=template, dtype=dtype)
+    art = answers(setting, model=models.resolve(model), questions=asked, dtype=dtype, **given_template)
     frame = read_answers(art)
     e = stats.wilson(frame.correct)
     m = art.metrics
@@ -74,7 +85,7 @@ def agreement(
         ),
     ],
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="Of all of them, e.g. protocol=likelihood.")] = [],  # noqa: B006
-    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca.")] = "chat",
+    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
 ) -> None:  # fmt: skip
     """Ask the same questions by several engines, dtypes, batch sizes: how many answers flip, and does the accuracy move?"""
@@ -82,14 +93,13 @@ def agreement(
     from ultramed.data.sources import own
     from ultramed.evaluate import agreement as agree
     from ultramed.notebook import percent, quiet
-    from ultramed.prompts import TEMPLATES
 
     quiet()
-    config.known(template, TEMPLATES, "templates")
+    given_template = _template(template)
     setting = config.validate(schema.EvalConfig, config.overridden({"answer_form": "letter_first"}, overrides), "eval")
     for text in ["", *variants]:
         agree.settings(setting, text)  # a slip should show before the first question is asked
-    given = {"model": models.resolve(model), "questions": own(questions, "questions", limit=limit), "template": template}
+    given = {"model": models.resolve(model), "questions": own(questions, "questions", limit=limit), **given_template}
     table = agree.flips({text or "as it is": agree.ask(setting, text, **given) for text in ["", *variants]})
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "agreement.csv", index=False)
@@ -104,24 +114,23 @@ def reward(
     model: Annotated[str, typer.Option(help="Reward model: artifact key, local folder or hub id with one output.")],
     pairs: Annotated[Path, typer.Option(help="JSONL or Parquet of pairs: prompt, chosen, rejected (texts or messages).")],
     out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
-    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca.")] = "chat",
+    template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
 ) -> None:
     """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
     from ultramed import models
     from ultramed.data.rows import read_pairs
     from ultramed.evaluate import reward_bench
     from ultramed.notebook import quiet
-    from ultramed.prompts import TEMPLATES
 
     quiet()
-    config.known(template, TEMPLATES, "templates")
+    given_template = _template(template)
     rows, found = read_pairs(pairs), models.resolve(model)
-    given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), "template": template}
+    given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), **given_template}
     out.mkdir(parents=True, exist_ok=True)
     if (out / "given.json").exists() and json.loads((out / "given.json").read_text()) != given:
         raise schema.ConfigError(f"{out} holds scores of another model, file or template; give another --out, or remove it")
     store.write_json(out / "given.json", given)
-    reward_bench.score_pairs(found, rows, out / "scores.jsonl", TEMPLATES[template])
+    reward_bench.score_pairs(found, rows, out / "scores.jsonl", models.template_of(found, template or None))
     frame = reward_bench.read_scores(out)
     store.write_json(out / "results.json", reward_bench.rewardbench_result(frame, given["model"]))
     for row in reward_bench.table(frame).itertuples():

@@ -20,6 +20,7 @@ import torch
 from ultramed.attention import attention_for
 from ultramed.client import ServerConfig
 from ultramed.schema import ConfigError, ModelConfig, OptimConfig
+from ultramed.prompts import TEMPLATES, Template
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 
@@ -183,6 +184,11 @@ def set_pad(tokenizer) -> None:
 def card(model: Artifact) -> dict:
     """The artifact's `model.json`."""
     return json.loads((model / "model.json").read_text())
+
+
+def template_of(model: Artifact, name: str | None = None) -> Template:
+    """The template that the model was made or trained with; `name` overrides it."""
+    return TEMPLATES[name or card(model).get("template", "chat")]
 
 
 def base_of(model: Artifact) -> Artifact:

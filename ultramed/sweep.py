@@ -139,7 +139,7 @@ def _run(sweep: SweepConfig, profile: schema.Profile, seed: int) -> tuple[pd.Dat
     if sweep.experiment == "reward":
         model = suite.reward(sweep.arm, seed=seed)
         pairs = reward_bench.bench(reward_bench.BenchConfig(), feedback=suite.feedback("medical", held=True))
-        scores = reward_bench.pair_scores(schema.JudgeConfig(), reward=model, pairs=pairs, template=suite.config.template)
+        scores = reward_bench.pair_scores(schema.JudgeConfig(), reward=model, pairs=pairs)
         return reward_bench.read_scores(scores), model, [pairs, scores]
     if sweep.experiment == "preference":
         model = suite.prefer(sweep.mix, sweep.arm, seed=seed)

@@ -67,13 +67,13 @@ class Suite:
             counts = {f"{source}[0:{count}]": 1.0 for source, count in self.own.prompts["medical"].items()}
         config = self.sft_config(counts)
         data = self.rows(config.mixture, config.seed)
-        return sft(config, model=start, data=data, template=self.config.template)
+        return sft(config, model=start, data=data)
 
     def prefer(self, mix: str, arm: str, **changes) -> Artifact:
         """Preference learning from the SFT policy `mix`, on medical pairs for UltraMed, on all for UltraMix."""
         config = preference_config(self.profile, arm, **changes)  # a wrong arm should fail before anything is trained
         start, data = self.sft(mix), self.pairs("best_random", DOMAINS if mix == "ultramix" else ("medical",))
-        return preference(config, model=start, pairs=data, template=self.config.template)
+        return preference(config, model=start, pairs=data)
 
     # ---------------------------------------------------------------------------------------------------- preferences
 
@@ -104,7 +104,7 @@ class Suite:
                 if model is None:
                     made[member.policy] = references(config, **given, guess=member.policy == "guess")
                 else:
-                    made[name] = samples(config, model=model, template=self.config.template, **given)
+                    made[name] = samples(config, model=model, **given)
         return made
 
     def feedback(self, domain: str, held: bool = False) -> Artifact:
@@ -132,12 +132,12 @@ class Suite:
         data = self.pairs("all", domains, share=1 / len(domains))
         config = self.own.reward.model_copy(update=changes)
         start = self.base if self.own.reward_start == "base" else self.sft(self.own.reward_start)
-        return reward(config, model=start, pairs=data, template=self.config.template)
+        return reward(config, model=start, pairs=data)
 
     def scored(self, sampled: dict[str, Artifact], arm: str | None = None) -> Artifact:
         """A reward model's feedback on samples."""
         rm = self.reward(arm or self.own.judge_arm)
-        return reward_feedback(JudgeConfig(), reward=rm, template=self.config.template, **sampled)
+        return reward_feedback(JudgeConfig(), reward=rm, **sampled)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -150,8 +150,7 @@ class Suite:
         """Answers to the domain's test questions, one row a question; `changes` are to the profile's `eval`."""
         config = self.profile.eval.model_copy(update=changes)
         made = [
-            answers(config, model=model, questions=q, side=side, select=select, template=self.config.template)
-            for q, side, select in self.test_prompts(domain)
+            answers(config, model=model, questions=q, side=side, select=select) for q, side, select in self.test_prompts(domain)
         ]
         frame = pd.concat([read_answers(a) for a in made]).assign(seed=self.own.seed, domain=domain)
         return frame.sort_values("subset", kind="stable", ignore_index=True), made
@@ -160,7 +159,7 @@ class Suite:
         """`selection_n` samples of every medical test question."""
         config = self.own.sample.model_copy(update={"n": self.own.selection_n, "seed": self.own.seed})
         return {
-            f"test{number}": samples(config, model=model, questions=q, side=side, select=select, template=self.config.template)
+            f"test{number}": samples(config, model=model, questions=q, side=side, select=select)
             for number, (q, side, select) in enumerate(self.test_prompts("medical"))
         }
 
@@ -180,7 +179,7 @@ class Suite:
             config = self.own.sample.model_copy(update={"n": self.own.iterative.n, "seed": 100 + number})
             sampled = {}
             for n, (questions, side, select) in enumerate(self.prompts(self.own.iterative.prompts, first)):
-                given = {"questions": questions, "side": side, "select": select, "template": self.config.template}
+                given = {"questions": questions, "side": side, "select": select}
                 sampled[f"round{number}_{n}"] = samples(config, model=model, **given)
             judged = self.scored(sampled)
             score = pd.Series([c["score"] for row in read_feedback(judged) for c in row["candidates"]])
@@ -198,7 +197,6 @@ class Suite:
                 preference_config(self.profile, arm, **changes),
                 model=model,
                 pairs=data,
-                template=self.config.template,
                 **reference,
             )
             first += max(self.own.iterative.prompts.values())

@@ -55,7 +55,7 @@ class Bench:
             counts = {k: max(1, round(v * fraction)) if isinstance(v, int) else v * fraction for k, v in config.mixture.items()}
             config = config.model_copy(update={"mixture": counts})
         held = {"dev": self.rows(config, "dev")} if dev else {}
-        return sft(config, model=self.model, data=self.rows(config), template=self.config.template, **held)
+        return sft(config, model=self.model, data=self.rows(config), **held)
 
     def tune(self, arms: list[str]) -> pd.DataFrame:
         """Dev loss of every learning rate of the arm's grid; columns arm, learning_rate, dev_loss, seconds."""
@@ -84,7 +84,7 @@ class Bench:
                     n = min(count, int(have[subset]))
                     start = index * n if (index + 1) * n <= have[subset] else 0
                     select[subset] = [start, start + (min(n, limit) if limit else n)]
-            made.append(answers(config, model=model, questions=given, select=select, template=self.config.template))
+            made.append(answers(config, model=model, questions=given, select=select))
             frames.append(read_answers(made[-1]).assign(seed=seed))
         # Ledgers are in the order of the batches, longest first; a reader expects Step 1 before Step 2.
         return pd.concat(frames).sort_values("subset", kind="stable", ignore_index=True), made

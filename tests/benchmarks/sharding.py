@@ -34,7 +34,7 @@ def main():
         os.environ[config.PROCESSES] = str(count)
         with tempfile.TemporaryDirectory() as folder:
             os.environ["ULTRAMED_STORE"] = folder  # each trains for itself
-            art = sft(profile.train, model=base, data=data, template=profile.models[0].template)
+            art = sft(profile.train, model=base, data=data)
             log = map(json.loads, (art / "log.jsonl").read_text().splitlines())
             curves.append([row["loss"] for row in log if "loss" in row])
             m = art.manifest

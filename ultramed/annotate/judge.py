@@ -67,14 +67,16 @@ def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
 
 
 @stage(version=2, also=prompts.wording)
-def reward_feedback(out: Path, config: JudgeConfig, *, reward: Artifact, template: str = "chat", **samples: Artifact) -> dict:
+def reward_feedback(
+    out: Path, config: JudgeConfig, *, reward: Artifact, template: str | None = None, **samples: Artifact
+) -> dict:
     """The same, judged by a reward model. Equal texts of a prompt are scored once."""
     joined = join(samples)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         todo = [row for row in joined if row["id"] not in ledger]
         if todo:
             net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
-            shape = prompts.TEMPLATES[template]
+            shape = models.template_of(reward, template)
             unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
             rows = [{"prompt": todo[i]["prompt"], "completion": prompts.said(text)} for i, text in unique]
             with progress_bar(len(rows), "rewards", "reply") as bar:

@@ -23,7 +23,7 @@ PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model'
 @stage(version=2, also=prompts.wording)
 def answers(
     out: Path, config: EvalConfig, *, model: Artifact, questions: Artifact, side: str = "test",
-    select: dict | None = None, template: str = "chat", dtype: str = "auto", quantize: str | None = None,
+    select: dict | None = None, template: str | None = None, dtype: str = "auto", quantize: str | None = None,
 ) -> dict:  # fmt: skip
     """Ask `model` the question rows in `questions/<side>.parquet` and write `answers.jsonl`.
 
@@ -36,7 +36,7 @@ def answers(
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
             engine = open_engine(
-                model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype, quantize=quantize,
+                model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=place.dtype, quantize=quantize,
                 engine=config.engine,
             )  # fmt: skip
             with progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger)) as bar:
@@ -44,7 +44,12 @@ def answers(
             del engine
             models.free_memory()
         result = [ledger.rows[r["id"]] for r in rows]
-    about = {"protocol": config.protocol, "template": template, "dtype": str(place.dtype), "device": place.device}
+    about = {
+        "protocol": config.protocol,
+        "template": models.template_of(model, template).name,
+        "dtype": str(place.dtype),
+        "device": place.device,
+    }
     return {**summary(result), **about, "quantize": quantize}
 
 

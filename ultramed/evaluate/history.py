@@ -81,7 +81,7 @@ class Script:
 
 @stage(version=1, also=wording)
 def histories(
-    out: Path, config: HistoryConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str = "chat"
+    out: Path, config: HistoryConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
 ) -> dict:
     """`histories.jsonl`: id, gold, questions, answers, found (statements, one index or None a question), statements
     (their number), diagnoses. An interrupted run goes on after the last turn."""
@@ -97,7 +97,7 @@ def histories(
                 if not todo:
                     continue
                 engine = engine or open_engine(
-                    model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=models.placement().dtype
+                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=models.placement().dtype
                 )
                 said = {}
 

@@ -39,7 +39,7 @@ class ReplyConfig(Strict):
 
 @stage(version=1, also=prompts.wording)
 def replies(
-    out: Path, config: ReplyConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str = "chat"
+    out: Path, config: ReplyConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
 ) -> dict:
     """One reply to every prompt of `data` (prompt or instruction rows): `replies.jsonl` with id, prompt, reply, reference, meta.
 
@@ -61,7 +61,7 @@ def replies(
                 if not todo:
                     continue
                 engine = engine or open_engine(
-                    model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=models.placement().dtype
+                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=models.placement().dtype
                 )
                 asked = [_conversation(r, turns[r["id"]], said[r["id"]]) for r in todo]
 

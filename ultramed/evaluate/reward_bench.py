@@ -11,7 +11,6 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.sample import read_feedback
 from ultramed.ledger import Ledger
 from ultramed.progress import bar as progress_bar
-from ultramed.prompts import TEMPLATES
 from ultramed.schema import ConfigError, JudgeConfig, Strict
 from ultramed.store import Artifact, digest, stage
 from ultramed.train.reward import load_reward, score_rows
@@ -77,10 +76,10 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
 
 
 @stage(version=2, also=prompts.wording)
-def pair_scores(out: Path, config: JudgeConfig, *, reward: Artifact, pairs: Artifact, template: str = "chat") -> dict:
+def pair_scores(out: Path, config: JudgeConfig, *, reward: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Rewards of both sides of every pair: `scores.jsonl` with chosen, rejected and whether the chosen one won."""
     rows = canonical.read_pairs(pairs / "pairs.parquet")
-    score_pairs(reward, rows, out / "scores.jsonl", TEMPLATES[template], config.batch_tokens)
+    score_pairs(reward, rows, out / "scores.jsonl", models.template_of(reward, template), config.batch_tokens)
     frame = read_scores(out)
     return {"pairs": len(frame), "accuracy": float(frame.correct.mean())}
 

@@ -18,7 +18,7 @@ from ultramed.store import Artifact, stage
 @stage(version=3, also=prompts.wording)
 def samples(
     out: Path, config: SampleConfig, *, model: Artifact, questions: Artifact, side: str = "test",
-    select: dict | None = None, template: str = "chat", dtype: str = "auto",
+    select: dict | None = None, template: str | None = None, dtype: str = "auto",
 ) -> dict:  # fmt: skip
     """`config.n` replies to each question of `questions/<side>.parquet`; `samples.jsonl` has a row a question.
 
@@ -31,7 +31,12 @@ def samples(
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
             engine = open_engine(
-                model, prompts.TEMPLATES[template], out, budget=config.batch_tokens, dtype=place.dtype, engine=config.engine
+                model,
+                models.template_of(model, template),
+                out,
+                budget=config.batch_tokens,
+                dtype=place.dtype,
+                engine=config.engine,
             )
             with progress_bar(len(rows), f"{config.n} samples", "question", initial=len(ledger)) as bar:
                 _sample(engine, todo, config, ledger, bar)
@@ -43,7 +48,7 @@ def samples(
     return {
         "prompts": len(kept), "samples": len(replies), "mean_sample_accuracy": right / len(replies),
         "unparsed": sum(r["letter"] is None for r in replies), "tokens": sum(r["tokens"] for r in replies),
-        "template": template, "dtype": str(place.dtype), "device": place.device,
+        "template": models.template_of(model, template).name, "dtype": str(place.dtype), "device": place.device,
     }  # fmt: skip
 
 

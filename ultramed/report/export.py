@@ -48,7 +48,7 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"):
             for path in model.path.glob(pattern):
                 shutil.copyfile(path, part / path.name)
-    template = prompts.TEMPLATES[about.get("template", "chat")]
+    template = models.template_of(model)
     tokenizer.chat_template = template.jinja() or tokenizer.chat_template
     tokenizer.save_pretrained(part)
     if gguf:

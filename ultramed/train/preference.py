@@ -119,7 +119,7 @@ def _frozen(model: Artifact, config: PreferenceConfig):
 @distributed
 def preference(
     out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
-    template: str = "chat",
+    template: str | None = None,
 ) -> dict:  # fmt: skip
     """Train `model` on `pairs`. The reference is `reference`, or a frozen copy of `model` as it starts.
 
@@ -128,7 +128,8 @@ def preference(
     """
     from datasets import Dataset
 
-    shape = TEMPLATES[RELEASED if config.as_released else template]
+    own = models.template_of(model, template)
+    shape = TEMPLATES[RELEASED] if config.as_released else own
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
     torch.manual_seed(config.seed)
@@ -143,9 +144,9 @@ def preference(
         data = unpair(rows, shift=2)
         micro, accumulation = 2 * micro, accumulation  # a pair is two rows there
     steps = loop.step_count(config, len(rows))
-    base, arguments, own = _trainer(config)
+    base, arguments, extra = _trainer(config)
     shared = loop.settings(config, out, steps, micro, accumulation)
-    args = arguments(**{**shared, **own}, disable_dropout=True)
+    args = arguments(**{**shared, **extra}, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = loop.own_tokens(base)(
@@ -154,7 +155,7 @@ def preference(
         for each in filter(None, (net, frozen)):
             loop.labelled_head(each)
         result = loop.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
-    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template, loss=config.loss)
+    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=own.name, loss=config.loss)
     del trainer, net, frozen
     models.free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": len(rows), **counts}

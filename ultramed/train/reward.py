@@ -12,7 +12,7 @@ from ultramed import models, prompts
 from ultramed.attention import attention_for
 from ultramed.batching import batches, trees
 from ultramed.data import rows as canonical
-from ultramed.prompts import TEMPLATES, Template
+from ultramed.prompts import Template
 from ultramed.schema import ConfigError, RewardConfig
 from ultramed.store import Artifact, stage
 from ultramed.train import launch, loop, losses
@@ -75,7 +75,7 @@ def read_head(net) -> None:
 
 @stage(version=4, also=prompts.wording)
 @distributed
-def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str = "chat") -> dict:
+def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
 
     `global_batch_size` counts prompts. Writes a sequence-classification model with one output and `log.jsonl`.
@@ -89,7 +89,7 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     about = models.card(model)
     if about["kind"] == "adapter":
         raise ConfigError("a reward model starts from a whole model; merge the adapter first")
-    tokenizer, shape = models.load_tokenizer(model), TEMPLATES[template]
+    tokenizer, shape = models.load_tokenizer(model), models.template_of(model, template)
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     groups, counts, longest = [], {"pairs": 0, "dropped": 0, "replies": 0, "tokens": 0}, 0
     rows.sort(key=lambda r: r["meta"].get("prompt_id", r["id"]))
@@ -129,7 +129,7 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
             processing_class=tokenizer,
         )  # fmt: skip
         result = loop.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
-    loop.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=template)
+    loop.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=shape.name)
     del trainer, net
     models.free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "prompts": len(groups), **counts}

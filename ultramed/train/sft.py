@@ -121,7 +121,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
 @stage(version=6, also=prompts.wording)
 @distributed
 def sft(
-    out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str = "chat"
+    out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str | None = None
 ) -> dict:
     """Fine-tune `model` on the rows of `data` (a mixture); `dev` (another) gives `dev_loss` at the end.
 
@@ -129,7 +129,7 @@ def sft(
     or SIGTERM it saves a checkpoint after the step at hand; the next call goes on from there, or from the last of the
     checkpoints made every `save_steps`, and ends with the same weights as an uninterrupted run.
     """
-    place, shape = models.placement(config.dtype), prompts.TEMPLATES[template]
+    place, shape = models.placement(config.dtype), models.template_of(model, template)
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
@@ -141,7 +141,7 @@ def sft(
         warnings.simplefilter("ignore")
         result = loop.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
-    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
+    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=shape.name)
     epochs = steps / -(-len(rows) // config.global_batch_size)  # the last batch of an epoch may be short
     seen = {"tokens_per_second": None, "micro_batches": None}  # of the whole run, so not of a part of it
     if not result["resumed"]:
