@@ -19,8 +19,8 @@ import torch
 
 from ultramed.attention import attention_for
 from ultramed.client import ServerConfig
-from ultramed.schema import ConfigError, ModelConfig, OptimConfig
 from ultramed.prompts import TEMPLATES, Template
+from ultramed.schema import ConfigError, ModelConfig, OptimConfig
 from ultramed.store import Artifact, StoreError, find, sha256, stage, write_json
 from ultramed.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from ultramed import models, prompts, store
+from ultramed import models, store
 from ultramed.data.catalog import SOURCES
 from ultramed.evaluate.accuracy import read_answers
 from ultramed.evaluate.stats import wilson
