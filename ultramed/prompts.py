@@ -100,6 +100,11 @@ TEMPLATES = {
 }
 
 
+def hints_wording(config=None) -> str:
+    """Hash of what questions ask for, for the keys of stages that make messages of questions and render nothing."""
+    return hashlib.sha256(repr(HINTS).encode()).hexdigest()[:12]
+
+
 def wording(config=None) -> str:
     """Hash of every text above; part of the key of each stage that renders prompts (a model's chat template is part of
     the model's own artifact)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from ultramed.data import rows as canonical
-from ultramed.prompts import as_instruction, wording
+from ultramed.prompts import as_instruction, hints_wording
 from ultramed.schema import AnswerForm, ConfigError, Strict
 from ultramed.store import Artifact, digest, stage
 
@@ -25,7 +25,7 @@ class MixtureConfig(Strict):
     seed: int = 0
 
 
-@stage(version=1, also=wording)
+@stage(version=1, also=hints_wording)
 def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
     """Write `rows.parquet` (canonical instruction rows, shuffled). Reports rows per source and a hash of their ids.
 
