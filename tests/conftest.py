@@ -29,7 +29,7 @@ def fresh_store(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def smoke(places):
-    from ultramed.config import load_profile
+    from ultramed.core.config import load_profile
 
     return load_profile("smoke")
 
@@ -37,16 +37,16 @@ def smoke(places):
 @pytest.fixture(scope="session")
 def bench(smoke):
     """The tiny model of the smoke profile."""
-    from ultramed.notebook import quiet
-    from ultramed.usmle import Bench
+    from ultramed.core.log import quiet_libraries
+    from ultramed.experiments.medalpaca import Bench
 
-    quiet()
+    quiet_libraries()
     return Bench.of(smoke, smoke.models[0])
 
 
 @pytest.fixture(scope="session")
 def tokenizer(bench):
-    from ultramed.models import load_tokenizer
+    from ultramed.lm.models import load_tokenizer
 
     return load_tokenizer(bench.model)
 

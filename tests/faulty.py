@@ -6,7 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from ultramed.client import ServerConfig
+from ultramed.core.client import ServerConfig
 
 
 class Faulty:

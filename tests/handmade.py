@@ -1,8 +1,8 @@
 """Artifacts and rows made by hand, for tests of what comes after them."""
 
+from ultramed.core.ledger import write_lines
+from ultramed.core.store import stage
 from ultramed.data import rows as canonical
-from ultramed.ledger import write_lines
-from ultramed.store import stage
 
 
 @stage(version=1)

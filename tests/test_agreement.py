@@ -5,15 +5,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ultramed import models, prompts
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import EvalConfig, SampleConfig
+from ultramed.data.messages import question_prompt
 from ultramed.data.rows import read_questions
 from ultramed.evaluate import agreement
 from ultramed.evaluate.engine import Local, open_engine, weights
 from ultramed.evaluate.generate import Sampling, item_rng
 from ultramed.evaluate.sample import read_samples, samples
-from ultramed.gguf_file import write_gguf
+from ultramed.lm import models
+from ultramed.lm.gguf import write_gguf
+from ultramed.lm.templates import TEMPLATES
 from ultramed.report.export import export
-from ultramed.schema import ConfigError, EvalConfig, SampleConfig
 
 SELECT = {"step1": [0, 20], "step2": [0, 20]}
 
@@ -69,7 +72,7 @@ def test_batch_sizes_and_engines_agree_on_the_tiny_model(bench, exam):
 @pytest.fixture(scope="module")
 def asked(exam):
     rows = read_questions(exam / "test.parquet")[:12]
-    return [prompts.question_prompt(row, "content_first") for row in rows]
+    return [question_prompt(row, "content_first") for row in rows]
 
 
 def told(engine, conversations, sampling, rngs=None) -> list:
@@ -80,7 +83,7 @@ def told(engine, conversations, sampling, rngs=None) -> list:
 
 def test_openvino_says_what_transformers_says(bench, asked, tmp_path):
     pytest.importorskip("openvino_genai")
-    template = prompts.TEMPLATES["chat"]
+    template = TEMPLATES["chat"]
     ours = Local(bench.model, template, 4096, torch.float32)
     theirs = open_engine(bench.model, template, tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +99,7 @@ def test_openvino_says_what_transformers_says(bench, asked, tmp_path):
 
 def test_openvino_samples_from_the_items_own_seeds(bench, asked, tmp_path):
     pytest.importorskip("openvino_genai")
-    engine = open_engine(bench.model, prompts.TEMPLATES["chat"], tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
+    engine = open_engine(bench.model, TEMPLATES["chat"], tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
     sampling = Sampling(8, temperature=1.0, top_k=0, top_p=0.9)
 
     def draw(conversations, names):
@@ -137,7 +140,7 @@ def test_llama_cpp_says_what_transformers_says(bench, tmp_path):
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, logits_all=True, verbose=False)
     assert llama.metadata["tokenizer.chat_template"] == tokenizer.chat_template
     for question in ("What is Addison's disease?", "Dose: 12.5 mg of \u03b2-blockers\n\n  A. once"):
-        text = prompts.TEMPLATES["chat"].render([{"role": "user", "content": question}], tokenizer)
+        text = TEMPLATES["chat"].render([{"role": "user", "content": question}], tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
         llama.reset()

@@ -9,12 +9,12 @@ from faulty import Faulty
 from handmade import given, lines, prompt_row
 
 from ultramed.annotate import synthesize
-from ultramed.annotate.llm import LLMConfig, combine, complexity, llm_feedback, pairwise
+from ultramed.annotate.judge import LLMConfig, combine, complexity, llm_feedback, pairwise
 from ultramed.annotate.synthesize import SynthesisConfig, eliminated, evolve, solved, textbook_questions, topic_instructions
 from ultramed.data import rows as canonical
+from ultramed.data.messages import as_completion
 from ultramed.evaluate.sample import read_feedback
 from ultramed.evaluate.stats import krippendorff
-from ultramed.prompts import said
 
 
 def asked(body):
@@ -80,8 +80,8 @@ def test_a_pair_is_judged_in_both_orders():
         return {
             "id": name,
             "prompt": [{"role": "user", "content": name}],
-            "chosen": said("good"),
-            "rejected": said("bad"),
+            "chosen": as_completion("good"),
+            "rejected": as_completion("bad"),
             "meta": {"m": 1},
         }
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from ultramed.core.schema import EvalConfig
 from ultramed.data.rows import BadRow, read_questions
 from ultramed.evaluate import accuracy, engine
 from ultramed.evaluate.accuracy import answers, read_answers
-from ultramed.schema import EvalConfig
 
 
 @pytest.mark.parametrize("protocol", accuracy.ASK)

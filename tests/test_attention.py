@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ultramed import models
-from ultramed.attention import BLOCK, NAME, SHORT, causal, masked
-from ultramed.batching import trees
-from ultramed.schema import ModelConfig, OptimConfig
+from ultramed.core.schema import ModelConfig, OptimConfig
+from ultramed.lm import models
+from ultramed.lm.attention import BLOCK, NAME, SHORT, causal, masked
+from ultramed.lm.batches import trees
+from ultramed.train.weights import load_for_training
 
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
@@ -65,7 +66,7 @@ def test_training_attention_has_the_gradients_of_scaled_dot_product_attention(tr
 @pytest.mark.parametrize("length", [40, SHORT + 8])
 def test_a_model_is_trained_alike_with_it(length):
     base = models.base_model(ModelConfig(name="tiny:llama", label="x"))
-    net = models.load_for_training(base, OptimConfig(method="full", learning_rate=1e-4))
+    net = load_for_training(base, OptimConfig(method="full", learning_rate=1e-4))
     ids = torch.randint(5, net.config.vocab_size, (2, length))
     found = {}
     for name in (NAME, "sdpa"):

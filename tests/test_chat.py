@@ -8,8 +8,8 @@ import time
 import browser
 import pytest
 
-from ultramed import chat
-from ultramed.schema import ConfigError
+from ultramed.cli import chat
+from ultramed.core.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 from faulty import Faulty
 from pydantic import BaseModel
 
-from ultramed.client import BudgetError, Request, ServerConfig, ServerError, ask, read_json, spent
-from ultramed.ledger import Ledger
-from ultramed.schema import ConfigError
+from ultramed.core.client import BudgetError, Request, ServerConfig, ServerError, ask, read_json, spent
+from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import Ledger
 
 KEY = "sk-not-to-be-seen-anywhere"
 
@@ -150,7 +150,7 @@ def test_it_works_where_an_event_loop_is_running_as_in_a_notebook(tmp_path):
 CLIENT = """
 import sys
 from pathlib import Path
-from ultramed.client import Request, ServerConfig, ask
+from ultramed.core.client import Request, ServerConfig, ask
 requests = [Request(f"q{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(500)]
 ask(ServerConfig(url=sys.argv[1], model="m", longest_wait=0.2, tries=20), requests, Path(sys.argv[2]))
 """

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import slurm
 
-from ultramed import cluster
-from ultramed.schema import ConfigError
+from ultramed.book import cluster
+from ultramed.core.errors import ConfigError
 
 SWEEP = """\
 profile: smoke

@@ -6,8 +6,9 @@ import pytest
 from datasets import load_dataset
 from handmade import given, lines
 
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import BuildConfig, CheckConfig
 from ultramed.data.collection import build, contamination, read_report, statistics, text_of
-from ultramed.schema import BuildConfig, CheckConfig, ConfigError
 
 TEST = (
     "A 45-year-old man has crushing chest pain for two hours with ST elevation in the inferior leads. Which artery is blocked?"

@@ -4,9 +4,9 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.config import apply_override, arm_config, load_profile, merge, parse_override, profiles, read_yaml, validate
-from ultramed.schema import ConfigError
-from ultramed.sweep import SweepConfig, _profile
+from ultramed.book.sweep import SweepConfig, _profile
+from ultramed.core.config import apply_override, arm_config, load_profile, merge, parse_override, profiles, read_yaml, validate
+from ultramed.core.errors import ConfigError
 
 PARAMS = sorted((REPO / "params").glob("*.yaml"))
 SWEEPS = sorted((REPO / "params" / "sweeps").glob("*.yaml"))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ultramed.core.errors import ConfigError
 from ultramed.data.dedupe import (
     duplicates,
     embedding_hits,
@@ -19,7 +20,6 @@ from ultramed.data.dedupe import (
     shingles,
     tfidf_encoder,
 )
-from ultramed.schema import ConfigError
 
 QUESTION = "A 45-year-old man comes to the clinic with chest pain that began two hours ago while he was shovelling snow"
 OTHER = "Which of the following enzymes is deficient in a newborn who has vomiting and a musty smell of the urine"

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.data import bundled
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import ExamConfig
+from ultramed.data import exam, knowledge
 from ultramed.data.rows import read_instructions, read_questions
-from ultramed.schema import ConfigError, ExamConfig
 
 
 @pytest.fixture(scope="module")
 def full():
-    return bundled.exam(ExamConfig())
+    return exam.exam(ExamConfig())
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_at_least_six_thousand_to_train_on_and_a_thousand_held_out_of_every_step
 
 
 def test_no_concept_is_on_two_sides_under_any_of_its_names(sides):
-    hpo, icd = bundled.knowledge()
+    hpo, icd = knowledge.knowledge()
     names = defaultdict(list)
     for code, category in icd.category.items():
         names[category] += icd.names[code]
@@ -35,13 +36,13 @@ def test_no_concept_is_on_two_sides_under_any_of_its_names(sides):
     for side, rows in sides.items():
         for concept in {r["meta"]["concept"] for r in rows}:
             for name in hpo.names(concept) if concept in hpo.terms else names[concept]:
-                where[bundled.normalise(name)].add(side)
+                where[knowledge.normalise(name)].add(side)
     assert [name for name, found in where.items() if len(found) > 1] == []
 
 
 def test_gold_letters_are_uniform(sides):
     for rows in sides.values():
-        for step in bundled.STEP_QUESTION:
+        for step in exam.STEP_QUESTION:
             count = Counter(r["gold"] for r in rows if r["subset"] == step)
             n = sum(count.values())
             chi2 = sum((count[k] - n / 4) ** 2 / (n / 4) for k in "ABCD")
@@ -50,9 +51,9 @@ def test_gold_letters_are_uniform(sides):
 
 def test_exactly_one_option_is_right_by_the_tree(sides):
     """Worked out again from the trees, not from the code that made the question."""
-    hpo, icd = bundled.knowledge()
-    systems = {label: term for term, label in bundled.SYSTEMS.items()}
-    chapters = {label: number for number, label in bundled.CHAPTERS.items()}
+    hpo, icd = knowledge.knowledge()
+    systems = {label: term for term, label in knowledge.SYSTEMS.items()}
+    chapters = {label: number for number, label in knowledge.CHAPTERS.items()}
     for row in [r for rows in sides.values() for r in rows]:
         key = row["id"].split(":", 1)[1]
         if row["subset"] == "step1":
@@ -66,7 +67,7 @@ def test_exactly_one_option_is_right_by_the_tree(sides):
 
 
 def test_distractors_of_step3_are_siblings(sides):
-    _, icd = bundled.knowledge()
+    _, icd = knowledge.knowledge()
     for row in sides["test"]:
         if row["subset"] == "step3":
             code = row["id"].split(":", 1)[1].split("#")[0]
@@ -76,7 +77,7 @@ def test_distractors_of_step3_are_siblings(sides):
 
 def test_how_common_a_label_is_gives_little_hint(sides):
     """Choosing the label that is most often right on the training side must not do much better than chance."""
-    for step in bundled.STEP_QUESTION:
+    for step in exam.STEP_QUESTION:
         common = Counter(r["options"][r["gold"]] for r in sides["train"] if r["subset"] == step)
         test = [r for r in sides["test"] if r["subset"] == step]
         hits = sum(max(r["options"], key=lambda k: common[r["options"][k]]) == r["gold"] for r in test)
@@ -109,18 +110,18 @@ def test_open_instructions_are_of_the_training_side(full, sides):
 
 def test_the_same_seed_makes_the_same_exam(fresh_store):
     small = ExamConfig(train_per_step=5, dev_per_step=5, test_per_step=5, general_train=4, general_test=4, open_instructions=3)
-    first = bundled.exam(small).manifest["files"]
+    first = exam.exam(small).manifest["files"]
     store = fresh_store / "exam"
     store.rename(fresh_store / "elsewhere")
-    assert bundled.exam(small).manifest["files"] == first
-    assert bundled.exam(small.model_copy(update={"seed": 1})).manifest["files"] != first
+    assert exam.exam(small).manifest["files"] == first
+    assert exam.exam(small.model_copy(update={"seed": 1})).manifest["files"] != first
 
 
 def test_asking_for_too_much_says_how_much_there_is(tmp_path):
     with pytest.raises(ConfigError, match=r"has [0-9]+ rows for step1, test; 99999 were asked for"):
-        bundled.exam.__wrapped__(tmp_path, ExamConfig(test_per_step=99999, train_per_step=1, dev_per_step=1))
+        exam.exam.__wrapped__(tmp_path, ExamConfig(test_per_step=99999, train_per_step=1, dev_per_step=1))
 
 
 @given(st.permutations(["renal", "cysts", "multiple"]))
 def test_word_order_and_plurals_do_not_make_another_name(words):
-    assert bundled.normalise(" ".join(words)) == bundled.normalise("Multiple renal cyst")
+    assert knowledge.normalise(" ".join(words)) == knowledge.normalise("Multiple renal cyst")

@@ -6,10 +6,13 @@ import pytest
 import torch
 import yaml
 
-from ultramed import models, prompts
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import EvalConfig
+from ultramed.data.messages import as_completion
 from ultramed.evaluate.accuracy import answers
+from ultramed.lm import models
+from ultramed.lm.templates import TEMPLATES
 from ultramed.report.export import export
-from ultramed.schema import ConfigError, EvalConfig
 
 MESSAGES = [{"role": "system", "content": "Answer: text (letter)."}, {"role": "user", "content": "Which organ sees?"}]
 
@@ -88,12 +91,12 @@ def test_only_what_was_trained_here(bench, tmp_path):
 @pytest.mark.parametrize("name", ["alpaca", "medalpaca"])
 @pytest.mark.parametrize("given", [MESSAGES, MESSAGES[1:]])
 def test_an_instruction_format_becomes_a_chat_template(tokenizer, name, given):
-    shape = prompts.TEMPLATES[name]
+    shape = TEMPLATES[name]
     plain = tokenizer.chat_template
     try:
         tokenizer.chat_template = shape.jinja()
         shown = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*given, *prompts.said("The eye.")], tokenize=False)
+        whole = tokenizer.apply_chat_template([*given, *as_completion("The eye.")], tokenize=False)
     finally:
         tokenizer.chat_template = plain
     assert shown == shape.render(given, tokenizer)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed import models
 from ultramed.evaluate.generate import NUCLEUS, PREFIX, Sampling, _pick, batches, decode, generate, item_rng, prefill
 from ultramed.evaluate.likelihood import encode_pair, score
+from ultramed.lm import models
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import pytest
 
 from ultramed.annotate.human import HumanConfig, human_feedback, human_pairs
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import RewardConfig
 from ultramed.data.public_pairs import SECTIONS, PublicConfig, public_pairs
 from ultramed.data.rows import read_pairs
 from ultramed.evaluate.sample import read_feedback
-from ultramed.schema import ConfigError, RewardConfig
 from ultramed.train.reward import reward
 
 

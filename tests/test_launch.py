@@ -15,12 +15,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPO
 from safetensors.torch import load_file
 
-from ultramed import config, store
-from ultramed.schema import ConfigError
+from ultramed.core import config, store
+from ultramed.core.errors import ConfigError
+from ultramed.experiments.medalpaca import Bench
+from ultramed.experiments.ultramedical import Suite
 from ultramed.train import launch
 from ultramed.train.sft import sft
-from ultramed.ultramedical import Suite
-from ultramed.usmle import Bench
 
 FP32 = ["train.dtype=float32", "ultramedical.preference.dtype=float32", "ultramedical.reward.dtype=float32"]
 MORE = [

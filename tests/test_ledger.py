@@ -1,6 +1,6 @@
 import pytest
 
-from ultramed.ledger import Ledger
+from ultramed.core.ledger import Ledger
 
 
 def test_rows_survive_and_a_torn_line_is_cut_off(tmp_path):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from ultramed import models
+from ultramed.core.schema import EvalConfig, ModelConfig
 from ultramed.data.rows import read_questions
 from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.likelihood import lm_eval_prompt
-from ultramed.schema import EvalConfig, ModelConfig
+from ultramed.lm import models
 
 N = 200
 TASK = """

@@ -8,16 +8,18 @@ import warnings
 import pytest
 import torch
 
-from ultramed import models, weights
-from ultramed.schema import ConfigError, ModelConfig, OptimConfig
-from ultramed.store import StoreError
+from ultramed.core.errors import ConfigError, StoreError
+from ultramed.core.schema import ModelConfig, OptimConfig
+from ultramed.lm import models, weights
+from ultramed.lm.device import placement
+from ultramed.train.weights import load_for_training
 
-CPU = models.placement().device == "cpu"
+CPU = placement().device == "cpu"
 
 
 def test_placement_says_why():
-    assert models.placement().device in str(models.placement())
-    assert models.placement("float32").dtype is torch.float32
+    assert placement().device in str(placement())
+    assert placement("float32").dtype is torch.float32
 
 
 def test_pad_is_neither_end_nor_begin(tokenizer):
@@ -63,7 +65,7 @@ def test_a_local_folder_is_used_in_place_and_known_by_its_content(bench, tmp_pat
 def test_every_adapter_tensor_gets_a_gradient(bench, method):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = models.load_for_training(bench.model, OptimConfig(method=method, learning_rate=1e-4))
+        net = load_for_training(bench.model, OptimConfig(method=method, learning_rate=1e-4))
         ids = torch.arange(10, 40)[None]
         net.train()
         net(input_ids=ids, labels=ids).loss.backward()
@@ -77,7 +79,7 @@ def test_every_adapter_tensor_gets_a_gradient(bench, method):
 @pytest.mark.skipif(not CPU, reason="a GPU is at hand: NF4 training works there")
 def test_nf4_training_on_a_cpu_is_refused(bench):
     with pytest.raises(ConfigError, match=r"does nothing on a CPU.*method lora or lora_8bit"):
-        models.load_for_training(bench.model, OptimConfig(method="lora_4bit", learning_rate=1e-4))
+        load_for_training(bench.model, OptimConfig(method="lora_4bit", learning_rate=1e-4))
 
 
 def test_eight_bit_weights_answer_like_the_full_ones(bench):
@@ -89,7 +91,7 @@ def test_eight_bit_weights_answer_like_the_full_ones(bench):
 
 
 def _adapter(bench, folder, scale=0.05):
-    net = models.load_for_training(bench.model, OptimConfig(method="lora", learning_rate=1e-4))
+    net = load_for_training(bench.model, OptimConfig(method="lora", learning_rate=1e-4))
     with torch.no_grad():
         for n, p in net.named_parameters():
             if "lora_B" in n:

@@ -10,9 +10,9 @@ import pytest
 from conftest import REPO
 from faulty import Faulty
 
-from ultramed import batch
-from ultramed.config import home
-from ultramed.schema import ConfigError
+from ultramed.book import runner as batch
+from ultramed.core.config import home
+from ultramed.core.errors import ConfigError
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 

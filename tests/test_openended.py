@@ -9,7 +9,8 @@ from faulty import Faulty
 from handmade import given, lines, prompt_row
 
 from ultramed.annotate.human import HumanConfig, human_pairs
-from ultramed.annotate.judged import (
+from ultramed.annotate.judge import LLMConfig, pairwise
+from ultramed.annotate.open_ended import (
     agreement,
     agreement_with_people,
     as_pairs,
@@ -20,10 +21,9 @@ from ultramed.annotate.judged import (
     physicians,
     win_rate,
 )
-from ultramed.annotate.llm import LLMConfig, pairwise
 from ultramed.data import rows as canonical
 from ultramed.data.sources import SourceConfig, source
-from ultramed.evaluate.openended import LanguageGuesser, ReplyConfig, bleu1, kqa_scores, read_replies, replies
+from ultramed.evaluate.open_ended import LanguageGuesser, ReplyConfig, bleu1, kqa_scores, read_replies, replies
 
 
 def test_replies_to_all_turns_and_none_is_asked_twice(bench, monkeypatch):
@@ -40,7 +40,7 @@ def test_replies_to_all_turns_and_none_is_asked_twice(bench, monkeypatch):
 
 
 def test_the_second_turn_sees_the_first_reply(exam):
-    from ultramed import models
+    from ultramed.lm import models
 
     seen = []
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.annotate.judge import Oracle, ranks
+from ultramed.annotate.feedback import Oracle, ranks
 from ultramed.annotate.pairs import PairConfig, ordered_pairs
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.parsing import parse
+from ultramed.lm.parsing import parse
 
 OPTIONS = {"A": "aspirin", "B": "ibuprofen", "C": "aspirin with codeine", "D": "no treatment"}
 YESNO = {"A": "yes", "B": "no", "C": "maybe"}
@@ -107,8 +107,8 @@ def test_any_text_gives_an_option_or_nothing(text, form):
 
 
 def test_every_gold_answer_of_the_exam_grades_right_and_a_wrong_one_wrong(exam):
+    from ultramed.data.messages import answer_text
     from ultramed.data.rows import read_questions
-    from ultramed.prompts import answer_text
 
     for row in read_questions(exam / "test.parquet"):
         for form in ("letter_first", "content_first"):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ultramed.config import load_profile, profiles
-from ultramed.ledger import Ledger
-from ultramed.plan import plan, rows_of
-from ultramed.schema import ConfigError, TrainConfig
+from ultramed.book.plan import plan, rows_of
+from ultramed.core.config import load_profile, profiles
+from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import Ledger
+from ultramed.core.schema import TrainConfig
 from ultramed.train.cost import CostConfig, cost, random_model, table
 from ultramed.train.estimate import SHAPES, Shape, flops_per_token, memory, shape_of
 

@@ -10,24 +10,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed import models, prompts
-from ultramed.batching import trees
-from ultramed.config import load_profile
+from ultramed.core.config import load_profile
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import PreferenceConfig
 from ultramed.data.rows import BadRow, read_pairs
 from ultramed.evaluate.sample import read_feedback
-from ultramed.prompts import RELEASED, TEMPLATES
-from ultramed.schema import ConfigError, PreferenceConfig
-from ultramed.train import loop, losses
+from ultramed.experiments.ultramedical import Suite
+from ultramed.lm import models
+from ultramed.lm.batches import trees
+from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
+from ultramed.lm.tokens import TemplateError, encode_row, lint
+from ultramed.train import losses, training
 from ultramed.train.preference import encode_pairs, unpair
 from ultramed.train.reward import PairCollator, load_reward, score_rows
-from ultramed.ultramedical import Suite
 
 
 @pytest.fixture(scope="module")
 def suite(places):
-    from ultramed.notebook import quiet
+    from ultramed.core.log import quiet_libraries
 
-    quiet()
+    quiet_libraries()
     return Suite.of(load_profile("smoke"))
 
 
@@ -74,15 +76,15 @@ def test_pairs_are_tokenised_once_and_end_with_eos(suite, rows, tokenizer):
 
 
 def test_the_released_template_is_malformed_and_only_it_passes(suite, rows, tokenizer):
-    header = prompts.role_header(tokenizer)
+    header = role_header(tokenizer)
     made = encode_pairs(rows[:1], tokenizer, TEMPLATES[RELEASED], 256)[0][0]
     text = tokenizer.decode(made["prompt_ids"] + made["chosen_ids"])
     assert header + header in text
     assert text.endswith(header)
     whole = made["prompt_ids"] + made["chosen_ids"]
     mask = [0] * len(made["prompt_ids"]) + [1] * len(made["chosen_ids"])
-    with pytest.raises(prompts.TemplateError, match="doubled"):
-        prompts.lint(whole, mask, tokenizer)
+    with pytest.raises(TemplateError, match="doubled"):
+        lint(whole, mask, tokenizer)
 
 
 def test_unpaired_rows_borrow_the_reply_of_another_prompt(rows, tokenizer):
@@ -197,7 +199,7 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokeniz
     grads = {n: p.grad.clone() for n, p in net.named_parameters()}
     net.zero_grad()
     add_fused_lm_head(net)
-    loop.labelled_head(net)
+    training.labelled_head(net)
     got = net(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     assert torch.allclose(got, want, atol=1e-4)
     got.sum().backward()
@@ -219,7 +221,7 @@ def test_rewards_do_not_depend_on_batch_or_padding(suite, tokenizer):
     plain = AutoModelForSequenceClassification.from_pretrained(
         art.path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    ids = prompts.encode(rows[0], tokenizer, TEMPLATES["chat"], 10**6)["input_ids"]
+    ids = encode_row(rows[0], tokenizer, TEMPLATES["chat"], 10**6)["input_ids"]
     with torch.inference_mode():
         want = plain(torch.tensor([ids])).logits.item()
     assert alone[0] == pytest.approx(want, abs=1e-5), "what anyone else's loader gives"

@@ -2,17 +2,9 @@
 
 import pytest
 
-from ultramed.prompts import (
-    RELEASED,
-    TEMPLATES,
-    TemplateError,
-    as_instruction,
-    encode,
-    lint,
-    preview,
-    question_prompt,
-    role_header,
-)
+from ultramed.data.messages import as_instruction, question_prompt
+from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
+from ultramed.lm.tokens import TemplateError, encode_row, lint, preview
 
 ROW = {
     "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Which organ?\nA. eye\nB. ear"}],
@@ -26,7 +18,7 @@ QUESTION = {
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != RELEASED])
 def test_exactly_the_answer_and_its_end_token_are_trained(tokenizer, name):
-    row = encode(ROW, tokenizer, TEMPLATES[name], 256)
+    row = encode_row(ROW, tokenizer, TEMPLATES[name], 256)
     trained = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(trained) == "eye (A)<|im_end|>"
     assert trained[-1] == tokenizer.eos_token_id
@@ -36,7 +28,7 @@ def test_exactly_the_answer_and_its_end_token_are_trained(tokenizer, name):
 
 
 def test_chat_text_in_full(tokenizer):
-    row = encode(ROW, tokenizer, TEMPLATES["chat"], 256)
+    row = encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)
     assert tokenizer.decode(row["input_ids"]) == (
         "<|im_start|>system\nAnswer.<|im_end|>\n<|im_start|>user\nWhich organ?\nA. eye\nB. ear<|im_end|>\n"
         "<|im_start|>assistant\neye (A)<|im_end|>"
@@ -54,17 +46,17 @@ def test_alpaca_and_medalpaca_texts(tokenizer):
 
 
 def test_train_on_inputs_trains_every_token(tokenizer):
-    row = encode(ROW, tokenizer, TEMPLATES["medalpaca"], 256, train_on_inputs=True)
+    row = encode_row(ROW, tokenizer, TEMPLATES["medalpaca"], 256, train_on_inputs=True)
     assert row["labels"] == row["input_ids"]
 
 
 def test_truncation_cuts_the_end_and_says_so(tokenizer):
-    whole = encode(ROW, tokenizer, TEMPLATES["chat"], 256)
+    whole = encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)
     prompt = whole["completion_mask"].count(0)
-    cut = encode(ROW, tokenizer, TEMPLATES["chat"], prompt + 1)
+    cut = encode_row(ROW, tokenizer, TEMPLATES["chat"], prompt + 1)
     assert cut["truncated"]
     assert cut["input_ids"] == whole["input_ids"][: prompt + 1]
-    assert encode(ROW, tokenizer, TEMPLATES["chat"], prompt) is None
+    assert encode_row(ROW, tokenizer, TEMPLATES["chat"], prompt) is None
 
 
 def test_fingerprints_tell_templates_apart(tokenizer):
@@ -113,7 +105,7 @@ def test_question_rows_become_instructions_in_both_forms(tokenizer):
 
 def test_preview_marks_trained_tokens_and_escapes(tokenizer):
     row = {**ROW, "prompt": [{"role": "user", "content": "<script>"}]}
-    shown = preview([encode(row, tokenizer, TEMPLATES["chat"], 256)], tokenizer).data
+    shown = preview([encode_row(row, tokenizer, TEMPLATES["chat"], 256)], tokenizer).data
     assert "<script>" not in shown
-    trained = sum(label != -100 for label in encode(ROW, tokenizer, TEMPLATES["chat"], 256)["labels"])
+    trained = sum(label != -100 for label in encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)["labels"])
     assert shown.count("#9ecae1") == trained

@@ -3,8 +3,9 @@ import json
 import pandas as pd
 import pytest
 
-from ultramed.config import home
-from ultramed.report import published, scorecard, tables
+from ultramed.core.config import home
+from ultramed.papers import published
+from ultramed.report import scorecard, tables
 from ultramed.report.site import write_report
 
 

@@ -41,40 +41,34 @@ def test_modules_can_be_read_in_one_sitting():
     assert not long
 
 
+FLOORS = [
+    {"core", "papers"},
+    {"data"},
+    {"lm"},
+    {"train"},
+    {"evaluate"},
+    {"annotate"},
+    {"report", "experiments"},
+    {"book"},
+    {"cli"},
+]
+
+
+def test_nothing_is_loose_at_the_top():
+    assert {p.name for p in (REPO / "ultramed").glob("*.py")} == {"__init__.py", "__main__.py"}
+    folders = {p.parent.name for p in (REPO / "ultramed").glob("*/__init__.py")}
+    assert folders == set().union(*FLOORS)
+
+
 def test_imports_only_go_down():
-    """A module imports from its own floor and from those below."""
-    floors = [
-        "schema",
-        "config",
-        "ledger",
-        "progress",
-        "store",
-        "weights",
-        "gguf_file",
-        "client",
-        "attention",
-        "batching",
-        "models",
-        "prompts",
-        "parsing",
-        "data",
-        "train",
-        "evaluate",
-        "annotate",
-        "report",
-    ]
-    below = {name: set(floors[: i + 1]) for i, name in enumerate(floors)}
-    below["weights"] |= {"data"}  # the tiny model's tokenizer is trained on the exam's words, imported when it is made
-    for name in floors:
-        paths = (
-            [REPO / "ultramed" / f"{name}.py"]
-            if (REPO / "ultramed" / f"{name}.py").exists()
-            else (REPO / "ultramed" / name).rglob("*.py")
-        )
-        for path in paths:
-            used = {m.split(".")[0] for m in re.findall(r"from ultramed\.([\w.]+) import", path.read_text())}
-            used |= set(re.findall(r"from ultramed import (\w+)", path.read_text()))
-            assert used <= below[name], (path, used - below[name])
+    """A module imports from its own folder and from the floors below it."""
+    for number, floor in enumerate(FLOORS):
+        below = set().union(*FLOORS[:number])
+        for folder in floor:
+            for path in (REPO / "ultramed" / folder).rglob("*.py"):
+                used = set(re.findall(r"(?:from|import) ultramed\.(\w+)", path.read_text()))
+                assert used <= below | {folder, *(floor if number == 0 else ())}, (path, used - below)
+                assert not re.search(r"from ultramed import (?!__version__)", path.read_text()), path
 
 
 def test_no_unsafe_loading():
@@ -109,7 +103,7 @@ def test_the_results_in_the_readme_are_those_of_the_committed_run():
 def test_the_committed_scorecard_is_whole():
     import json
 
-    from ultramed.report.published import cells
+    from ultramed.papers.published import cells
     from ultramed.report.scorecard import Entry
 
     entries = [Entry(**e) for e in json.loads((REPO / "figures" / "laptop" / "scorecard.json").read_text())]

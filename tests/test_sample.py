@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 
-from ultramed import models
-from ultramed.annotate.judge import OracleConfig, feedback
+from ultramed.annotate.feedback import OracleConfig, feedback
+from ultramed.core.schema import SampleConfig
+from ultramed.data.messages import names_option
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.sample import read_feedback, read_samples, references, samples
-from ultramed.prompts import names_option
-from ultramed.schema import SampleConfig
+from ultramed.lm import models
 
 CONFIG = SampleConfig(n=4, max_new_tokens=5, temperature=1.0)
 
@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on(bench, exam, fresh_store, monkeypatch):
     from ultramed.evaluate import engine as module
 
     own = {"model": models.base_model(bench.config), "select": {"step1": [0, 6]}}
-    from ultramed.config import load_profile
+    from ultramed.core.config import load_profile
     from ultramed.data.sources import dataset
 
     own["questions"] = dataset(load_profile("smoke"), "exam")

@@ -10,11 +10,13 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-from ultramed import models, prompts
-from ultramed.client import Request, ServerConfig, ask
+from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import EvalConfig, ModelConfig, SampleConfig
+from ultramed.data.messages import as_completion
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.sample import read_samples, samples
-from ultramed.schema import ConfigError, EvalConfig, ModelConfig, SampleConfig
+from ultramed.lm import models
 
 SELECT = {"step1": [0, 4], "step2": [0, 4]}
 
@@ -91,4 +93,4 @@ def test_what_needs_weights_says_so(exam):
         models.load(served)
     with pytest.raises(ConfigError, match="url#model"):
         models.resolve("http://127.0.0.1:9/v1")
-    assert prompts.said("x")[0]["role"] == "assistant"
+    assert as_completion("x")[0]["role"] == "assistant"

@@ -13,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ultramed import models, prompts
-from ultramed.config import arm_config
+from ultramed.core.config import arm_config
+from ultramed.core.errors import ConfigError, StoreError
+from ultramed.core.schema import TrainConfig
 from ultramed.data.rows import read_instructions
-from ultramed.schema import ConfigError, TrainConfig
-from ultramed.store import StoreError
-from ultramed.train.loop import batch_plan, labelled_head
+from ultramed.lm import models
+from ultramed.lm.device import Placement
+from ultramed.lm.templates import TEMPLATES
 from ultramed.train.sft import Collator, encode_rows, parts, sft
+from ultramed.train.training import batch_plan, labelled_head
+from ultramed.train.weights import load_for_training
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +102,9 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer, on_inputs):
     config = config.model_copy(update={"train_on_inputs": on_inputs})
     from trl import SFTConfig, SFTTrainer
 
-    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)
+    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config)
     batch = Collator(tokenizer.pad_token_id)(data[:4])
-    net = models.load_for_training(bench.model, config).eval()
+    net = load_for_training(bench.model, config).eval()
     logits = net(input_ids=batch["input_ids"]).logits[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     from datasets import Dataset
@@ -117,7 +120,7 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer, on_inputs):
 
 
 def test_padding_and_neighbours_do_not_change_a_rows_loss(bench, config, rows, tokenizer):
-    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, prompts.TEMPLATES["chat"], config)
+    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config)
     data = sorted(data, key=lambda r: r["length"])
     net, collate = models.load(bench.model, dtype=torch.float32), Collator(tokenizer.pad_token_id)
 
@@ -132,7 +135,7 @@ def test_padding_and_neighbours_do_not_change_a_rows_loss(bench, config, rows, t
 
 def test_accumulated_micro_batches_are_one_batch(bench, monkeypatch):
     """Same rows, same steps: one batch of 8 and the same rows in several smaller ones end with the same weights."""
-    monkeypatch.setattr(models, "placement", lambda dtype="auto": models.Placement("cpu", torch.float32, "test"))
+    monkeypatch.setattr(models, "placement", lambda dtype="auto": Placement("cpu", torch.float32, "test"))
     one = bench.train("full", learning_rate=1e-3, micro_batch_tokens=4096)
     four = bench.train("full", learning_rate=1e-3, micro_batch_tokens=300)
     assert one.metrics["micro_batches"] == one.metrics["steps"]
@@ -142,7 +145,7 @@ def test_accumulated_micro_batches_are_one_batch(bench, monkeypatch):
 
 
 def test_training_that_moves_nothing_is_an_error(bench, config, monkeypatch):
-    real = models.load_for_training
+    real = load_for_training
 
     def frozen(*args, **kwargs):
         net = real(*args, **kwargs)
@@ -162,10 +165,10 @@ def test_nothing_fits(bench, config):
 
 RUN = """
 import sys
-from ultramed.config import load_profile
-from ultramed.notebook import quiet
-from ultramed.usmle import Bench
-quiet()
+from ultramed.core.config import load_profile
+from ultramed.core.log import quiet_libraries
+from ultramed.experiments.medalpaca import Bench
+quiet_libraries()
 p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
 Bench.of(p, p.models[0]).train(sys.argv[1], learning_rate=1e-3)
 """
@@ -174,8 +177,8 @@ Bench.of(p, p.models[0]).train(sys.argv[1], learning_rate=1e-3)
 @pytest.mark.parametrize(("method", "how"), [("full", signal.SIGKILL), ("lora", signal.SIGINT)])
 def test_killed_half_way_and_run_again_ends_with_the_same_weights(bench, tmp_path, monkeypatch, method, how):
     """SIGINT saves a checkpoint first; SIGKILL leaves the last of those made every two steps."""
-    from ultramed.config import load_profile
-    from ultramed.usmle import Bench
+    from ultramed.core.config import load_profile
+    from ultramed.experiments.medalpaca import Bench
 
     p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
     whole = Bench.of(p, p.models[0]).train(method, learning_rate=1e-3)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from ultramed.core.errors import ConfigError
 from ultramed.data import sources
 from ultramed.data.catalog import SOURCES, stated_score
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.rows import read_instructions, read_questions, read_table
 from ultramed.data.sources import SourceConfig, adapt, local_files, source
-from ultramed.schema import ConfigError
 
 LOCAL = [name for name, spec in SOURCES.items() if spec.files and name != "usmle_self_assessment"]
 

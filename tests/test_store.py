@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed import store
-from ultramed.schema import Strict
-from ultramed.store import Artifact, StoreError, check, digest, find, gc, stage
+from ultramed.core import store
+from ultramed.core.errors import StoreError
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, check, digest, find, gc, stage
 
 
 class Size(Strict):

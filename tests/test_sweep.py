@@ -2,10 +2,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ultramed.config import home
-from ultramed.schema import ConfigError
-from ultramed.sweep import run_sweep
-from ultramed.usmle import Bench
+from ultramed.book.sweep import run_sweep
+from ultramed.core.config import home
+from ultramed.core.errors import ConfigError
+from ultramed.experiments.medalpaca import Bench
 
 SWEEP = """
 profile: smoke
@@ -29,7 +29,7 @@ def test_one_row_a_run_and_the_second_time_is_free(file, monkeypatch):
     assert len(table) == 4
     assert set(table.state) == {"done"}
     assert table.trainable.nunique() == 2
-    monkeypatch.setattr("ultramed.models.load_for_training", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("ultramed.train.weights.load_for_training", lambda *a, **k: pytest.fail("trained again"))
     assert run_sweep(file, Console(quiet=True))
 
 

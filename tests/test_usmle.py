@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from ultramed import usmle
+from ultramed.experiments import medalpaca as usmle
 
 
 def _frame(correct, seed=0, letters=True):
@@ -40,7 +40,7 @@ def test_seeds_are_examined_on_distinct_questions(bench):
 
 
 def test_rows_of_a_seed_are_the_same_for_every_arm_that_shares_the_mixture(bench):
-    from ultramed.config import arm_config
+    from ultramed.core.config import arm_config
 
     keys = {bench.rows(arm_config(bench.profile, arm, seed=1)).key for arm in ("full", "lora", "lora_8bit")}
     assert len(keys) == 1

@@ -12,8 +12,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from ultramed import models
-from ultramed.schema import TrainConfig
+from ultramed.core.schema import TrainConfig
+from ultramed.lm.device import placement
 from ultramed.train.cost import CostConfig, cost, random_model, table
 from ultramed.train.estimate import Shape, shape_of
 
@@ -32,7 +32,7 @@ else:
     heads, wide = args.hidden // 64, args.hidden * 8 // 3
     config = Shape(hidden=args.hidden, intermediate=wide, layers=args.layers, heads=heads, kv_heads=heads, words=args.words)
 model = random_model(config)
-print(f"{model.metrics['parameters'] / 1e6:.0f} M parameters, {args.rows} x {args.length} tokens a step, {models.placement()}")
+print(f"{model.metrics['parameters'] / 1e6:.0f} M parameters, {args.rows} x {args.length} tokens a step, {placement()}")
 base = {"learning_rate": 1e-4, "mixture": {"random": 1}}
 arms = {
     "full": {},
@@ -40,7 +40,7 @@ arms = {
     "LoRA": {"method": "lora"},
     "8-bit LoRA": {"method": "lora_8bit"},
 }
-arms |= {"NF4 LoRA": {"method": "lora_4bit"}} if models.placement().device == "cuda" else {}
+arms |= {"NF4 LoRA": {"method": "lora_4bit"}} if placement().device == "cuda" else {}
 arms |= {f"{name}, checkpointing": {**changes, "gradient_checkpointing": True} for name, changes in arms.items()}
 trains = {name: TrainConfig(**base, **changes) for name, changes in arms.items()}
 setting = CostConfig(shape=config, arms=trains, rows=args.rows, length=args.length, steps=args.steps)

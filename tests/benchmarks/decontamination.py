@@ -17,12 +17,12 @@ import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from ultramed.core.schema import CheckConfig
 from ultramed.data import dedupe
 from ultramed.data.collection import find_hits, text_of
 from ultramed.data.mixture import source_rows
 from ultramed.data.rows import read_questions
 from ultramed.data.sources import SourceConfig, source
-from ultramed.schema import CheckConfig
 
 TRAIN = ["chatdoctor", "medquad", "alpaca", "medical_meadow", "medmcqa_open", "gsm8k", "medqa", "medmcqa"]
 TEST = ["medqa", "medmcqa", "pubmedqa", "mmlu_medical"]

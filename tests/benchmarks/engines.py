@@ -11,13 +11,14 @@ import os
 import tempfile
 import time
 
-from ultramed import config
+from ultramed.book.notebook import percent
+from ultramed.core import config
+from ultramed.core.log import quiet_libraries
 from ultramed.data.sources import dataset
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.agreement import flips
 from ultramed.evaluate.sample import samples
-from ultramed.notebook import percent, quiet
-from ultramed.usmle import Bench
+from ultramed.experiments.medalpaca import Bench
 
 WAYS = {
     "transformers, bf16": ("transformers", "bfloat16"), "transformers, fp32": ("transformers", "float32"),
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--questions", type=int, default=150)
     parser.add_argument("--samples", type=int, default=10)
     given = parser.parse_args()
-    quiet()
+    quiet_libraries()
     profile = config.load_profile("laptop")
     policy, exam = Bench.of(profile, profile.models[0]).train("full", seed=0), dataset(profile, "exam")
     about = {"model": policy, "questions": exam}

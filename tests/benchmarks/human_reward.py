@@ -13,13 +13,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-from ultramed import models
 from ultramed.annotate.human import HumanConfig, human_pairs
-from ultramed.config import load_profile
+from ultramed.core.config import load_profile
+from ultramed.core.log import quiet_libraries
+from ultramed.core.schema import ScoringConfig
 from ultramed.evaluate import reward_bench
 from ultramed.evaluate.stats import clustered
-from ultramed.notebook import quiet
-from ultramed.schema import JudgeConfig
+from ultramed.lm import models
 from ultramed.train.reward import reward
 
 parser = argparse.ArgumentParser()
@@ -27,7 +27,7 @@ parser.add_argument("--questions", type=int, default=104)
 parser.add_argument("--words", type=int, default=80)
 parser.add_argument("--learning-rate", type=float, default=5e-5)
 args = parser.parse_args()
-quiet()
+quiet_libraries()
 profile = load_profile("laptop")
 base = models.base_model(profile.models[0])
 setting = profile.ultramedical.reward.model_copy(
@@ -36,7 +36,7 @@ setting = profile.ultramedical.reward.model_copy(
 train = human_pairs(HumanConfig(side="train", questions=args.questions, words=args.words), per_prompt=28)
 held = human_pairs(HumanConfig(side="validation", words=args.words), per_prompt=28)
 model = reward(setting, model=base, pairs=train)
-frame = reward_bench.read_scores(reward_bench.pair_scores(JudgeConfig(), reward=model, pairs=held))
+frame = reward_bench.read_scores(reward_bench.pair_scores(ScoringConfig(), reward=model, pairs=held))
 frame = frame.assign(prompt=frame.id.str.partition("#")[0])
 ours = clustered(frame.correct, frame.prompt)
 longer = clustered(frame.chosen_characters > frame.rejected_characters, frame.prompt)

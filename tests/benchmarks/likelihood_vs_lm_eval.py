@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from test_lm_eval import harness
 
-from ultramed import models
+from ultramed.core.log import quiet_libraries
+from ultramed.core.schema import ModelConfig
 from ultramed.data.rows import read_questions
 from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
-from ultramed.notebook import quiet
-from ultramed.schema import ModelConfig
+from ultramed.lm import models
+from ultramed.lm.device import placement
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--n", type=int, default=1000)
@@ -32,9 +33,9 @@ parser.add_argument("--dtype", default="bfloat16")
 parser.add_argument("--target", default="letter", choices=["letter", "text"], help="what is scored: ' B' or the option's text")
 parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval; ours goes by tokens")
 args = parser.parse_args()
-quiet()
+quiet_libraries()
 dtype = getattr(torch, args.dtype)
-models.placement()
+placement()
 model = models.base_model(ModelConfig(name="bundled:smollm2-135m", label="x"))
 rows = read_questions(source(SourceConfig(name="medqa")) / "test.parquet")[: args.n]
 

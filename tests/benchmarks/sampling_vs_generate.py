@@ -15,14 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from ultramed import models, prompts
-from ultramed.config import load_profile
+from ultramed.core.config import load_profile
+from ultramed.core.log import quiet_libraries
+from ultramed.data.messages import question_prompt
 from ultramed.data.rows import read_questions
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.stats import clustered
-from ultramed.notebook import quiet
-from ultramed.parsing import parse
-from ultramed.ultramedical import Suite
+from ultramed.experiments.ultramedical import Suite
+from ultramed.lm import models
+from ultramed.lm.parsing import parse
+from ultramed.lm.templates import TEMPLATES
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--questions", type=int, default=100)
@@ -30,7 +32,7 @@ parser.add_argument("--n", type=int, default=10)
 parser.add_argument("--model", help="artifact key; the profile's UltraMix SFT policy if none")
 parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64], help="batch sizes of plain generate")
 args = parser.parse_args()
-quiet()
+quiet_libraries()
 profile = load_profile("laptop")
 suite = Suite.of(profile)
 model = models.resolve(args.model) if args.model else suite.sft("ultramix")
@@ -39,8 +41,8 @@ for questions, side, select in suite.test_prompts("medical"):
     rows += [r for r in read_questions(questions / f"{side}.parquet") if r["subset"] in select]
 rows = rows[:: max(1, len(rows) // args.questions)][: args.questions]
 tokenizer, net, own = models.load_tokenizer(model), models.load(model), profile.ultramedical.sample
-template = prompts.TEMPLATES[profile.models[0].template]
-texts = [template.render(prompts.question_prompt(r, own.answer_form), tokenizer) for r in rows]
+template = TEMPLATES[profile.models[0].template]
+texts = [template.render(question_prompt(r, own.answer_form), tokenizer) for r in rows]
 ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
 repeated = [i for i in range(len(rows)) for _ in range(args.n)]
 sampling = {

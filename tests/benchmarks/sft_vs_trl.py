@@ -24,11 +24,12 @@ ARMS = ("ours", "trl", "trl, as in the handbook")
 
 
 def rows_of(given):
-    from ultramed import config, models
+    from ultramed.core import config
+    from ultramed.core.schema import TrainConfig
     from ultramed.data.rows import read_instructions
     from ultramed.data.sources import dataset
-    from ultramed.prompts import TEMPLATES
-    from ultramed.schema import TrainConfig
+    from ultramed.lm import models
+    from ultramed.lm.templates import TEMPLATES
     from ultramed.train.sft import encode_rows
 
     profile = config.load_profile("laptop")
@@ -44,15 +45,15 @@ def rows_of(given):
 
 
 def ours(given, out):
-    from ultramed import models
-    from ultramed.train import loop
+    from ultramed.train import training
     from ultramed.train.sft import make_trainer
+    from ultramed.train.weights import load_for_training
 
     base, tokenizer, setting, rows, held = rows_of(given)
-    net = models.load_for_training(base, setting)
+    net = load_for_training(base, setting)
     trainer = make_trainer(net, tokenizer, rows, setting, out)
     clock = time.perf_counter()
-    loop.run(trainer, trainer.args.max_steps, "ours")
+    training.run(trainer, trainer.args.max_steps, "ours")
     return time.perf_counter() - clock, net, rows, held
 
 
@@ -113,10 +114,10 @@ def main():
         for arm in ARMS[1:]:
             print(f"ours is {found['ours']['speed'] / found[arm]['speed']:.2f}x {arm}")
         return
-    from ultramed.notebook import quiet
-    from ultramed.store import PeakMemory
+    from ultramed.core.log import quiet_libraries
+    from ultramed.core.store import PeakMemory
 
-    quiet()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
         if given.arm == "ours":
             seconds, net, rows, held = ours(given, Path(folder))

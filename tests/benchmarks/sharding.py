@@ -10,10 +10,11 @@ import json
 import os
 import tempfile
 
-from ultramed import config, models
+from ultramed.core import config
+from ultramed.core.log import quiet_libraries
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.sources import dataset
-from ultramed.notebook import quiet
+from ultramed.lm import models
 from ultramed.train.sft import sft
 
 
@@ -23,7 +24,7 @@ def main():
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", default="laptop")
     given = parser.parse_args()
-    quiet()
+    quiet_libraries()
     profile = config.load_profile(given.profile, ["train.dtype=float32", "train.micro_batch_tokens=1024"])
     base = models.base_model(profile.models[0])
     rows = given.steps * profile.train.global_batch_size

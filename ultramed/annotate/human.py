@@ -11,9 +11,10 @@ import pandas as pd
 from pydantic import Field
 
 from ultramed.annotate.pairs import PairConfig, pairs
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, sha256, stage
 from ultramed.data.sources import data_root
-from ultramed.schema import ConfigError, Strict
-from ultramed.store import Artifact, sha256, stage
 
 FILES = {"train": ["train_liveqamed.parquet", "train_alexa.parquet"], "validation": ["validation.parquet"]}
 QUESTIONS = {"train": 208, "validation": 25}  # official sizes

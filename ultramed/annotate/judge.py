@@ -1,103 +1,158 @@
-"""Who says which of several replies is best: an annotator scores every candidate of a prompt, and the scores rank them.
+"""A language model behind a URL as annotator: complexity of instructions, feedback on candidates, one reply or the other.
 
-`feedback.jsonl` has a row a prompt, whoever judged it: prompt messages and candidates with model, text, letter, score
-and rank (1 is best; equal scores share a rank).
+The rubrics are this project's own words for what UltraMedical describes (sections 2.3 and 3.1). Candidates are shown in
+an order drawn with a seed, and two replies are judged in both orders: what a judge prefers for its place is not a
+preference.
 """
 
-from difflib import SequenceMatcher
+import random
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
-from ultramed import models, prompts
-from ultramed.evaluate.sample import read_samples
-from ultramed.ledger import Ledger
-from ultramed.progress import bar as progress_bar
-from ultramed.schema import JudgeConfig, Strict
-from ultramed.store import Artifact, stage
-from ultramed.train.reward import load_reward, score_rows
+from pydantic import BaseModel, Field
+
+from ultramed.annotate.feedback import join, judged
+from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.ledger import write_lines
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, stage
+from ultramed.data import rows as canonical
+from ultramed.data.messages import question_text
+
+COMPLEXITY = """\
+You grade how demanding a biomedical instruction is, from 1 to 10.
+1-3: a fact that anyone could look up. 4-6: knowledge of one field, applied directly. 7-8: several facts must be brought \
+together, or a case must be worked through. 9-10: a specialist would have to think about it.
+Judge the instruction, not a possible answer. Length alone does not make it demanding.
+Answer with a JSON object: {"reason": "one sentence", "score": a number from 1 to 10}."""
+
+FEEDBACK = """\
+You compare replies to the same biomedical question. Give every reply a score from 1 to 10 for, in this order: is it \
+medically correct; does it do what was asked; is it complete; is it clear. A wrong statement that could harm a patient \
+caps the score at 3. Neither length nor the order of the replies is a merit.{reference}
+Answer with a JSON object: {{"scores": [one number for each reply, in the order shown]}}."""
+
+PAIRWISE = """\
+Two replies to the same biomedical question. Which is better: medically correct first, then doing what was asked, then \
+complete and clear? Neither length nor the order of the replies is a merit.{reference}
+Answer with a JSON object: {{"reason": "one sentence", "better": "A", "B" or "tie"}}."""
 
 
-class Annotator(Protocol):
-    """Scores the candidates of one prompt, higher is better; None where it cannot tell."""
-
-    name: str
-
-    def rate(self, row: dict, candidates: list[dict]) -> list[float | None]: ...
+class Complexity(BaseModel):
+    reason: str = ""
+    score: float = Field(ge=1, le=10)
 
 
-class Oracle:
-    """Sees the reference answer: 6 points for the right option, 2 for the asked form, 1 for an end, up to half a point
-    each for being short and for looking like the reference, which orders the wrong ones.
+class Scores(BaseModel):
+    scores: list[float]
 
-    A reply whose text is not that of the option its letter stands for ("kidney stones (B)" where B is the heart) was
-    not meant: it has half the points of a right letter, and none for its form.
-    Deterministic. Stands in for the paper's GPT-4 feedback where no judge is at hand; scores are on its scale, 0 to 10.
+
+class Better(BaseModel):
+    reason: str = ""
+    better: Literal["A", "B", "tie"]
+
+
+class LLMConfig(Strict):
+    """`see_reference`: show the judge the reference answer, where there is one."""
+
+    server: ServerConfig
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(512, ge=1)
+    see_reference: bool = True
+    seed: int = 0
+
+
+def wording(config=None) -> str:
+    """Of the rubrics, for the keys of the stages."""
+    return repr((COMPLEXITY, FEEDBACK, PAIRWISE))
+
+
+def request(name: str, rubric: str, text: str, config, **more) -> Request:
+    """`text` under the rubric, with the temperature and max_tokens of `config`; `more` goes to the server, too."""
+    messages = [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
+    return Request(name, messages, {"temperature": config.temperature, "max_tokens": config.max_tokens, **more})
+
+
+def conversation(messages: list[dict]) -> str:
+    """All turns as one text; an instruction that stands in the system turn (Alpaca's, with an input) belongs to it."""
+    return "\n\n".join(m["content"] for m in messages)
+
+
+def _reference(rubric: str, text: str, config: LLMConfig) -> str:
+    told = f"\nThe reference answer is: {text}" if config.see_reference and text else ""
+    return rubric.format(reference=told)
+
+
+@stage(version=2, also=wording)
+def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "train") -> dict:
+    """`scores.jsonl`: id and score (1 to 10, or None where the judge gave none) of every row of `data`."""
+    rows = canonical.read_rows(data / f"{side}.parquet")
+    asked = [
+        request(r["id"], COMPLEXITY, conversation(r["prompt"]) if "prompt" in r else question_text(r), config) for r in rows
+    ]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Complexity, desc="complexity")
+    write_lines(out / "scores.jsonl", ({"id": m["id"], "score": m["value"]["score"] if m["value"] else None} for m in made))
+    scores = [m["value"]["score"] for m in made if m["value"]]
+    return {"rows": len(rows), "unparsed": len(made) - len(scores), "mean_score": sum(scores) / len(scores) if scores else None}
+
+
+@stage(version=2, also=wording)
+def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
+    """`feedback.jsonl` as `judge.feedback` writes it, with the model's scores; None for all candidates of a prompt whose
+    judgement could not be read. The candidates are shuffled with the seed before they are shown."""
+    joined, asked, orders = join(samples), [], {}
+    for row in joined:
+        order = list(range(len(row["candidates"])))
+        random.Random(f"{config.seed}:{row['id']}").shuffle(order)
+        orders[row["id"]] = order
+        shown = "\n\n".join(f"Reply {n}:\n{row['candidates'][i]['text']}" for n, i in enumerate(order, 1))
+        rubric = _reference(FEEDBACK, row.get("reference", ""), config)
+        asked.append(request(row["id"], rubric, f"Question:\n{conversation(row['prompt'])}\n\n{shown}", config))
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Scores, desc="feedback")
+    unread, told = 0, []
+    for row, answer in zip(joined, made, strict=True):
+        given = answer["value"]["scores"] if answer["value"] else []
+        whole = len(given) == len(row["candidates"])
+        unread += not whole
+        scores: list[float | None] = [None] * len(row["candidates"])
+        for place, i in enumerate(orders[row["id"]] if whole else ()):
+            scores[i] = given[place]
+        told.append(judged(row, scores))
+    write_lines(out / "feedback.jsonl", told)
+    candidates = sum(len(row["candidates"]) for row in joined)
+    return {"prompts": len(joined), "candidates": candidates, "unread": unread, "annotator": config.server.model}
+
+
+@stage(version=2, also=wording)
+def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
+    """`verdicts.jsonl`: each pair judged in both orders.
+
+    verdict is 'chosen', 'rejected' or 'tie' where both orders agree, 'inconsistent' where they do not, and 'unread'
+    where one could not be read. Returns their counts and the consistency: agreeing pairs among those read twice.
     """
-
-    name = "oracle"
-
-    def rate(self, row: dict, candidates: list[dict]) -> list[float | None]:
-        def score(c: dict) -> float:
-            meant = prompts.names_option(row["prompt"], c["letter"], c["text"])
-            right = (6.0 if meant else 3.0) if c["letter"] == row["gold"] else 0.0
-            short, alike = min(1.0, 12 / max(c["tokens"], 1)), SequenceMatcher(None, c["text"], row["reference"]).ratio()
-            return right + 2.0 * (c["strict"] and meant) + 1.0 * c["finished"] + 0.5 * short + 0.5 * alike
-
-        return [round(score(c), 3) for c in candidates]
-
-
-def ranks(scores: list[float | None]) -> list[int | None]:
-    """Competition ranks, 1 for the highest score; equal scores share one. None stays None."""
-    given = [s for s in scores if s is not None]
-    return [None if s is None else 1 + sum(o > s for o in given) for s in scores]
-
-
-class OracleConfig(Strict):
-    annotator: str = "oracle"
+    rows = canonical.read_pairs(pairs / "pairs.parquet")
+    asked = []
+    for row in rows:
+        rubric = _reference(PAIRWISE, row["meta"].get("reference", ""), config)
+        for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
+            shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
+            text = f"Question:\n{conversation(row['prompt'])}\n\n{shown}"
+            asked.append(request(f"{row['id']}/{first}", rubric, text, config))
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Better, desc="pairs, both orders")
+    verdicts = [combine(forth["value"], back["value"]) for forth, back in zip(made[::2], made[1::2], strict=True)]
+    write_lines(
+        out / "verdicts.jsonl",
+        ({"id": r["id"], "subset": r["subset"], "verdict": v} for r, v in zip(rows, verdicts, strict=True)),
+    )
+    counts = {v: verdicts.count(v) for v in ("chosen", "rejected", "tie", "inconsistent", "unread")}
+    read = len(rows) - counts["unread"]
+    return {"pairs": len(rows), **counts, "consistency": (read - counts["inconsistent"]) / read if read else None}
 
 
-@stage(version=2)
-def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
-    """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and judged by the oracle."""
-    judge: Annotator = Oracle()
-    joined = join(samples)
-    with Ledger(out / "feedback.jsonl", key="id") as ledger:
-        ledger.add(*(judged(row, judge.rate(row, row["candidates"])) for row in joined if row["id"] not in ledger))
-    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": judge.name}
-
-
-@stage(version=2, also=prompts.wording)
-def reward_feedback(
-    out: Path, config: JudgeConfig, *, reward: Artifact, template: str | None = None, **samples: Artifact
-) -> dict:
-    """The same, judged by a reward model. Equal texts of a prompt are scored once."""
-    joined = join(samples)
-    with Ledger(out / "feedback.jsonl", key="id") as ledger:
-        todo = [row for row in joined if row["id"] not in ledger]
-        if todo:
-            net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
-            shape = models.template_of(reward, template)
-            unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
-            rows = [{"prompt": todo[i]["prompt"], "completion": prompts.said(text)} for i, text in unique]
-            with progress_bar(len(rows), "rewards", "reply") as bar:
-                scores = score_rows(net, tokenizer, rows, shape, budget=config.batch_tokens, bar=bar)
-            found = dict(zip(unique, scores, strict=True))
-            ledger.add(*(judged(r, [found[i, c["text"]] for c in r["candidates"]]) for i, r in enumerate(todo)))
-            del net
-            models.free_memory()
-    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": reward.key}
-
-
-def join(samples: dict[str, Artifact]) -> list[dict]:
-    """One row a prompt with the candidates of every artifact, in the order of the names."""
-    rows: dict[str, dict] = {}
-    for name, artifact in samples.items():
-        for row in read_samples(artifact):
-            mine = rows.setdefault(row["id"], {**{k: v for k, v in row.items() if k != "replies"}, "candidates": []})
-            mine["candidates"] += [{"model": name, **reply} for reply in row["replies"]]
-    return list(rows.values())
-
-
-def judged(row: dict, scores: list[float | None]) -> dict:
-    marks = zip(row["candidates"], scores, ranks(scores), strict=True)
-    return {**row, "candidates": [{**c, "score": s, "rank": r} for c, s, r in marks]}
+def combine(forth: dict | None, back: dict | None) -> str:
+    """Verdict of two judgements, `forth` with chosen as A, `back` with chosen as B."""
+    if forth is None or back is None:
+        return "unread"
+    one = {"A": "chosen", "B": "rejected", "tie": "tie"}[forth["better"]]
+    two = {"B": "chosen", "A": "rejected", "tie": "tie"}[back["better"]]
+    return one if one == two else "inconsistent"

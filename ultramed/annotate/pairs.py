@@ -7,11 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
+from ultramed.data.messages import as_completion
 from ultramed.evaluate.sample import read_feedback
-from ultramed.prompts import said
-from ultramed.schema import ConfigError, Strict
-from ultramed.store import Artifact, digest, stage
 
 
 class PairConfig(Strict):
@@ -85,5 +86,5 @@ def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dic
     }  # fmt: skip
     return {
         "id": f"{name}:{row['id']}#{number}", "source": name, "subset": row["subset"], "prompt": row["prompt"],
-        "chosen": said(chosen["text"]), "rejected": said(rejected["text"]), "meta": meta,
+        "chosen": as_completion(chosen["text"]), "rejected": as_completion(rejected["text"]), "meta": meta,
     }  # fmt: skip

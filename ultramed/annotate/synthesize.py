@@ -12,15 +12,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, field_validator
 
-from ultramed import prompts
-from ultramed.annotate.llm import conversation, request
-from ultramed.client import Request, ServerConfig, ask
+from ultramed.annotate.judge import conversation, request
+from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.ledger import write_lines
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.dedupe import jaccard, normalise, shingles, tfidf_encoder
-from ultramed.ledger import write_lines
-from ultramed.parsing import parse
-from ultramed.schema import Strict
-from ultramed.store import Artifact, stage
+from ultramed.data.messages import as_completion, question_text
+from ultramed.lm.parsing import parse
 
 LETTERS = "ABCD"
 
@@ -199,7 +199,7 @@ def evolve(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
             way = random.Random(f"{config.seed}:{row['id']}:{number}").choice(WAYS["choice" if choice else "open"])
             keep = "\nThe right option must stay right, word for word: " + row["options"][row["gold"]] if choice else ""
             rubric = EVOLVE.format(how=way, words=config.words, keep=keep, field=', "options": {"A": "...", "B": "...", "C": "...", "D": "..."}' if choice else "")  # fmt: skip
-            text = prompts.question_text(row) if choice else conversation(row["prompt"])
+            text = question_text(row) if choice else conversation(row["prompt"])
             asked.append(request(f"{row['meta']['of']}~{number}", rubric, text, config))
         shape = EvolvedChoice if choice else Instruction
         answers = ask(config.server, asked, out / f"requests-{number}.jsonl", schema=shape, desc=f"evolution, round {number}")
@@ -272,7 +272,7 @@ def _solve(row: dict, examples: list[dict], config: SynthesisConfig, attempt: in
     messages = [{"role": "system", "content": SOLVE}]
     for shown in examples:
         messages += [*shown["prompt"], *shown["completion"]]
-    messages.append({"role": "user", "content": prompts.question_text(row)})
+    messages.append({"role": "user", "content": question_text(row)})
     options = {
         "temperature": config.temperature if attempt else 0.0,
         "max_tokens": config.max_tokens,
@@ -283,8 +283,8 @@ def _solve(row: dict, examples: list[dict], config: SynthesisConfig, attempt: in
 
 def _instruction_row(row: dict, text: str, attempt: int) -> dict:
     return {
-        "id": f"solved:{row['id']}", "source": row["source"], "completion": prompts.said(text.strip()),
-        "prompt": [{"role": "user", "content": prompts.question_text(row)}], "meta": {"gold": row["gold"], "try": attempt + 1},
+        "id": f"solved:{row['id']}", "source": row["source"], "completion": as_completion(text.strip()),
+        "prompt": [{"role": "user", "content": question_text(row)}], "meta": {"gold": row["gold"], "try": attempt + 1},
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ultramed.prompts import said
+from ultramed.data.messages import as_completion
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def alpaca_row(row: dict, i: int) -> dict:
     turns = [("system", row["instruction"].strip()), ("user", given)] if given else [("user", row["instruction"].strip())]
     return {
         "prompt": [{"role": r, "content": c} for r, c in turns],
-        "completion": said((row["output"] or "").strip()),
+        "completion": as_completion((row["output"] or "").strip()),
     }  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _preference(row: dict, i: int) -> dict:
 
 
 def _rewardbench(row: dict, i: int) -> dict:
-    turns = {k: said(row[k]) for k in ("chosen", "rejected")}
+    turns = {k: as_completion(row[k]) for k in ("chosen", "rejected")}
     return {
         "id": f"rewardbench:{row['id']}",
         "subset": row["subset"],

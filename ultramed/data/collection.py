@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import BuildConfig, CheckConfig, Profile
+from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import dedupe
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import SOURCES
+from ultramed.data.messages import as_instruction, question_text
 from ultramed.data.mixture import source_rows
 from ultramed.data.sources import dataset, local_files
-from ultramed.prompts import as_instruction, question_text
-from ultramed.schema import BuildConfig, CheckConfig, ConfigError, Profile
-from ultramed.store import Artifact, digest, stage
 
 SCORES = "scores_"
 

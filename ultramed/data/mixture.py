@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import AnswerForm, Strict
+from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
-from ultramed.prompts import as_instruction, hints_wording
-from ultramed.schema import AnswerForm, ConfigError, Strict
-from ultramed.store import Artifact, digest, stage
+from ultramed.data.messages import as_instruction, hints_wording
 
 
 class MixtureConfig(Strict):

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from pydantic import Field
 
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import Strict
+from ultramed.core.store import sha256, stage
 from ultramed.data import rows as canonical
+from ultramed.data.messages import as_completion
 from ultramed.data.sources import data_root
-from ultramed.prompts import said
-from ultramed.schema import ConfigError, Strict
-from ultramed.store import sha256, stage
 
 Made = Iterator[tuple[list[dict], str, str]]  # prompt, chosen, rejected
 
@@ -101,7 +102,7 @@ def public_pairs(out: Path, config: PublicConfig) -> dict:
         found = [
             {
                 "id": f"{name}:{number}", "source": "public", "subset": name, "prompt": prompt,
-                "chosen": said(chosen), "rejected": said(rejected),
+                "chosen": as_completion(chosen), "rejected": as_completion(rejected),
             }
             for number, (prompt, chosen, rejected) in enumerate(
                 (prompt, _cut(a, config.words), _cut(b, config.words))

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ultramed.prompts import said
+from ultramed.data.messages import as_completion
 
 
 class BadRow(ValueError):
@@ -170,7 +170,7 @@ def read_pairs(path: Path) -> list[dict]:
     rows = []
     for number, row in enumerate(read_table(path), 1):
         if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            turns = {k: said(row[k]) for k in ("chosen", "rejected") if k in row}
+            turns = {k: as_completion(row[k]) for k in ("chosen", "rejected") if k in row}
             row = {"id": row.get("id", number), "subset": row.get("subset") or "all", **turns, "prompt": row["prompt"]}
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         if isinstance(row, dict):

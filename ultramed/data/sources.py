@@ -10,14 +10,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ultramed.config import nearest
+from ultramed.core.config import nearest
+from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import write_lines
+from ultramed.core.schema import Profile, Strict
+from ultramed.core.store import Artifact, sha256, stage
 from ultramed.data import rows as canonical
-from ultramed.data.bundled import exam
 from ultramed.data.catalog import SOURCES, Source, alpaca_row
-from ultramed.ledger import write_lines
-from ultramed.prompts import said
-from ultramed.schema import ConfigError, Profile, Strict
-from ultramed.store import Artifact, sha256, stage
+from ultramed.data.exam import exam
+from ultramed.data.messages import as_completion
 
 
 class SourceConfig(Strict):
@@ -164,7 +165,7 @@ def read_any(path: Path) -> list[dict]:
         if isinstance(given.get("prompt"), str):
             given["prompt"] = [{"role": "user", "content": given["prompt"]}]
         if isinstance(given.get("completion"), str):
-            given["completion"] = said(given["completion"])
+            given["completion"] = as_completion(given["completion"])
         if "completion" in given and not given["completion"][0]["content"]:
             del given["completion"]
         out.append({"id": str(row.get("id", number)), "source": str(row.get("source", "own")), **given})

@@ -5,22 +5,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from ultramed import models, prompts
+from ultramed.core.ledger import Ledger
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import EvalConfig
+from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
+from ultramed.data.messages import question_prompt
 from ultramed.evaluate.engine import open_engine, weights
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.evaluate.stats import wilson
-from ultramed.ledger import Ledger
-from ultramed.parsing import parse
-from ultramed.progress import bar as progress_bar
-from ultramed.schema import EvalConfig
-from ultramed.store import Artifact, digest, stage
+from ultramed.lm import models
+from ultramed.lm.device import free_memory, placement
+from ultramed.lm.parsing import parse
+from ultramed.lm.templates import wording
 
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
 
 
-@stage(version=2, also=prompts.wording)
+@stage(version=2, also=wording)
 def answers(
     out: Path, config: EvalConfig, *, model: Artifact, questions: Artifact, side: str = "test",
     select: dict | None = None, template: str | None = None, dtype: str = "auto", quantize: str | None = None,
@@ -31,7 +34,7 @@ def answers(
     after its last finished item. Returns accuracy and outcome counts: correct + wrong + unparsed = n.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
-    place = models.placement(dtype)
+    place = placement(dtype)
     with Ledger(out / "answers.jsonl", key="id") as ledger:
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
@@ -42,7 +45,7 @@ def answers(
             with progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger)) as bar:
                 ASK[config.protocol](engine, todo, config, ledger, bar)
             del engine
-            models.free_memory()
+            free_memory()
         result = [ledger.rows[r["id"]] for r in rows]
     about = {
         "protocol": config.protocol,
@@ -93,7 +96,7 @@ def _likelihood(engine, rows, config, ledger, bar):
             items.append((pairs[0][0], [p[1] for p in pairs]))
         else:
             closed = [{"role": "user", "content": row["question"]}]
-            asked = closed if config.likelihood_prompt == "cloze" else prompts.question_prompt(row, config.answer_form)
+            asked = closed if config.likelihood_prompt == "cloze" else question_prompt(row, config.answer_form)
             wanted = row["options"].keys() if config.likelihood_target == "letter" else row["options"].values()
             items.append((local.ids(local.shown(asked)), [local.ids(w) for w in wanted]))
 
@@ -109,7 +112,7 @@ def _likelihood(engine, rows, config, ledger, bar):
 
 
 def _greedy(engine, rows, config, ledger, bar):
-    asked = [prompts.question_prompt(row, config.answer_form) for row in rows]
+    asked = [question_prompt(row, config.answer_form) for row in rows]
 
     def done(batch, replies):
         made = zip(batch, replies, strict=True)
@@ -136,7 +139,7 @@ def _medalpaca(engine, rows, config, ledger, bar):
     local = weights(engine, "MedAlpaca's forced beginning")
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     left, last = list(range(len(rows))), {}
-    texts = [local.shown(prompts.question_prompt(row, "letter_first")) + PREFIX + " " for row in rows]
+    texts = [local.shown(question_prompt(row, "letter_first")) + PREFIX + " " for row in rows]
     # The space before the answer belongs to its first token, so that " B" is what the model is asked for.
     ids = [local.ids(t.rstrip(" ")) for t in texts]
     for attempt in range(1, config.tries + 1):

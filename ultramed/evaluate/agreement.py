@@ -8,12 +8,13 @@ from typing import get_args
 
 import pandas as pd
 
-from ultramed import models
-from ultramed.config import known, overridden, validate
+from ultramed.core.config import known, overridden, validate
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import Dtype, EvalConfig
+from ultramed.core.store import Artifact
 from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers
-from ultramed.schema import ConfigError, Dtype, EvalConfig
-from ultramed.store import Artifact
+from ultramed.lm import models
 
 OWN = ("dtype", "quantize", "model")  # of a variant, beside every key of EvalConfig
 

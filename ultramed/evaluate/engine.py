@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ultramed import models
-from ultramed.client import Request, ServerConfig, ask
+from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.errors import ConfigError
+from ultramed.core.store import Artifact
 from ultramed.evaluate.generate import Reply, Sampling, generate
-from ultramed.prompts import Template
-from ultramed.schema import ConfigError
-from ultramed.store import Artifact
+from ultramed.lm import models
+from ultramed.lm.device import at_most_on_cpu
+from ultramed.lm.templates import Template
 
 if TYPE_CHECKING:
     from ultramed.evaluate.openvino import OpenVino
@@ -41,7 +42,7 @@ class Local:
 
     def __init__(self, model: Artifact, template: Template, budget: int, dtype=None, quantize: str | None = None):
         self.tokenizer, self.template = models.load_tokenizer(model), template
-        self.budget = models.at_most_on_cpu(budget, CPU_TOKENS)
+        self.budget = at_most_on_cpu(budget, CPU_TOKENS)
         self.net = models.load(model, dtype=dtype, quantize=quantize)
 
     def shown(self, messages: list[dict]) -> str:

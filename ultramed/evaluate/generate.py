@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ultramed.attention import causal_after_prefix
-from ultramed.batching import batches, common_prefix, right_pad
+from ultramed.lm.attention import causal_after_prefix
+from ultramed.lm.batches import batches, common_prefix, right_pad
 
 NUCLEUS = 256  # tokens sorted before the whole vocabulary is
 PREFIX = 8  # tokens that a batch must share for reading them apart to pay

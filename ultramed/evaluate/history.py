@@ -12,17 +12,19 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from ultramed import models, prompts
-from ultramed.client import Request, ServerConfig, ask
+from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.ledger import Ledger, write_lines
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.dedupe import jaccard, normalise, tfidf_encoder
+from ultramed.data.messages import as_completion
 from ultramed.evaluate import stats
 from ultramed.evaluate.engine import open_engine
 from ultramed.evaluate.generate import Sampling
-from ultramed.ledger import Ledger, write_lines
-from ultramed.progress import bar as progress_bar
-from ultramed.schema import Strict
-from ultramed.store import Artifact, stage
+from ultramed.lm import models
+from ultramed.lm.device import free_memory, placement
 
 OPENING = """\
 You are a doctor and take a patient's history. Ask one short question at a time about symptoms, past illnesses, family \
@@ -97,7 +99,7 @@ def histories(
                 if not todo:
                     continue
                 engine = engine or open_engine(
-                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=models.placement().dtype
+                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=placement().dtype
                 )
                 said = {}
 
@@ -115,7 +117,7 @@ def histories(
                     talks[name].append(row)
                 bar.update(len(todo))
         del engine
-        models.free_memory()
+        free_memory()
     write_lines(
         out / "histories.jsonl",
         (
@@ -137,7 +139,7 @@ def conversation(case: dict, talk: list[dict], questions: int) -> list[dict]:
     messages = [{"role": "user", "content": first}]
     for number, row in enumerate(talk, 1):
         form = LAST if number == questions else NEXT
-        messages += [*prompts.said(row["said"]), {"role": "user", "content": form.format(answer=row["answer"])}]
+        messages += [*as_completion(row["said"]), {"role": "user", "content": form.format(answer=row["answer"])}]
     return messages
 
 

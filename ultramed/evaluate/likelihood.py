@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from ultramed.batching import batches
 from ultramed.evaluate.generate import prefill
+from ultramed.lm.batches import batches
 
 TAILS = 64  # continuations of several tokens scored at a time
 

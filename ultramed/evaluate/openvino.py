@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ultramed import models
+from ultramed.core.errors import ConfigError
+from ultramed.core.store import Artifact
 from ultramed.evaluate.generate import Sampling, cut, ends
-from ultramed.gguf_file import write_gguf
-from ultramed.prompts import Template
-from ultramed.schema import ConfigError
-from ultramed.store import Artifact
+from ultramed.lm import models
+from ultramed.lm.device import free_memory
+from ultramed.lm.gguf import write_gguf
+from ultramed.lm.templates import Template
 
 CACHE_GB = 2  # of keys and values; requests beyond it wait
 PART = 512  # conversations handed over at once: an interrupted run keeps what came before
@@ -38,7 +39,7 @@ class OpenVino:
         write_gguf(net, self.tokenizer, file)
         self.ends = ends(net, self.tokenizer)
         del net
-        models.free_memory()
+        free_memory()
         plan = openvino_genai.SchedulerConfig()
         plan.cache_size, plan.max_num_seqs, plan.enable_prefix_caching = CACHE_GB, 256, True
         self.pipe = openvino_genai.ContinuousBatchingPipeline(str(file), plan, "CPU", {"INFERENCE_PRECISION_HINT": precision})

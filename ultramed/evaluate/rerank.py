@@ -7,8 +7,8 @@ floats, `gold` (Q,) letters. A selection returns (Q,) letters.
 import numpy as np
 import pandas as pd
 
+from ultramed.core.store import Artifact
 from ultramed.evaluate.sample import read_feedback, read_samples
-from ultramed.store import Artifact
 
 
 def arrays(feedback: Artifact) -> dict[str, np.ndarray]:

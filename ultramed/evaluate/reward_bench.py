@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from ultramed import models, prompts
+from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import Ledger
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import ScoringConfig, Strict
+from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
+from ultramed.data.messages import as_completion, names_option
 from ultramed.evaluate import stats
 from ultramed.evaluate.sample import read_feedback
-from ultramed.ledger import Ledger
-from ultramed.progress import bar as progress_bar
-from ultramed.schema import ConfigError, JudgeConfig, Strict
-from ultramed.store import Artifact, digest, stage
+from ultramed.lm import models
+from ultramed.lm.device import free_memory
+from ultramed.lm.templates import wording
 from ultramed.train.reward import load_reward, score_rows
 
 PAPER = {"easy": 238, "hard": 196, "length": 180, "human": 163}  # UltraMedical, section 3.3: pairs of its bench
@@ -51,7 +55,7 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
     for row in read_feedback(feedback):
         unique = list({c["text"]: c for c in row["candidates"] if c["text"].strip()}.values())
         for c in unique:
-            c["strict"] = c["strict"] and prompts.names_option(row["prompt"], c["letter"], c["text"])
+            c["strict"] = c["strict"] and names_option(row["prompt"], c["letter"], c["text"])
         right = [c for c in unique if c["letter"] == row["gold"] and c["strict"]]
         wrong = [c for c in unique if c["letter"] != row["gold"]]
         rng, taken = random.Random(f"{config.seed}:{row['id']}"), {}
@@ -61,7 +65,7 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
             if taken.get(name, 0) >= config.per_prompt:
                 continue
             taken[name] = taken.get(name, 0) + 1
-            texts = {"chosen": prompts.said(a["text"]), "rejected": prompts.said(b["text"])}
+            texts = {"chosen": as_completion(a["text"]), "rejected": as_completion(b["text"])}
             meta = {"prompt_id": row["id"], "chosen_model": a["model"], "rejected_model": b["model"]}
             pair = {"id": f"{row['id']}#{name}{taken[name]}", "source": config.domain, "subset": name, **texts}
             found.setdefault(name, []).append({**pair, "prompt": row["prompt"], "meta": meta})
@@ -75,8 +79,8 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
     return {"pairs": len(made), "categories": {k: len(v) for k, v in found.items()}, "row_ids": digest([r["id"] for r in made])}
 
 
-@stage(version=2, also=prompts.wording)
-def pair_scores(out: Path, config: JudgeConfig, *, reward: Artifact, pairs: Artifact, template: str | None = None) -> dict:
+@stage(version=2, also=wording)
+def pair_scores(out: Path, config: ScoringConfig, *, reward: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Rewards of both sides of every pair: `scores.jsonl` with chosen, rejected and whether the chosen one won."""
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     score_pairs(reward, rows, out / "scores.jsonl", models.template_of(reward, template), config.batch_tokens)
@@ -104,7 +108,7 @@ def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget
                 ledger.add(*(_record(r, *values[2 * i : 2 * i + 2]) for i, r in enumerate(part)))
                 bar.update(len(part))
         del net
-        models.free_memory()
+        free_memory()
 
 
 def _record(row: dict, chosen: float, rejected: float) -> dict:

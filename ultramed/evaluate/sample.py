@@ -3,19 +3,22 @@
 import json
 from pathlib import Path
 
-from ultramed import models, prompts
+from ultramed.core.ledger import Ledger
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import SampleConfig
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
+from ultramed.data.messages import answer_text, question_prompt
 from ultramed.evaluate.accuracy import select_rows
 from ultramed.evaluate.engine import open_engine
 from ultramed.evaluate.generate import Sampling, item_rng
-from ultramed.ledger import Ledger
-from ultramed.parsing import parse
-from ultramed.progress import bar as progress_bar
-from ultramed.schema import SampleConfig
-from ultramed.store import Artifact, stage
+from ultramed.lm import models
+from ultramed.lm.device import free_memory, placement
+from ultramed.lm.parsing import parse
+from ultramed.lm.templates import wording
 
 
-@stage(version=3, also=prompts.wording)
+@stage(version=3, also=wording)
 def samples(
     out: Path, config: SampleConfig, *, model: Artifact, questions: Artifact, side: str = "test",
     select: dict | None = None, template: str | None = None, dtype: str = "auto",
@@ -26,7 +29,7 @@ def samples(
     An interrupted run goes on after the last finished batch.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
-    place = models.placement(dtype)
+    place = placement(dtype)
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
@@ -41,7 +44,7 @@ def samples(
             with progress_bar(len(rows), f"{config.n} samples", "question", initial=len(ledger)) as bar:
                 _sample(engine, todo, config, ledger, bar)
             del engine
-            models.free_memory()
+            free_memory()
         kept = list(ledger.rows.values())
     replies = [reply for row in kept for reply in row["replies"]]
     right = sum(reply["letter"] == row["gold"] for row in kept for reply in row["replies"])
@@ -52,7 +55,7 @@ def samples(
     }  # fmt: skip
 
 
-@stage(version=2, also=prompts.wording)
+@stage(version=2, also=wording)
 def references(
     out: Path, config: SampleConfig, *, questions: Artifact, side: str = "train", select: dict | None = None,
     guess: bool = False,
@@ -70,12 +73,12 @@ def references(
                 continue
             rng = item_rng(config.seed, row["id"], "guess")
             letters = [rng.choice(list(row["options"])) if guess else row["gold"] for _ in range(config.n)]
-            texts = [prompts.answer_text({**row, "gold": letter}, config.answer_form) for letter in letters]
+            texts = [answer_text({**row, "gold": letter}, config.answer_form) for letter in letters]
             how = {"rule": "guess" if guess else "reference", "strict": True, "finished": True}
             replies = [
                 {"text": t, "letter": letter, "tokens": len(t.split()), **how} for t, letter in zip(texts, letters, strict=True)
             ]
-            messages = prompts.question_prompt(row, config.answer_form)
+            messages = question_prompt(row, config.answer_form)
             ledger.add({**_about(row, index, config), "prompt": messages, "replies": replies})
     return {"prompts": len(rows), "samples": config.n * len(rows)}
 
@@ -83,13 +86,13 @@ def references(
 def _about(row: dict, index: int, config: SampleConfig) -> dict:
     return {
         "id": row["id"], "index": index, "subset": row["subset"], "concept": row["meta"].get("concept", row["id"]),
-        "gold": row["gold"], "reference": prompts.answer_text(row, config.answer_form),
+        "gold": row["gold"], "reference": answer_text(row, config.answer_form),
     }  # fmt: skip
 
 
 def _sample(engine, todo, config: SampleConfig, ledger, bar) -> None:
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.stop)
-    messages = [prompts.question_prompt(row, config.answer_form) for _, row in todo]
+    messages = [question_prompt(row, config.answer_form) for _, row in todo]
     waiting: dict[int, dict[int, dict]] = {n: {} for n in range(len(todo))}
 
     def done(batch, made):

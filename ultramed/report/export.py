@@ -10,13 +10,15 @@ from pathlib import Path
 import jinja2
 import torch
 
-from ultramed import models, store
+from ultramed.core import store
+from ultramed.core.errors import ConfigError
+from ultramed.core.store import Artifact, write_json, write_text
 from ultramed.data.catalog import SOURCES
 from ultramed.evaluate.accuracy import read_answers
 from ultramed.evaluate.stats import wilson
-from ultramed.gguf_file import write_gguf
-from ultramed.schema import ConfigError
-from ultramed.store import Artifact, write_json, write_text
+from ultramed.lm import models
+from ultramed.lm.device import quietly
+from ultramed.lm.gguf import write_gguf
 
 TRAINED = ("sft", "preference", "reward")  # stages whose artifacts can be exported
 
@@ -42,7 +44,7 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
     part.mkdir(parents=True)
     tokenizer = models.load_tokenizer(model)
     if merge:
-        with models.quiet():
+        with quietly():
             models.load(model, device="cpu").save_pretrained(part)
     else:
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"):
@@ -52,7 +54,7 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
     tokenizer.chat_template = template.jinja() or tokenizer.chat_template
     tokenizer.save_pretrained(part)
     if gguf:
-        with models.quiet():
+        with quietly():
             write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")
     if about["kind"] != "reward":
         _generation(tokenizer).save_pretrained(part)

@@ -8,9 +8,9 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Image
 
+from ultramed.core.store import Artifact, canonical, write_json
 from ultramed.report.scorecard import folder
 from ultramed.report.tables import provenance
-from ultramed.store import Artifact, canonical, write_json
 
 matplotlib.rcParams["svg.hashsalt"] = "ultramed"  # the same figure gives the same file
 CHANCE = 0.25

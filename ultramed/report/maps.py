@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from ultramed.core.store import write_text
 from ultramed.report.scorecard import folder
-from ultramed.store import write_text
 
 
 def topics(frame: pd.DataFrame, clusters: int = 12, seed: int = 0) -> pd.DataFrame:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from ultramed.config import home
-from ultramed.report import published
-from ultramed.schema import Strict
-from ultramed.store import environment, write_json
+from ultramed.core.config import home
+from ultramed.core.schema import Strict
+from ultramed.core.store import environment, write_json
+from ultramed.papers import published
 
 Verdict = Literal["reproduced", "not reproduced", "differs in scale", "not run"]
 

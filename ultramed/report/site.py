@@ -9,8 +9,8 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from ultramed.core.store import environment, write_text
 from ultramed.report.scorecard import build, folder
-from ultramed.store import environment, write_text
 
 
 def _image(path: Path) -> str:

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
+from ultramed.core.store import Artifact, canonical, environment, write_json, write_text
 from ultramed.report.scorecard import folder
-from ultramed.store import Artifact, canonical, environment, write_json, write_text
 
 
 def provenance(profile: str, name: str, caption: str, artifacts: list[Artifact], kind: str) -> dict:

@@ -11,12 +11,15 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from ultramed import models
-from ultramed.config import merge, validate
-from ultramed.ledger import Ledger
-from ultramed.schema import ConfigError, Profile, Strict, TrainConfig
-from ultramed.store import Artifact, StoreError, find, stage, write_json
+from ultramed.core.config import merge, validate
+from ultramed.core.errors import ConfigError, StoreError
+from ultramed.core.ledger import Ledger
+from ultramed.core.schema import Profile, Strict, TrainConfig
+from ultramed.core.store import Artifact, find, stage, write_json
+from ultramed.lm import models
+from ultramed.lm.device import free_memory, placement, quietly
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
+from ultramed.train.weights import load_for_training
 
 log = logging.getLogger(__name__)
 UNTIMED = 2  # steps; the optimiser has its states in the second
@@ -44,7 +47,7 @@ def cost_config(profile: Profile) -> CostConfig:
     if own is None:
         raise ConfigError(f"profile {profile.name!r} has no section `cost`")
     shape = shape_of(own.shape) if isinstance(own.shape, str) else validate(Shape, own.shape, "cost.shape")
-    if models.placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
+    if placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
         log.warning("no GPU: %.1f billion parameters are not measured here, a small shape is", shape.parameters / 1e9)
         shape = shape_of("small")
     arms = {
@@ -59,11 +62,11 @@ def random_model(out: Path, config: Shape) -> dict:
     """Weights drawn with seed 0, in bf16."""
     from transformers import LlamaForCausalLM
 
-    from ultramed.weights import tiny_llama
+    from ultramed.lm.weights import tiny_llama
 
     torch.manual_seed(0)
     net = LlamaForCausalLM(config.config()).to(torch.bfloat16)
-    with models.quiet():
+    with quietly():
         net.save_pretrained(out)
     tiny_llama()[1].save_pretrained(out)
     write_json(out / "model.json", {"kind": "weights", "name": "random", "template": "chat"})
@@ -112,14 +115,14 @@ def _resident(field: str) -> int:
 
 def measure(config: CostConfig, model: Artifact, out: Path) -> None:
     """Append a line for each arm that `results.jsonl` lacks. In this process, which should have done nothing else."""
-    place = models.placement()
+    place = placement()
     peak_flops = best_flops(place.device, place.dtype)
     small = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
     tiny, first = config.model_copy(update={"shape": small, "rows": 1, "length": 16}), next(iter(config.arms.values()))
     _train(tiny, first, random_model(small), out)  # loads all libraries
     with Ledger(out / "results.jsonl", key="arm") as ledger:
         for name in [name for name in config.arms if name not in ledger]:
-            models.free_memory()
+            free_memory()
             empty = _resident("VmRSS") if place.device == "cpu" else 0
             try:
                 peak, resident, ends = _train(config, config.arms[name], model, out)
@@ -144,7 +147,7 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
 
     from ultramed.train.sft import make_trainer
 
-    on_cpu = models.placement().device == "cpu"
+    on_cpu = placement().device == "cpu"
     train = train.model_copy(
         update={"global_batch_size": config.rows, "micro_batch_tokens": config.rows * config.length, "max_steps": config.steps}
     )
@@ -153,9 +156,9 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     ids = torch.randint(3, config.shape.words, (config.rows * config.steps, config.length), generator=draw).tolist()
     start = config.length - config.labels
     rows = [{"input_ids": r, "labels": [-100] * start + r[start:], "length": len(r)} for r in ids]
-    net = models.load_for_training(model, train)
+    net = load_for_training(model, train)
     trainer = make_trainer(net, tokenizer, rows, train, out)
-    models.free_memory()
+    free_memory()
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, without what loading took
     else:
@@ -223,7 +226,7 @@ def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int
 def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.DataFrame:
     """One row an arm: measured and estimated peak in GB, tokens per second, minutes for `epoch_rows` rows, share of the
     device's peak."""
-    out, device = [], models.placement().device
+    out, device = [], placement().device
     about = {"accumulation": 1, "labelled": config.rows * config.labels, "device": device}
     for name, m in measured.metrics["arms"].items():
         guess = memory(config.shape, config.arms[name], config.rows, config.length, **about)["total"] / 1e9

@@ -7,8 +7,9 @@ without data (PyTorch's fake tensors), which record what the backward pass keeps
 
 import torch
 
-from ultramed.attention import attention_for
-from ultramed.schema import ConfigError, OptimConfig, Strict
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import OptimConfig, Strict
+from ultramed.lm.attention import attention_for
 
 # Shapes of models whose weights are gated, out of their config.json: hidden, intermediate, layers, heads, kv heads, words.
 SHAPES = {

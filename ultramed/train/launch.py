@@ -30,12 +30,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from ultramed import progress
-from ultramed.config import PROCESSES, home
-from ultramed.schema import ConfigError, OptimConfig
-from ultramed.store import Artifact, StoreError, write_json
+from ultramed.core import progress
+from ultramed.core.config import PROCESSES, home
+from ultramed.core.errors import ConfigError, StoreError
+from ultramed.core.schema import OptimConfig
+from ultramed.core.store import Artifact, write_json
 
-WORKER = "ultramed.worker"
+WORKER = "ultramed.train.worker"
 JOB = "ULTRAMED_JOB"  # in a worker: the folder with what it is to do
 GRACE = 3600  # seconds that workers have for the step at hand and a checkpoint, which at 70B is a terabyte
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import torch
 
-from ultramed import models, prompts
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import PreferenceConfig
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
-from ultramed.prompts import RELEASED, TEMPLATES, Template
-from ultramed.schema import ConfigError, PreferenceConfig
-from ultramed.store import Artifact, stage
-from ultramed.train import launch, loop, losses
+from ultramed.lm import models
+from ultramed.lm.device import free_memory, placement
+from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
+from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint
+from ultramed.train import launch, losses, training
 from ultramed.train.launch import distributed
+from ultramed.train.weights import blank, load_for_training
 
 
 def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> tuple[list[dict], dict]:
@@ -25,11 +29,11 @@ def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: in
     for row in rows:
         ids = {}
         for side in ("chosen", "rejected"):
-            made = prompts.encode({"prompt": row["prompt"], "completion": row[side]}, tokenizer, template, max_length)
+            made = encode_row({"prompt": row["prompt"], "completion": row[side]}, tokenizer, template, max_length)
             if made is None or made["truncated"]:
                 break
             if template.name != RELEASED:
-                prompts.lint(made["input_ids"], made["completion_mask"], tokenizer)
+                lint(made["input_ids"], made["completion_mask"], tokenizer)
             start = made["completion_mask"].index(1)
             ids["prompt_ids"], ids[f"{side}_ids"] = made["input_ids"][:start], made["input_ids"][start:]
             counts["tokens"] += len(made["input_ids"])
@@ -65,7 +69,7 @@ def pairwise_kto() -> type:
         """Same batches, log-probabilities and metrics as DPO; only the loss differs (train/losses.py)."""
 
         def _compute_loss(self, model, inputs, return_outputs):
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, prompts.LABEL_IGNORED)
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, LABEL_IGNORED)
             given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
             given |= {"labels": labels, "use_cache": False, "fused_lm_head": True}
             policy = model(**given).log_probs.sum(1)
@@ -105,17 +109,17 @@ def _frozen(model: Artifact, config: PreferenceConfig):
     """The reference: in fp32 as the policy, whose rounding autocast does for both; sharded in the dtype of the products."""
     from transformers import AutoModelForCausalLM
 
-    dtype = models.placement(config.dtype).dtype
+    dtype = placement(config.dtype).dtype
     if not launch.sharded():
         return models.load(model, dtype=torch.float32 if config.method == "full" else dtype).requires_grad_(False)
     if launch.receives():
-        net = models.blank(AutoModelForCausalLM, model, dtype)
+        net = blank(AutoModelForCausalLM, model, dtype)
     else:
         net = models.load(model, dtype=dtype, device="cpu")
     return launch.shard_frozen(net.eval().requires_grad_(False))
 
 
-@stage(version=5, also=prompts.wording)
+@stage(version=5, also=wording)
 @distributed
 def preference(
     out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
@@ -133,29 +137,29 @@ def preference(
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
     torch.manual_seed(config.seed)
-    net = models.load_for_training(model, config, empty=launch.receives())
+    net = load_for_training(model, config, empty=launch.receives())
     frozen = None
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
         frozen = _frozen(reference or model, config)
     longest = max(r["length"] for r in rows)
-    micro, accumulation = loop.batch_plan(loop.fitted(config), 2 * longest)
+    micro, accumulation = training.batch_plan(training.fitted(config), 2 * longest)
     data = rows
     if config.loss == "kto":
         data = unpair(rows, shift=2)
         micro, accumulation = 2 * micro, accumulation  # a pair is two rows there
-    steps = loop.step_count(config, len(rows))
+    steps = training.step_count(config, len(rows))
     base, arguments, extra = _trainer(config)
-    shared = loop.settings(config, out, steps, micro, accumulation)
+    shared = training.settings(config, out, steps, micro, accumulation)
     args = arguments(**{**shared, **extra}, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = loop.own_tokens(base)(
+        trainer = training.own_tokens(base)(
             net, frozen, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
         )
         for each in filter(None, (net, frozen)):
-            loop.labelled_head(each)
-        result = loop.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
-    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=own.name, loss=config.loss)
+            training.labelled_head(each)
+        result = training.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
+    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=own.name, loss=config.loss)
     del trainer, net, frozen
-    models.free_memory()
+    free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": len(rows), **counts}

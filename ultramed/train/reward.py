@@ -8,16 +8,20 @@ from pathlib import Path
 
 import torch
 
-from ultramed import models, prompts
-from ultramed.attention import attention_for
-from ultramed.batching import batches, trees
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import RewardConfig
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
-from ultramed.prompts import Template
-from ultramed.schema import ConfigError, RewardConfig
-from ultramed.store import Artifact, stage
-from ultramed.train import launch, loop, losses
+from ultramed.lm import models
+from ultramed.lm.attention import attention_for
+from ultramed.lm.batches import batches, trees
+from ultramed.lm.device import free_memory, placement, quietly
+from ultramed.lm.templates import Template, wording
+from ultramed.lm.tokens import encode_row
+from ultramed.train import launch, losses, training
 from ultramed.train.launch import distributed
 from ultramed.train.preference import encode_pairs
+from ultramed.train.weights import trainable
 
 
 class PairCollator:
@@ -73,7 +77,7 @@ def read_head(net) -> None:
     net.forward = types.MethodType(forward, net)
 
 
-@stage(version=4, also=prompts.wording)
+@stage(version=4, also=wording)
 @distributed
 def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
@@ -111,27 +115,27 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     if not groups:
         raise ConfigError(f"no pair fits into max_length {config.max_length}: nothing to train on")
     torch.manual_seed(config.seed)  # the new head
-    with models.quiet():
-        net = models.trainable(AutoModelForSequenceClassification, model, empty=launch.receives(), num_labels=1)
+    with quietly():
+        net = trainable(AutoModelForSequenceClassification, model, empty=launch.receives(), num_labels=1)
     net.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(net.score.weight, std=1 / (net.config.hidden_size + 1) ** 0.5)  # Stiennon et al. 2020
     read_head(net)
-    micro, accumulation = loop.batch_plan(loop.fitted(config), longest)
-    steps = loop.step_count(config, len(groups))
+    micro, accumulation = training.batch_plan(training.fitted(config), longest)
+    steps = training.step_count(config, len(groups))
     args = Arguments(
-        **loop.settings(config, out, steps, micro, accumulation),
+        **training.settings(config, out, steps, micro, accumulation),
         center_rewards_coefficient=config.centre or None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = loop.own_tokens(_trainer())(
+        trainer = training.own_tokens(_trainer())(
             net, args=args, data_collator=PairCollator(tokenizer.pad_token_id), train_dataset=Dataset.from_list(groups),
             processing_class=tokenizer,
         )  # fmt: skip
-        result = loop.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
-    loop.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=shape.name)
+        result = training.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
+    training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=shape.name)
     del trainer, net
-    models.free_memory()
+    free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "prompts": len(groups), **counts}
 
 
@@ -139,10 +143,10 @@ def load_reward(model: Artifact):
     """The reward model, ready for `score_rows`. Raises ConfigError if the artifact is not one."""
     from transformers import AutoModelForSequenceClassification
 
-    place, about = models.placement(), models.card(model)
+    place, about = placement(), models.card(model)
     if about["kind"] not in ("reward", "reference"):
         raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {about['kind']}; train one with `reward`")
-    with models.quiet():
+    with quietly():
         net = AutoModelForSequenceClassification.from_pretrained(
             **models.location(model), dtype=place.dtype, use_safetensors=True,
             attn_implementation=attention_for(place.device),
@@ -158,7 +162,7 @@ def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: 
     """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut."""
     groups: dict[tuple, list[tuple[int, list[int]]]] = {}
     for number, row in enumerate(rows):
-        made = prompts.encode(row, tokenizer, template, max_length=10**9)
+        made = encode_row(row, tokenizer, template, max_length=10**9)
         start = made["completion_mask"].index(1)
         groups.setdefault(tuple(made["input_ids"][:start]), []).append((number, made["input_ids"][start:]))
     scores, each = [0.0] * len(rows), list(groups.items())

@@ -6,27 +6,32 @@ from pathlib import Path
 
 import torch
 
-from ultramed import models, prompts
-from ultramed.batching import batches
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import TrainConfig
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
-from ultramed.schema import ConfigError, TrainConfig
-from ultramed.store import Artifact, stage
-from ultramed.train import launch, loop
+from ultramed.lm import models
+from ultramed.lm.batches import batches
+from ultramed.lm.device import free_memory, placement
+from ultramed.lm.templates import Template, wording
+from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint
+from ultramed.train import launch, training
 from ultramed.train.launch import distributed
+from ultramed.train.weights import load_for_training
 
 
-def encode_rows(rows: list[dict], tokenizer, template: prompts.Template, config: TrainConfig) -> tuple[list[dict], dict]:
+def encode_rows(rows: list[dict], tokenizer, template: Template, config: TrainConfig) -> tuple[list[dict], dict]:
     """Token rows, linted, and counts of what was truncated or dropped."""
     out, counts = [], {"truncated": 0, "dropped": 0, "tokens": 0, "trained_tokens": 0}
     for row in rows:
-        tokens = prompts.encode(row, tokenizer, template, config.max_length, config.train_on_inputs)
+        tokens = encode_row(row, tokenizer, template, config.max_length, config.train_on_inputs)
         if tokens is None:
             counts["dropped"] += 1
             continue
-        prompts.lint(tokens["input_ids"], tokens["completion_mask"], tokenizer, tokens["truncated"])
+        lint(tokens["input_ids"], tokens["completion_mask"], tokenizer, tokens["truncated"])
         counts["truncated"] += tokens["truncated"]
         counts["tokens"] += len(tokens["input_ids"])
-        counts["trained_tokens"] += sum(label != prompts.LABEL_IGNORED for label in tokens["labels"])
+        counts["trained_tokens"] += sum(label != LABEL_IGNORED for label in tokens["labels"])
         out.append({"input_ids": tokens["input_ids"], "labels": tokens["labels"], "length": len(tokens["input_ids"])})
     if not out:
         raise ConfigError(f"no row's prompt fits into max_length {config.max_length}: nothing to train on")
@@ -50,7 +55,7 @@ class Collator:
             return torch.tensor([list(r[name]) + [value] * (width - len(r[name])) for r in rows])
 
         position = torch.arange(width).expand(len(rows), width)
-        ids, labels = fill("input_ids", self.pad), fill("labels", prompts.LABEL_IGNORED)
+        ids, labels = fill("input_ids", self.pad), fill("labels", LABEL_IGNORED)
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
@@ -59,7 +64,7 @@ def parts(inputs: dict, budget: int, least: int = 1) -> list[dict]:
 
     The labels of a row end where the row ends. least: make so many parts even if fewer would do (no more than rows).
     """
-    labelled = inputs["labels"] != prompts.LABEL_IGNORED
+    labelled = inputs["labels"] != LABEL_IGNORED
     place = torch.arange(1, labelled.shape[1] + 1, device=labelled.device)
     lengths = (labelled * place).amax(1).tolist()
     groups = list(batches(lengths, budget))
@@ -76,7 +81,7 @@ def parts(inputs: dict, budget: int, least: int = 1) -> list[dict]:
 def _trainer() -> type:
     from trl import SFTTrainer
 
-    class BudgetTrainer(loop.own_tokens(SFTTrainer)):
+    class BudgetTrainer(training.own_tokens(SFTTrainer)):
         """A step's rows in micro-batches by their tokens: two long ones or forty short ones at once.
 
         Trainer's own micro-batches have a fixed number of rows, which the longest row of the data decides.
@@ -101,9 +106,9 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     from datasets import Dataset
     from trl import SFTConfig
 
-    micro, _ = loop.batch_plan(loop.fitted(config), max(r["length"] for r in held or rows))
+    micro, _ = training.batch_plan(training.fitted(config), max(r["length"] for r in held or rows))
     args = SFTConfig(
-        **loop.settings(config, out, loop.step_count(config, len(rows)), launch.share(config), 1),
+        **training.settings(config, out, training.step_count(config, len(rows)), launch.share(config), 1),
         per_device_eval_batch_size=micro,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
@@ -113,12 +118,12 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
             net, args=args, data_collator=Collator(tokenizer.pad_token_id), train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(held) if held else None, processing_class=tokenizer,
         )  # fmt: skip
-    trainer.micro_batch_tokens = loop.fitted(config).micro_batch_tokens
-    loop.labelled_head(net)
+    trainer.micro_batch_tokens = training.fitted(config).micro_batch_tokens
+    training.labelled_head(net)
     return trainer
 
 
-@stage(version=6, also=prompts.wording)
+@stage(version=6, also=wording)
 @distributed
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str | None = None
@@ -129,26 +134,26 @@ def sft(
     or SIGTERM it saves a checkpoint after the step at hand; the next call goes on from there, or from the last of the
     checkpoints made every `save_steps`, and ends with the same weights as an uninterrupted run.
     """
-    place, shape = models.placement(config.dtype), models.template_of(model, template)
+    place, shape = placement(config.dtype), models.template_of(model, template)
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
-    net = models.load_for_training(model, config, empty=launch.receives())
+    net = load_for_training(model, config, empty=launch.receives())
     trainer = make_trainer(net, tokenizer, rows, config, out, held)
     steps = trainer.args.max_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = loop.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
+        result = training.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
-    loop.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=shape.name)
+    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=shape.name)
     epochs = steps / -(-len(rows) // config.global_batch_size)  # the last batch of an epoch may be short
     seen = {"tokens_per_second": None, "micro_batches": None}  # of the whole run, so not of a part of it
     if not result["resumed"]:
         speed = round(counts["tokens"] * epochs / result["train_seconds"], 1)
         seen = {"tokens_per_second": speed, "micro_batches": trainer.micro_batches}
     del trainer, net
-    models.free_memory()
+    free_memory()
     return {
         **result, "epochs": epochs, "dev_loss": dev_loss,
         **seen, "rows": len(rows), "template_hash": shape.fingerprint(tokenizer), **counts,

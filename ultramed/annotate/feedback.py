@@ -1,0 +1,106 @@
+"""Who says which of several replies is best: an annotator scores every candidate of a prompt, and the scores rank them.
+
+`feedback.jsonl` has a row a prompt, whoever judged it: prompt messages and candidates with model, text, letter, score
+and rank (1 is best; equal scores share a rank).
+"""
+
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Protocol
+
+from ultramed.core.ledger import Ledger
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import ScoringConfig, Strict
+from ultramed.core.store import Artifact, stage
+from ultramed.data.messages import as_completion, names_option
+from ultramed.evaluate.sample import read_samples
+from ultramed.lm import models
+from ultramed.lm.device import free_memory
+from ultramed.lm.templates import wording
+from ultramed.train.reward import load_reward, score_rows
+
+
+class Annotator(Protocol):
+    """Scores the candidates of one prompt, higher is better; None where it cannot tell."""
+
+    name: str
+
+    def rate(self, row: dict, candidates: list[dict]) -> list[float | None]: ...
+
+
+class Oracle:
+    """Sees the reference answer: 6 points for the right option, 2 for the asked form, 1 for an end, up to half a point
+    each for being short and for looking like the reference, which orders the wrong ones.
+
+    A reply whose text is not that of the option its letter stands for ("kidney stones (B)" where B is the heart) was
+    not meant: it has half the points of a right letter, and none for its form.
+    Deterministic. Stands in for the paper's GPT-4 feedback where no judge is at hand; scores are on its scale, 0 to 10.
+    """
+
+    name = "oracle"
+
+    def rate(self, row: dict, candidates: list[dict]) -> list[float | None]:
+        def score(c: dict) -> float:
+            meant = names_option(row["prompt"], c["letter"], c["text"])
+            right = (6.0 if meant else 3.0) if c["letter"] == row["gold"] else 0.0
+            short, alike = min(1.0, 12 / max(c["tokens"], 1)), SequenceMatcher(None, c["text"], row["reference"]).ratio()
+            return right + 2.0 * (c["strict"] and meant) + 1.0 * c["finished"] + 0.5 * short + 0.5 * alike
+
+        return [round(score(c), 3) for c in candidates]
+
+
+def ranks(scores: list[float | None]) -> list[int | None]:
+    """Competition ranks, 1 for the highest score; equal scores share one. None stays None."""
+    given = [s for s in scores if s is not None]
+    return [None if s is None else 1 + sum(o > s for o in given) for s in scores]
+
+
+class OracleConfig(Strict):
+    annotator: str = "oracle"
+
+
+@stage(version=2)
+def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
+    """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and judged by the oracle."""
+    judge: Annotator = Oracle()
+    joined = join(samples)
+    with Ledger(out / "feedback.jsonl", key="id") as ledger:
+        ledger.add(*(judged(row, judge.rate(row, row["candidates"])) for row in joined if row["id"] not in ledger))
+    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": judge.name}
+
+
+@stage(version=2, also=wording)
+def reward_feedback(
+    out: Path, config: ScoringConfig, *, reward: Artifact, template: str | None = None, **samples: Artifact
+) -> dict:
+    """The same, judged by a reward model. Equal texts of a prompt are scored once."""
+    joined = join(samples)
+    with Ledger(out / "feedback.jsonl", key="id") as ledger:
+        todo = [row for row in joined if row["id"] not in ledger]
+        if todo:
+            net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
+            shape = models.template_of(reward, template)
+            unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
+            rows = [{"prompt": todo[i]["prompt"], "completion": as_completion(text)} for i, text in unique]
+            with progress_bar(len(rows), "rewards", "reply") as bar:
+                scores = score_rows(net, tokenizer, rows, shape, budget=config.batch_tokens, bar=bar)
+            found = dict(zip(unique, scores, strict=True))
+            ledger.add(*(judged(r, [found[i, c["text"]] for c in r["candidates"]]) for i, r in enumerate(todo)))
+            del net
+            free_memory()
+    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": reward.key}
+
+
+def join(samples: dict[str, Artifact]) -> list[dict]:
+    """One row a prompt with the candidates of every artifact, in the order of the names."""
+    rows: dict[str, dict] = {}
+    for name, artifact in samples.items():
+        for row in read_samples(artifact):
+            mine = rows.setdefault(row["id"], {**{k: v for k, v in row.items() if k != "replies"}, "candidates": []})
+            mine["candidates"] += [{"model": name, **reply} for reply in row["replies"]]
+    return list(rows.values())
+
+
+def judged(row: dict, scores: list[float | None]) -> dict:
+    marks = zip(row["candidates"], scores, ranks(scores), strict=True)
+    return {**row, "candidates": [{**c, "score": s, "rank": r} for c, s, r in marks]}

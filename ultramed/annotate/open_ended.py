@@ -1,0 +1,190 @@
+"""Open-ended answers through a judge: K-QA's statements, MT-Bench's scores, wins against a baseline."""
+
+from pathlib import Path
+
+import pandas as pd
+from pydantic import BaseModel, Field
+
+from ultramed.annotate.judge import LLMConfig, request
+from ultramed.core.client import Request, ask
+from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import write_lines
+from ultramed.core.store import Artifact, sha256, stage
+from ultramed.data import rows as canonical
+from ultramed.data.messages import as_completion
+from ultramed.data.sources import data_root
+from ultramed.evaluate import stats
+from ultramed.evaluate.open_ended import Label, read_replies
+
+NLI = """\
+Does the answer to a patient's question support the statement? Entailment: the answer says or clearly implies it. \
+Contradiction: the answer says or clearly implies the opposite. Neutral: neither; missing is neutral, not contradicted.
+Answer with a JSON object: {"label": "Entailment", "Neutral" or "Contradiction"}."""
+
+CORRECT = """\
+Is the answer to a medical question correct? Compare it with the reference answer: the same meaning counts, whatever the \
+words, the length or the language. An answer that leaves the decisive point out, or adds something wrong that matters, is \
+not correct.
+Answer with a JSON object: {"correct": true or false}."""
+
+MT_BENCH = """\
+Grade the assistant's last reply from 1 to 10: is it correct, helpful, relevant, deep enough and does it follow the \
+instruction, given the conversation before it? Neither length nor style alone is a merit.{reference}
+Answer with a JSON object: {{"reason": "one sentence", "score": a number from 1 to 10}}."""
+
+
+LABEL = {"Entailment": 0.0, "Neutral": 1.0, "Contradiction": 2.0}
+
+
+class Entails(BaseModel):
+    label: Label
+
+
+class Verdict(BaseModel):
+    correct: bool
+
+
+class Grade(BaseModel):
+    reason: str = ""
+    score: float = Field(ge=1, le=10)
+
+
+def wording(config=None) -> str:
+    return repr((NLI, CORRECT, MT_BENCH))
+
+
+def _entails(name: str, question: str, answer: str, statement: str, config: LLMConfig) -> Request:
+    return request(name, NLI, f"Question: {question}\n\nAnswer: {answer}\n\nStatement: {statement}", config)
+
+
+@stage(version=1, also=wording)
+def kqa_labels(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
+    """`labels.jsonl`: question, kind, statement and label of every K-QA statement, for replies to K-QA's questions."""
+    asked, about = [], []
+    for row in read_replies(replies).itertuples():
+        for kind in ("must_have", "nice_to_have"):
+            for number, statement in enumerate(row.meta[kind]):
+                name, question = f"{row.id}/{kind}/{number}", row.prompt[-1]["content"]
+                asked.append(_entails(name, question, row.reply, statement, config))
+                about.append({"question": row.id, "kind": kind, "statement": statement})
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="K-QA statements")
+    labels = [answer["value"]["label"] if answer["value"] else None for answer in made]
+    write_lines(
+        out / "labels.jsonl",
+        ({"id": m["id"], **what, "label": label} for m, what, label in zip(made, about, labels, strict=True)),
+    )
+    return {"statements": len(made), "unread": labels.count(None)}
+
+
+@stage(version=1, also=wording)
+def correctness(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
+    """`verdicts.jsonl`: whether each reply says what its reference says (CURE-Med; the reference is always shown), None
+    where the judge could not be read."""
+    rows = list(read_replies(replies).itertuples())
+    asked = [
+        request(r.id, CORRECT, f"Question: {r.prompt[-1]['content']}\n\nReference: {r.reference}\n\nAnswer: {r.reply}", config)
+        for r in rows
+    ]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Verdict, desc="correctness")
+    right = [m["value"]["correct"] if m["value"] else None for m in made]
+    write_lines(out / "verdicts.jsonl", ({"id": m["id"], "correct": c} for m, c in zip(made, right, strict=True)))
+    return {"replies": len(right), "unread": right.count(None), "correct": right.count(True)}
+
+
+def physicians_file() -> Path:
+    """K-QA's labelled answers in `ULTRAMED_DATA`; ConfigError if they are not there."""
+    path = (data_root() or Path()) / "k_qa" / "nli_medical_annotator.parquet"
+    if not path.is_file():
+        raise ConfigError("the physicians' labels are ULTRAMED_DATA/k_qa/nli_medical_annotator.parquet (K-QA's repository)")
+    return path
+
+
+def physicians() -> pd.DataFrame:
+    """K-QA's own labelled answers: model, question, answer, kind, statement, three labels, their majority as label."""
+    frame = pd.read_parquet(physicians_file())
+    names = {"llm_x": "model", "Question": "question", "claim": "statement", "majority_label": "label", "category_x": "kind"}
+    frame = frame.rename(columns=names)
+    return frame.assign(kind=frame.kind.str.lower())
+
+
+def agreement(frame: pd.DataFrame) -> float:
+    """Krippendorff's alpha (nominal) of the three physicians."""
+    return stats.krippendorff(frame[["label_0", "label_1", "label_2"]].map(LABEL.get).to_numpy(dtype=float))
+
+
+@stage(version=1, also=lambda config: [wording(), sha256(physicians_file())])
+def judge_labels(out: Path, config: LLMConfig) -> dict:
+    """`labels.jsonl`: the judge's label of every statement that physicians labelled. alpha: Krippendorff's, of the judge
+    and the physicians' majority; `physicians`: of the three among themselves, as a scale."""
+    frame = physicians()
+    asked = [_entails(str(i), r.question, r.answer, r.statement, config) for i, r in enumerate(frame.itertuples())]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="labels beside physicians'")
+    labels = [m["value"]["label"] if m["value"] else None for m in made]
+    both = pd.DataFrame({"judge": labels, "physicians": frame.label})
+    write_lines(out / "labels.jsonl", both.to_dict("records"))
+    read = both.dropna()
+    return {
+        "statements": len(both), "unread": labels.count(None), "same": float((read.judge == read.physicians).mean()),
+        "alpha": stats.krippendorff(both.map(LABEL.get).to_numpy(dtype=float)), "physicians": agreement(frame),
+    }  # fmt: skip
+
+
+@stage(version=1, also=wording)
+def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
+    """`grades.jsonl`: a score from 1 to 10 for every turn of every reply (MT-Bench; the second turn sees the first)."""
+    asked, about = [], []
+    for row in read_replies(replies).itertuples():
+        turns = list(row.meta.get("turns") or [row.prompt[-1]["content"]])
+        told = f"\nA good answer is: {row.reference}" if config.see_reference and row.reference else ""
+        for number in range(len(row.replies)):
+            talk = "\n\n".join(
+                f"User: {asked_for}\n\nAssistant: {reply}"
+                for asked_for, reply in zip(turns[: number + 1], row.replies[: number + 1], strict=True)
+            )
+            asked.append(request(f"{row.id}#{number}", MT_BENCH.format(reference=told), talk, config))
+            about.append({"question": row.id, "turn": number + 1, "category": row.meta.get("category", "all")})
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Grade, desc="grades")
+    given = [answer["value"]["score"] if answer["value"] else None for answer in made]
+    write_lines(
+        out / "grades.jsonl", ({"id": m["id"], **what, "score": s} for m, what, s in zip(made, about, given, strict=True))
+    )
+    scores = [s for s in given if s is not None]
+    return {"turns": len(made), "unread": len(made) - len(scores), "mean": sum(scores) / len(scores) if scores else None}
+
+
+@stage(version=1)
+def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact) -> dict:
+    """Replies of two models to the same prompts as pairs for `llm.pairwise`: chosen is ours, rejected the baseline's."""
+    a, b = read_replies(ours).set_index("id"), read_replies(baseline).set_index("id")
+    rows = [
+        {
+            "id": name, "source": "replies", "subset": "all", "prompt": a.prompt[name], "chosen": as_completion(a.reply[name]),
+            "rejected": as_completion(b.reply[name]), "meta": {"reference": a.reference[name]},
+        }
+        for name in a.index.intersection(b.index)
+        if a.reply[name] and b.reply[name] and a.reply[name] != b.reply[name]
+    ]  # fmt: skip
+    if not rows:
+        raise ConfigError("no prompt has two different replies: nothing to compare")
+    canonical.write_rows(out / "pairs.parquet", rows)
+    return {"pairs": len(rows), "same": len(a.index.intersection(b.index)) - len(rows)}
+
+
+def agreement_with_people(verdicts: Artifact) -> dict:
+    """Of `llm.pairwise` over pairs that people ranked: share of pairs where the judge agrees with them, of those where
+    it decided, and the share that it judged alike in both orders (consistency)."""
+    counts = verdicts.metrics
+    decided = [1] * counts["chosen"] + [0] * counts["rejected"]
+    return {
+        "pairs": counts["pairs"], "decided": len(decided), "consistency": counts["consistency"],
+        "agrees": str(stats.wilson(decided)) if decided else "nothing decided",
+    }  # fmt: skip
+
+
+def win_rate(verdicts: Artifact, same: int = 0) -> stats.Estimate:
+    """Share of prompts won, ties and inconsistent verdicts as half a win; `same`: prompts with equal replies, ties, too."""
+    frame = pd.read_json(verdicts / "verdicts.jsonl", lines=True)
+    worth = (
+        frame.verdict.map({"chosen": 1.0, "rejected": 0.0, "tie": 0.5, "inconsistent": 0.5}).dropna().tolist() + [0.5] * same
+    )
+    return stats.clustered(worth, range(len(worth)))

@@ -1,0 +1,176 @@
+"""Notebooks by papermill, one process each: strict parameters, live progress, skip what is done, a readable summary."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ultramed.core.config import home, load_profile, nearest
+from ultramed.core.errors import ConfigError
+from ultramed.core.progress import FILE
+from ultramed.core.store import digest, environment, write_json
+from ultramed.report.scorecard import folder
+
+LAST = "90"  # the scorecard reads what the others recorded, so it runs alone and last
+
+
+@dataclass
+class Job:
+    """One notebook of a run and what became of it."""
+
+    name: str
+    source: Path
+    target: Path
+    parameters: dict
+    state: str = "waiting"  # waiting, running, done, skipped, failed
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def stamp(self) -> Path:
+        return self.target.with_suffix(".json")
+
+    def key(self) -> str:
+        """Changes when the notebook, its parameters or the package's code change."""
+        return digest([self.source.read_text(), self.parameters, code_hash()])
+
+    def fresh(self) -> bool:
+        try:
+            return self.target.exists() and json.loads(self.stamp.read_text())["key"] == self.key()
+        except (OSError, ValueError, KeyError):
+            return False
+
+
+def code_hash() -> str:
+    """Hash of the package's source: executed notebooks are skipped only if nothing that they could call has changed."""
+    package = Path(__file__).parents[1]
+    parts = [f"{p.relative_to(package)}:{p.read_text()}" for p in sorted(package.rglob("*.py"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def notebooks(numbers: list[str] = ()) -> list[Path]:
+    """Notebook files, all or those whose name begins with one of the numbers. Raises ConfigError for an unknown one."""
+    every = sorted((home() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not every:
+        raise ConfigError(f"no notebooks in {home() / 'notebooks'}; run this in the repository or set ULTRAMED_HOME")
+    chosen = []
+    for number in numbers:
+        hits = [p for p in every if p.stem == number or p.stem.split("_")[0] == number]
+        if not hits:
+            raise ConfigError(f"no notebook {number!r}{nearest(number, [p.stem.split('_')[0] for p in every])}")
+        chosen += hits
+    return sorted(set(chosen)) if numbers else every
+
+
+def parameters_of(path: Path) -> dict[str, str]:
+    """Names (and source lines) of the cell tagged `parameters`; there must be exactly one."""
+    cells = [c for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    if len(cells) != 1:
+        raise ConfigError(f"{path.name}: {len(cells)} cells are tagged 'parameters', wanted one")
+    source = "".join(cells[0]["source"])
+    return {m[1]: m[0] for m in re.finditer(r"^(\w+)(?:\s*:[^=]+)?\s*=.*$", source, re.M)}
+
+
+def run(
+    numbers: list[str], profile: str, overrides: list[str], *, jobs: int = 1, force: bool = False, console: Console | None = None
+) -> bool:  # fmt: skip
+    """Run notebooks; True if none failed. What is done already, with the same code and parameters, is skipped."""
+    console = console or Console()
+    load_profile(profile, overrides)  # a typo should not cost a minute of start-up
+    parameters = {"profile": profile, "overrides": list(overrides)}
+    todo = []
+    for path in notebooks(numbers):
+        unknown = set(parameters) - set(parameters_of(path))
+        if unknown:
+            raise ConfigError(f"{path.name} lacks the parameters {sorted(unknown)}")
+        todo.append(Job(path.stem, path, folder(profile) / "notebooks" / path.name, parameters))
+    first, last = [j for j in todo if not j.name.startswith(LAST)], [j for j in todo if j.name.startswith(LAST)]
+    started = time.monotonic()
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
+            waiting = [pool.submit(_run_one, job, force) for job in first]
+            while not all(f.done() for f in waiting):
+                live.update(_table(todo, profile))
+                time.sleep(0.3)
+            for future in waiting:
+                future.result()
+        ran = any(j.state == "done" for j in first)
+        for job in last:  # its input is not in its key, so it runs again whenever another notebook did
+            _run_one(job, force or ran, lambda: live.update(_table(todo, profile)))
+    console.print(_table(todo, profile))
+    failed = [j for j in todo if j.state == "failed"]
+    for job in failed:
+        console.print(f"\n[bold red]{job.name} failed[/]: {job.note}\n  see {job.target}", highlight=False)
+    console.print(
+        f"{len(todo) - len(failed)} of {len(todo)} notebooks fine, {time.monotonic() - started:.0f} s", highlight=False
+    )
+    return not failed
+
+
+def _table(todo: list[Job], profile: str) -> Table:
+    table = Table(title=f"profile {profile}", title_justify="left")
+    for column in ("notebook", "state", "time", ""):
+        table.add_column(column, overflow="fold")
+    colors = {"done": "green", "failed": "red", "running": "yellow", "skipped": "cyan"}
+    for job in todo:
+        color = colors.get(job.state, "dim")
+        seconds = f"{job.seconds:.0f} s" if job.seconds else ""
+        table.add_row(job.name, f"[{color}]{job.state}[/]", seconds, job.note.splitlines()[0] if job.note else "")
+    return table
+
+
+def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
+    """Run one notebook in a process of its own; papermill is not safe to run twice in one."""
+    if not force and job.fresh():
+        job.state, job.note = "skipped", "done before with the same code and parameters (--force runs it again)"
+        return
+    job.state, clock = "running", time.monotonic()
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    progress = job.target.with_suffix(".progress")
+    work = job.target.with_name(f".{job.target.name}")
+    env = {**os.environ, FILE: str(progress), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "ULTRAMED_HOME": str(home())}
+    code = "import sys; from ultramed.book.runner import execute; execute(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(job.source), str(work), json.dumps(job.parameters)]
+    piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, **piped) as process, ThreadPoolExecutor(1) as drain:
+        errors = drain.submit(process.stderr.read)
+        while process.poll() is None:
+            job.seconds = time.monotonic() - clock
+            if progress.exists():
+                job.note = progress.read_text()
+            tick()
+            time.sleep(0.3)
+        job.seconds = time.monotonic() - clock
+        stderr = errors.result()
+    progress.unlink(missing_ok=True)
+    if work.exists():
+        os.replace(work, job.target)
+    if process.returncode == 0:
+        job.state, job.note = "done", ""
+        write_json(
+            job.stamp, {"key": job.key(), "seconds": round(job.seconds, 1), "git": environment()["git"], **job.parameters}
+        )
+    else:
+        job.stamp.unlink(missing_ok=True)
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        job.state, job.note = "failed", lines[-1] if lines else f"exit status {process.returncode}"
+
+
+def execute(source: str, target: str, parameters: str) -> None:
+    """One notebook through papermill, in this process, in the notebook folder."""
+    import papermill
+
+    papermill.execute_notebook(
+        source, target, parameters=json.loads(parameters), cwd=str(Path(source).parent), kernel_name="python3",
+        progress_bar=False, log_output=False,
+    )  # fmt: skip

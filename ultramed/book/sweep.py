@@ -1,0 +1,173 @@
+"""Sweeps: one experiment of a profile over a grid (or a list) of overrides and seeds; one tidy row a run, and a figure."""
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from pydantic import Field, model_validator
+from rich.console import Console
+
+from ultramed.core import config, schema
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, write_json
+from ultramed.evaluate import rerank, reward_bench
+from ultramed.evaluate.stats import clustered
+from ultramed.experiments.medalpaca import Bench
+from ultramed.experiments.ultramedical import Suite
+from ultramed.report import figures
+from ultramed.report.scorecard import folder
+from ultramed.report.tables import save_table
+
+log = logging.getLogger(__name__)
+
+
+class SweepConfig(Strict):
+    """`grid`: dotted key -> values, all combinations. `runs`: a list of {key: value} instead of (or added to) it.
+
+    experiment: 'sft' trains an arm of the section `usmle`; the others belong to `ultramedical`: 'policy' fine-tunes on
+    the mixture `mix`, 'preference' adds the arm to it, 'reward' trains a reward model and measures it on the medical
+    bench, 'vote' takes the majority of samples of the policy `mix`.
+    """
+
+    profile: str = "laptop"
+    experiment: Literal["sft", "policy", "preference", "reward", "vote"] = "sft"
+    arm: str = "full"
+    mix: str = "ultramix"
+    seeds: list[int] = Field(default=[0], min_length=1)
+    grid: dict[str, list] = Field(default_factory=dict)
+    runs: list[dict] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not self.grid and not self.runs:
+            raise ValueError("a sweep needs a `grid` or `runs`")
+        return self
+
+    def points(self) -> list[dict]:
+        grid = (
+            [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+            if self.grid
+            else []
+        )
+        return [*grid, *self.runs]
+
+
+def read_sweep(file: Path) -> tuple[SweepConfig, list[tuple[dict, int]]]:
+    """The sweep and its (point, seed) list, every one checked: a typo in the last should not cost the run of the first."""
+    sweep = config.validate(SweepConfig, config.read_yaml(file), str(file))
+    points = [(point, seed) for point in sweep.points() for seed in sweep.seeds]
+    for point, seed in points:
+        _profile(sweep, point, seed)
+    return sweep, points
+
+
+def run_point(file: Path, number: int, console: Console) -> None:
+    """Run one point (counted from 0) and keep its stages in the store: a task of a cluster."""
+    from ultramed.core.log import quiet_libraries
+
+    quiet_libraries()
+    sweep, points = read_sweep(file)
+    if not 0 <= number < len(points):
+        raise ConfigError(f"{file} has the points 0 to {len(points) - 1}, not {number}")
+    point, seed = points[number]
+    frame, _, _ = _run(sweep, _profile(sweep, point, seed), seed)
+    console.print(f"{number}: {point}, seed {seed}: {clustered(frame.correct, frame.concept)}", highlight=False)
+
+
+def run_sweep(file: Path, console: Console) -> bool:
+    """Run every point and seed; True if none failed. Call it again to try failed ones; finished ones cost nothing.
+
+    The arm is trained at each point's own learning rate, not at a tuned one. Stages that points share (base model,
+    exam, rows) are made once. Writes `sweep_<name>` as table and figure.
+    """
+    from ultramed.core.log import quiet_libraries
+
+    quiet_libraries()
+    figures.style()
+    sweep, points = read_sweep(file)
+    rows, made = [], []
+    for number, (point, seed) in enumerate(points, 1):
+        label = ", ".join(f"{k.split('.')[-1]}={_short(v)}" for k, v in point.items())
+        row = {**{k: _short(v) for k, v in point.items()}, "seed": seed}
+        try:
+            profile = _profile(sweep, point, seed)
+            frame, model, arts = _run(sweep, profile, seed)
+        except Exception as err:  # one bad point must not stop the others; it is reported and tried again next time
+            log.error("%d/%d %s seed %d failed: %s", number, len(points), label, seed, err)
+            rows.append({**row, "state": "failed", "error": f"{type(err).__name__}: {err}"})
+            continue
+        e, m = clustered(frame.correct, frame.concept), model.metrics
+        made += [model, *arts]
+        rows.append(
+            {
+                **row, "state": "done", "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n,
+                "train_loss": m["train_loss"], "trainable": m["trainable_parameters"], "seconds": m["train_seconds"],
+            }
+        )  # fmt: skip
+        console.print(f"{number}/{len(points)} {label} seed {seed}: {e}", highlight=False)
+    table = pd.DataFrame(rows)
+    name = f"sweep_{file.stem}"
+    save_table(
+        table, name, profile=sweep.profile, caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.", artifacts=made
+    )
+    done = table[table.state == "done"]
+    if len(done):
+        keys = list(sweep.points()[0])
+        shown = done.assign(point=[", ".join(f"{k.split('.')[-1]} {r[k]}" for k in keys if k in r) for _, r in done.iterrows()])
+        shown = shown.assign(arm=sweep.arm, seed="seed " + shown.seed.astype(str))
+        fig = figures.intervals(shown, row="point", facet="arm", hue="seed")
+        figures.save_figure(fig, name, profile=sweep.profile, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=made)
+    write_json(folder(sweep.profile) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
+    console.print(
+        f"{len(done)} of {len(points)} runs done; {folder(sweep.profile) / 'tables' / f'{name}.csv'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return len(done) == len(points)
+
+
+def _run(sweep: SweepConfig, profile: schema.Profile, seed: int) -> tuple[pd.DataFrame, Artifact, list[Artifact]]:
+    """(rows with `correct` and `concept`, the model that was trained, artifacts) of one point."""
+    if sweep.experiment == "sft":
+        bench = Bench.of(profile, profile.models[0])
+        model = bench.train(sweep.arm, seed=seed)
+        return bench.examine(model, seed)[0], model, []
+    suite = Suite.of(profile)
+    if sweep.experiment == "reward":
+        model = suite.reward(sweep.arm, seed=seed)
+        pairs = reward_bench.bench(reward_bench.BenchConfig(), feedback=suite.feedback("medical", held=True))
+        scores = reward_bench.pair_scores(schema.ScoringConfig(), reward=model, pairs=pairs)
+        return reward_bench.read_scores(scores), model, [pairs, scores]
+    if sweep.experiment == "preference":
+        model = suite.prefer(sweep.mix, sweep.arm, seed=seed)
+        return suite.examine(model)[0], model, []
+    model = suite.sft(sweep.mix)
+    frame, made = suite.examine(model)
+    return (rerank.voted(suite.sample_test(model), frame) if sweep.experiment == "vote" else frame), model, made
+
+
+def _short(value) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _profile(sweep: SweepConfig, point: dict, seed: int) -> schema.Profile:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+    if sweep.experiment in ("policy", "vote"):
+        overrides.append(f"ultramedical.seed={seed}")
+    profile = config.load_profile(sweep.profile, overrides)
+    if sweep.experiment == "sft":
+        config.arm_config(profile, sweep.arm)
+        if seed not in profile.usmle.seeds:
+            raise ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
+        return profile
+    own = profile.ultramedical
+    if own is None:
+        raise ConfigError(f"profile {sweep.profile!r} has no section `ultramedical`")
+    arms = {"preference": own.preference_arms, "reward": own.reward_arms}.get(sweep.experiment, [sweep.arm])
+    config.known(sweep.arm, arms, f"profile {sweep.profile!r}")
+    config.known(sweep.mix, own.mixtures, f"profile {sweep.profile!r}, ultramedical.mixtures")
+    return profile

@@ -1,0 +1,298 @@
+"""A client of any OpenAI-compatible server: bounded concurrency, back-off, budgets, and a ledger so that nothing is paid twice.
+
+Works in a script and in a notebook, whose event loop is running already. The key is read from the environment at the
+moment of the request and is written nowhere.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from ultramed.core.errors import ConfigError, ServerError
+from ultramed.core.ledger import Ledger
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import Strict
+from ultramed.core.store import digest
+
+RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may mend
+
+
+class BudgetError(ServerError):
+    """The budget is used up; what was paid for is in the ledger."""
+
+
+class ServerConfig(Strict):
+    """Where to ask, how hard, and how much it may cost. `url` ends before /chat/completions, mostly in /v1.
+
+    Only url and model say what comes out; the rest is left out of an artifact's key. The budgets count everything in
+    the ledger, earlier runs included; 0 means no limit.
+    """
+
+    url: str
+    model: str
+    key_env: str = Field("OPENAI_API_KEY", exclude=True)  # variable with the key; need not be set for a server without one
+    concurrency: int = Field(16, ge=1, exclude=True)
+    timeout: float = Field(120.0, gt=0, exclude=True)  # seconds for one answer
+    tries: int = Field(8, ge=1, exclude=True)  # of one request, before it is given up for this run
+    longest_wait: float = Field(60.0, gt=0, exclude=True)  # seconds between two tries
+    max_requests: int = Field(0, ge=0, exclude=True)
+    max_tokens: int = Field(0, ge=0, exclude=True)  # prompt and completion together
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"a server's url is http(s)://host[:port]/v1, got {url!r}")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("no keys in the url: set the environment variable that `key_env` names")
+        return url.rstrip("/")
+
+    @classmethod
+    def of(cls, where: str, **more) -> "ServerConfig":
+        """'http://localhost:8000/v1#my-model' as configuration. Raises ConfigError for anything else."""
+        url, _, model = where.partition("#")
+        try:
+            if not model:
+                raise ValueError("the model's name is missing")
+            return cls(url=url, model=model, **more)
+        except ValueError as err:  # pydantic's is one, and repeats its input: only its own words are passed on
+            why = err.errors(include_input=False)[0]["msg"] if isinstance(err, ValidationError) else err
+            raise ConfigError(f"a server's model is url#model, such as http://localhost:8000/v1#my-model: {why}") from None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversation to answer. `options` go to the server as they are: temperature, top_p, max_tokens, seed, stop."""
+
+    id: str
+    messages: list[dict]
+    options: dict = field(default_factory=dict)
+
+
+def ask(
+    server: ServerConfig, requests: list[Request], path: Path, *, schema: type[BaseModel] | None = None, desc: str = "answers"
+) -> list[dict]:
+    """Ledger rows of all requests, in their order; those in the ledger `path` already are not asked again.
+
+    A row has key, id, model, status, text, value, finish_reason, completion_tokens, and the requests and tokens that it
+    cost. Status is 'ok'; with a `schema` also 'unparsed' (no JSON that fits it, after one request to mend it; `value` is
+    None then).
+    Raises ServerError if requests stay unanswered, BudgetError if the budget is used up, ConfigError for what no
+    further try can mend (a wrong key or model); finished answers are in the ledger in each case.
+    """
+    shape = schema.model_json_schema() if schema else None
+    keys = [digest([server.model, r.messages, r.options, shape]) for r in requests]
+    with Ledger(path) as ledger:
+        todo = {k: r for k, r in zip(keys, requests, strict=True) if k not in ledger}  # equal requests are asked once
+        if todo:
+            with progress_bar(len(set(keys)), desc, "request", initial=len(set(keys)) - len(todo)) as bar:
+                _in_thread(_Run(server, schema, ledger, bar).all(todo))
+        return [{**ledger.rows[key], "id": request.id} for key, request in zip(keys, requests, strict=True)]
+
+
+def spent(ledger: Ledger) -> dict:
+    """Requests and tokens that the rows of a ledger cost."""
+    rows = ledger.rows.values()
+    return {"requests": sum(r["requests"] for r in rows), "tokens": sum(r["tokens"] for r in rows)}
+
+
+def _in_thread(coroutine) -> None:
+    """Run to the end in a thread of its own, since a notebook has a running loop; Ctrl-C stops it between answers."""
+    failure: list[BaseException] = []
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+
+    def run():
+        try:
+            loop.run_until_complete(task)
+        except BaseException as err:
+            failure.append(err.exceptions[0] if isinstance(err, BaseExceptionGroup) else err)
+        finally:
+            loop.close()
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    try:
+        while worker.is_alive():
+            worker.join(0.2)
+    except KeyboardInterrupt:
+        loop.call_soon_threadsafe(task.cancel)
+        worker.join(5)
+        raise
+    if failure:
+        raise failure[0]
+
+
+class _Run:
+    def __init__(self, server: ServerConfig, schema, ledger: Ledger, bar):
+        self.server, self.schema, self.ledger, self.bar = server, schema, ledger, bar
+        cost = spent(ledger)
+        self.requests, self.tokens = cost["requests"], cost["tokens"]
+        self.structured = schema is not None  # until the server refuses the parameter
+        self.failed: dict[str, str] = {}
+        self.over_budget = False
+        self.not_before = 0.0  # a 429 holds back all workers, not one
+
+    async def all(self, todo: dict[str, Request]) -> None:
+        waiting = iter(todo.items())
+        limits = httpx.Limits(max_connections=self.server.concurrency)
+        async with httpx.AsyncClient(timeout=self.server.timeout, limits=limits) as http:
+
+            async def worker():
+                for key, request in waiting:
+                    if self.over_budget:
+                        return
+                    try:
+                        row = await self.answer(http, request)
+                    except BudgetError:
+                        return
+                    except ServerError as err:
+                        self.failed[request.id] = str(err)
+                        continue
+                    self.ledger.add({"key": key, "id": request.id, "model": self.server.model, **row})
+                    self.bar.update(1)
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.server.concurrency, len(todo))):
+                    group.create_task(worker())
+        left = sum(key not in self.ledger for key in todo)
+        if self.over_budget:
+            raise BudgetError(
+                f"the budget is used up ({self.requests} requests, {self.tokens} tokens); {left} of {len(todo)} are left. "
+                "Raise max_requests or max_tokens and run again: what is paid for is kept"
+            )
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            raise ServerError(
+                f"{left} of {len(todo)} requests have no answer after {self.server.tries} tries each, {name!r} because: "
+                f"{why}. Run again to go on with them"
+            )
+
+    async def answer(self, http: httpx.AsyncClient, request: Request) -> dict:
+        """A ledger row without its names."""
+        row = {"status": "ok", "value": None, **await self.complete(http, request.messages, request.options)}
+        if self.schema is None:
+            return row
+        value, complaint = read_json(row["text"], self.schema)
+        if value is None:
+            mend = [
+                *request.messages,
+                {"role": "assistant", "content": row["text"]},
+                {"role": "user", "content": f"That cannot be used: {complaint}. Answer again with the JSON object only."},
+            ]
+            again = await self.complete(http, mend, request.options)
+            row |= {**again, **{k: row[k] + again[k] for k in ("requests", "tokens")}}
+            value, complaint = read_json(row["text"], self.schema)
+        return row | ({"value": value} if value is not None else {"status": "unparsed", "reason": complaint})
+
+    async def complete(self, http: httpx.AsyncClient, messages: list[dict], options: dict) -> dict:
+        """text, finish_reason, completion_tokens, requests sent and tokens paid; ServerError when all tries failed."""
+        why, sent = "", 0
+        for attempt in range(self.server.tries):
+            if (held := self.not_before - time.monotonic()) > 0:
+                await asyncio.sleep(held * (1 + random.random() / 4))
+            self.check_budget()
+            body = {"model": self.server.model, "messages": messages, **options}
+            if self.structured:
+                body["response_format"] = {
+                    "type": "json_schema",
+                    "json_schema": {"name": self.schema.__name__, "schema": self.schema.model_json_schema()},
+                }
+            self.requests += 1
+            sent += 1
+            try:
+                reply = await http.post(f"{self.server.url}/chat/completions", json=body, headers=self.headers())
+                if reply.status_code in RETRY:
+                    why = f"HTTP {reply.status_code}"
+                    await self.back_off(attempt, why, reply)
+                    continue
+                if reply.status_code in (400, 422) and self.structured and "response_format" in reply.text:
+                    self.structured = False  # the server has no structured outputs; the prompt asks for JSON as well
+                    continue
+                if reply.status_code >= 400:
+                    raise ConfigError(self.refusal(reply))
+                data = reply.json()
+                choice = data["choices"][0]
+                text = choice["message"]["content"] or ""
+            except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError) as err:
+                if isinstance(err, ConfigError):
+                    raise
+                why = f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
+                await self.back_off(attempt, why)
+                continue
+            usage = data.get("usage") or {}
+            tokens = int(usage.get("total_tokens") or usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0))
+            self.tokens += tokens
+            return {
+                "text": text, "finish_reason": choice.get("finish_reason") or "", "requests": sent, "tokens": tokens,
+                "completion_tokens": int(usage.get("completion_tokens") or len(text.split())),
+            }  # fmt: skip
+        raise ServerError(why)
+
+    def headers(self) -> dict:
+        key = os.environ.get(self.server.key_env)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def check_budget(self) -> None:
+        most, tokens = self.server.max_requests, self.server.max_tokens
+        if (most and self.requests >= most) or (tokens and self.tokens >= tokens):
+            self.over_budget = True
+            raise BudgetError
+
+    async def back_off(self, attempt: int, why: str, reply: httpx.Response | None = None) -> None:
+        """Wait as long as the server says, else twice as long each time, with jitter so that workers do not march in step."""
+        self.bar.set_postfix_str(f"trying again after {why}")
+        if attempt + 1 == self.server.tries:
+            return
+        wait = min(self.server.longest_wait, 0.5 * 2**attempt) * (0.5 + random.random() / 2)
+        asked = reply.headers.get("retry-after", "") if reply is not None else ""
+        if re.fullmatch(r"\d+(\.\d+)?", asked):
+            wait = min(self.server.longest_wait, max(wait, float(asked)))
+        if reply is not None and reply.status_code in (429, 503, 529):
+            self.not_before = max(self.not_before, time.monotonic() + wait)
+        else:
+            await asyncio.sleep(wait)
+
+    def refusal(self, reply: httpx.Response) -> str:
+        """What a 4xx means for the user; the server's own words, cut, and never the key."""
+        words = " ".join(reply.text.split())[:300]
+        if key := os.environ.get(self.server.key_env):
+            words = words.replace(key, "…")
+        hint = {
+            401: f"set {self.server.key_env} to a key that the server knows",
+            403: f"the key in {self.server.key_env} may not use this model",
+            404: f"is {self.server.url!r} the address before /chat/completions, and {self.server.model!r} a model it serves?",
+        }.get(reply.status_code, "the server did not understand the request")
+        return f"{self.server.url}: HTTP {reply.status_code}; {hint}. It said: {words}"
+
+
+def read_json(text: str, schema: type[BaseModel]) -> tuple[dict | None, str]:
+    """(value, '') of the first JSON object in `text` that fits the schema, or (None, what is wrong).
+
+    Fences, prose around the object and a comma too many are put up with; nothing is guessed.
+    """
+    complaint, decoder = "there is no JSON object in it", json.JSONDecoder()
+    for start in (m.start() for m in re.finditer(r"\{", text)):
+        for candidate in (text[start:], re.sub(r",\s*([}\]])", r"\1", text[start:])):
+            try:
+                value, _ = decoder.raw_decode(candidate)
+            except ValueError:
+                continue
+            try:
+                return schema.model_validate(value).model_dump(mode="json"), ""
+            except ValidationError as err:
+                first = err.errors()[0]
+                complaint = f"{'.'.join(map(str, first['loc'])) or 'the object'}: {first['msg']}"
+            break
+    return None, complaint

@@ -1,0 +1,233 @@
+"""Profiles: YAML files with `extends`, and overrides that all go through one door.
+
+`load_profile("laptop", ["train.epochs=2"])` is what the command line's `--set train.epochs=2`, papermill's
+`-p overrides '["train.epochs=2"]'` and `-p train__epochs 2`, and a sweep's grid all end in. A key nobody knows is an
+error that names the nearest known one.
+"""
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import PreferenceConfig, Profile, TrainConfig
+
+PROCESSES = "ULTRAMED_PROCESSES"  # environment variable: how many processes train together (train/launch.py)
+
+# ------------------------------------------------------------------------------------------------- files and overrides
+
+
+def home() -> Path:
+    """The repository (or a copy of its `params/` and `notebooks/`) that this process works in."""
+    if "ULTRAMED_HOME" in os.environ:
+        return Path(os.environ["ULTRAMED_HOME"]).resolve()
+    places = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]]
+    return next((p for p in places if (p / "params").is_dir() and (p / "notebooks").is_dir()), Path.cwd())
+
+
+def profiles() -> list[str]:
+    """Names of the profiles at hand."""
+    return sorted(p.stem for p in (home() / "params").glob("*.yaml"))
+
+
+WHOLE = {
+    "mixture",
+    "mixtures",
+    "questions",
+    "prompts",
+    "held_prompts",
+    "medical",
+    "general",
+}  # another mixture is another data set, not an addition to the old one
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """Dictionaries merge key by key, and an empty one empties; anything else, lists and WHOLE too, is replaced. `null`
+    removes a dictionary."""
+    out = dict(base)
+    for key, value in changes.items():
+        if value and isinstance(value, dict) and isinstance(out.get(key), dict) and key not in WHOLE:
+            out[key] = merge(out[key], value)
+        elif value is None and isinstance(out.get(key), dict):
+            del out[key]
+        else:
+            out[key] = value
+    return out
+
+
+def nearest(word: str, known) -> str:
+    """'; did you mean X?' or a list of what there is."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def known(name: str, there, where: str) -> None:
+    """Raises ConfigError, with the nearest one, if `name` is none of the names `there` are."""
+    if name not in there:
+        raise ConfigError(f"no {name!r} in {where}{nearest(name, there)}")
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        data = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{path}: not valid YAML: {err}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: wanted a mapping of keys to values, got {type(data).__name__}")
+    return data
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a key be written twice and keeps the last: in a parameter file that is a mistake. And 2e-5 is a number."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is written twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(  # YAML 1.1 reads 2e-5 as text; everybody else as a number
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def raw_profile(name: str, _seen: tuple = ()) -> dict:
+    """The profile as a plain dictionary, its `extends` chain merged."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else home() / "params" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no profile {name!r} (looked for {path}){nearest(name, profiles())}")
+    if path in _seen:
+        raise ConfigError(f"{path}: `extends` goes round in a circle")
+    data = read_yaml(path)
+    parent = data.pop("extends", None)
+    data = merge(raw_profile(parent, (*_seen, path)), data) if parent else data
+    return {**data, "name": path.stem}
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """'train.epochs=2' -> (['train', 'epochs'], 2). The value is read as YAML."""
+    key, sep, value = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"override {text!r}: wanted key=value, as in train.epochs=2")
+    return key.strip().split("."), yaml.load(value, Loader=_UniqueKeys)
+
+
+def apply_override(data: dict, keys: list[str], value: Any) -> dict:
+    """A copy of `data` with the value at the dotted path set; list items are addressed by number."""
+    head, *rest = keys
+    if isinstance(data, list):
+        if not head.isdigit() or int(head) >= len(data):
+            raise ConfigError(f"override: {head!r} is not an index into a list of {len(data)}")
+        new = list(data)
+        new[int(head)] = apply_override(data[int(head)], rest, value) if rest else value
+        return new
+    if rest and not isinstance(data.get(head, {}), dict | list):
+        raise ConfigError(f"override {'.'.join(keys)}: {head!r} is a value, not a section")
+    return {**data, head: apply_override(data.get(head, {}), rest, value) if rest else value}
+
+
+def overridden(data: dict, overrides: Iterable[str]) -> dict:
+    """`data` with every override ('a.b=value') applied, in their order."""
+    for text in overrides:
+        data = apply_override(data, *parse_override(text))
+    return data
+
+
+COUNTS = {
+    "mixture", "mixtures", "questions", "prompts", "held_prompts", "preference_prompts", "tuning_questions", "tries_limit",
+    "open_rows", "public_pairs",
+}  # fmt: skip
+
+
+def limited(data: Any, limit: int, counting: bool = False) -> Any:
+    """A profile's data with no count of rows, questions or prompts above `limit` (multiples of a source count as more).
+
+    counting: whether numbers here are such counts, as all are at or beneath a key of COUNTS.
+    """
+    if isinstance(data, dict):
+        return {k: limited(v, limit, counting or k in COUNTS) for k, v in data.items()}
+    if counting and isinstance(data, int | float) and not isinstance(data, bool):
+        return limit if isinstance(data, float) else min(data or limit, limit)  # 0: all
+    return data
+
+
+def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Profile:
+    """Profile `name` with overrides applied and checked. Raises ConfigError on anything unknown or impossible."""
+    data = overridden(raw_profile(name), overrides)
+    source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
+    profile = validate(Profile, data, source)
+    if profile.limit:
+        profile = validate(Profile, limited(profile.model_dump(mode="json"), profile.limit), source)
+    for arm in profile.usmle.arms:
+        arm_config(profile, arm)  # an impossible arm should fail now, not an hour into the run
+    own = profile.ultramedical
+    for arm in own.preference_arms if own else ():
+        preference_config(profile, arm)
+    return profile
+
+
+def arm_config(profile: Profile, arm: str, **changes) -> TrainConfig:
+    """The training configuration of one arm of notebook 11: `train`, the arm's changes, then `changes`."""
+    if arm not in profile.usmle.arms:
+        raise ConfigError(f"no arm {arm!r} in profile {profile.name!r}{nearest(arm, profile.usmle.arms)}")
+    data = merge(merge(profile.train.model_dump(mode="json"), profile.usmle.arms[arm]), changes)
+    return validate(TrainConfig, data, f"profile {profile.name!r}, usmle.arms.{arm}")
+
+
+def preference_config(profile: Profile, arm: str, **changes) -> PreferenceConfig:
+    """One arm of `ultramedical.preference_arms`: `preference`, the arm's changes, then `changes`."""
+    own = profile.ultramedical
+    known(arm, own.preference_arms, f"profile {profile.name!r}, ultramedical.preference_arms")
+    data = merge(merge(own.preference.model_dump(mode="json"), own.preference_arms[arm]), changes)
+    return validate(PreferenceConfig, data, f"profile {profile.name!r}, ultramedical.preference_arms.{arm}")
+
+
+def validate(model: type[BaseModel], data: dict, source: str):
+    """`model(**data)`, with pydantic's complaints turned into sentences that name the key and the nearest known one."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as err:
+        lines = []
+        for e in err.errors():
+            path = ".".join(str(p) for p in e["loc"])
+            if e["type"] == "extra_forbidden":
+                prefix = e["loc"][:-1]
+                fields = _fields_at(model, prefix)
+                known = [".".join([*map(str, prefix), f]) for f in fields]
+                lines.append(f"unknown key {path!r}{nearest(path, known)}")
+            elif e["type"] == "missing":
+                lines.append(f"{path!r} is missing")
+            else:
+                lines.append(f"{path or 'value'!s}: {e['msg']} (got {e['input']!r:.80})")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _fields_at(model: type[BaseModel], loc) -> list[str]:
+    """Field names of the (nested) model that an error location points into."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        model = next((t for t in _unwrap(annotation) if isinstance(t, type) and issubclass(t, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _unwrap(annotation):
+    if typing.get_origin(annotation) in (list, dict, typing.Union, types.UnionType):
+        for arg in typing.get_args(annotation):
+            yield from _unwrap(arg)
+    else:
+        yield annotation

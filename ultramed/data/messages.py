@@ -1,0 +1,54 @@
+"""Rows as conversations: what a question looks like to a model, and what its answer looks like.
+
+Everything that is asked or trained on passes through here, so that a question reads the same everywhere.
+"""
+
+import hashlib
+import re
+
+# What the system turn asks for. The base model is told the form of the answer, too.
+HINTS = {
+    "content_first": "Answer: text (letter).",
+    "letter_first": "Answer: letter: text.",
+}
+
+
+def hints_wording(config=None) -> str:
+    """Hash of what questions ask for, for the keys of stages that make messages of questions and render nothing."""
+    return hashlib.sha256(repr(HINTS).encode()).hexdigest()[:12]
+
+
+def question_text(row: dict) -> str:
+    """Context (if any), question and lettered options."""
+    context = f"{row['context']}\n\n" if row.get("context") else ""
+    return context + row["question"] + "\n" + "\n".join(f"{k}. {v}" for k, v in row["options"].items())
+
+
+def question_prompt(row: dict, answer_form: str) -> list[dict]:
+    """Messages that ask a multiple-choice question and name the wanted form of the answer."""
+    return [{"role": "system", "content": HINTS[answer_form]}, {"role": "user", "content": question_text(row)}]
+
+
+def names_option(prompt: list[dict], letter: str | None, reply: str) -> bool:
+    """Whether the reply holds the text that `letter` stands for in the question's list of options."""
+    found = re.search(rf"^{letter}\. (.+)$", prompt[-1]["content"], re.MULTILINE) if letter else None
+    return bool(found) and found[1].casefold() in reply.casefold()
+
+
+def answer_text(row: dict, answer_form: str) -> str:
+    """The gold answer. letter_first is MedAlpaca's form ('B: text'); content_first is what a small model can learn."""
+    letter, text = row["gold"], row["options"][row["gold"]]
+    return f"{letter}: {text}" if answer_form == "letter_first" else f"{text} ({letter})"
+
+
+def as_completion(text: str) -> list[dict]:
+    """A completion: one assistant message."""
+    return [{"role": "assistant", "content": text}]
+
+
+def as_instruction(row: dict, answer_form: str) -> dict:
+    """A training row of any canonical row: instruction rows as they are, questions with their gold answer."""
+    if "options" not in row:
+        return {k: row[k] for k in ("id", "source", "prompt", "completion")}
+    answer = as_completion(answer_text(row, answer_form))
+    return {"id": row["id"], "source": row["source"], "prompt": question_prompt(row, answer_form), "completion": answer}

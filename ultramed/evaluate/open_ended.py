@@ -1,0 +1,174 @@
+"""Open-ended answers and how they are measured: K-QA, MT-Bench, pairwise wins, BLEU-1, language consistency.
+
+What needs a judge goes through annotate/llm.py's server; what does not, does not.
+"""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from ultramed.core.ledger import Ledger, write_lines
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import Strict
+from ultramed.core.store import Artifact, stage
+from ultramed.data import rows as canonical
+from ultramed.evaluate import stats
+from ultramed.evaluate.engine import open_engine
+from ultramed.evaluate.generate import Sampling, item_rng
+from ultramed.lm import models
+from ultramed.lm.device import free_memory, placement
+from ultramed.lm.templates import wording
+
+
+class ReplyConfig(Strict):
+    """Greedy at temperature 0. `limit`: rows, drawn evenly over the file; 0 for all. `turns`: ask a row's later turns, too."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=1)
+    limit: int = Field(0, ge=0)
+    turns: bool = False
+    batch_tokens: int = Field(8192, ge=64)
+    seed: int = 0
+
+
+@stage(version=1, also=wording)
+def replies(
+    out: Path, config: ReplyConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
+) -> dict:
+    """One reply to every prompt of `data` (prompt or instruction rows): `replies.jsonl` with id, prompt, reply, reference, meta.
+
+    With `turns` a row whose meta has several turns (MT-Bench) is asked all of them, each after the replies so far; the
+    row then has `replies`, one a turn. An interrupted run goes on after the last finished reply.
+    """
+    rows = canonical.spread(canonical.read_rows(data / f"{side}.parquet"), config.limit)
+    sampling = Sampling(config.max_new_tokens, config.temperature, 0, config.top_p, None, config.repetition_penalty)
+    said: dict[str, list[str]] = {row["id"]: [] for row in rows}
+    turns = {row["id"]: list((row.get("meta") or {}).get("turns", [])) if config.turns else [] for row in rows}
+    with Ledger(out / "turns.jsonl", key="key") as ledger:
+        for key, entry in ledger.rows.items():
+            said[key.rpartition("#")[0]].append(entry["reply"])
+        most = max((len(t) for t in turns.values()), default=0) or 1
+        engine = None
+        with progress_bar(sum(max(1, len(t)) for t in turns.values()), "replies", "reply", initial=len(ledger)) as bar:
+            for number in range(most):
+                todo = [r for r in rows if len(said[r["id"]]) == number < max(1, len(turns[r["id"]]))]
+                if not todo:
+                    continue
+                engine = engine or open_engine(
+                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=placement().dtype
+                )
+                asked = [_conversation(r, turns[r["id"]], said[r["id"]]) for r in todo]
+
+                def done(batch, made, todo=todo, number=number):
+                    for i, reply in zip(batch, made, strict=True):
+                        said[todo[i]["id"]].append(reply.text.strip())
+                        ledger.add(
+                            {"key": f"{todo[i]['id']}#{number}", "reply": reply.text.strip(), "finished": reply.finished}
+                        )
+                    bar.update(len(batch))
+
+                rngs = [item_rng(config.seed, r["id"], number) for r in todo] if config.temperature else None
+                engine.replies(asked, sampling, done, rngs)
+        del engine
+        free_memory()
+        cut = sum(not entry["finished"] for entry in ledger.rows.values())
+    write_lines(
+        out / "replies.jsonl",
+        (
+            {
+                "id": r["id"], "prompt": r["prompt"], "reply": said[r["id"]][0], "replies": said[r["id"]],
+                "reference": r["completion"][0]["content"] if "completion" in r else r.get("reference", ""),
+                "meta": r.get("meta") or {},
+            }
+            for r in rows
+        ),
+    )  # fmt: skip
+    return {"rows": len(rows), "cut_off": cut, "mean_words": float(np.mean([len(s[0].split()) for s in said.values()]))}
+
+
+def _conversation(row: dict, turns: list[str], said: list[str]) -> list[dict]:
+    messages = list(row["prompt"])
+    for k, text in enumerate(said):
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": turns[k + 1]}]
+    return messages
+
+
+def read_replies(artifact: Artifact) -> pd.DataFrame:
+    """`replies.jsonl` as a table."""
+    return pd.read_json(artifact / "replies.jsonl", lines=True, dtype={"id": str})
+
+
+# ------------------------------------------------------------------------------------------------------------------ K-QA
+
+Label = Literal["Entailment", "Neutral", "Contradiction"]
+
+
+def kqa_scores(frame: pd.DataFrame, seed: int = 0) -> dict[str, stats.Estimate]:
+    """Completeness and hallucination of labelled statements (Manes et al. 2024, section 4), by question.
+
+    frame: columns question, kind ('must_have' or 'nice_to_have'), label. Completeness is the share of a question's
+    must-have statements that the answer entails, hallucination the number of its statements that the answer contradicts;
+    both are means over questions, with intervals by bootstrap over questions.
+    """
+    must = frame[frame.kind == "must_have"]
+    share = (must.label == "Entailment").groupby(must.question).mean()
+    wrong = (frame.label == "Contradiction").groupby(frame.question).sum()
+    return {
+        "completeness": stats.clustered(share, share.index, seed=seed),
+        "hallucination": stats.clustered(wrong, wrong.index, seed=seed),
+    }
+
+
+def kqa_row(frame: pd.DataFrame) -> dict:
+    """`kqa_scores` as a table shows them: per question, with 95% intervals, and how many questions and statements."""
+    scores = kqa_scores(frame)
+    shown = {name: f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for name, e in scores.items()}
+    return {**shown, "questions": frame.question.nunique(), "statements": len(frame)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- BLEU-1
+
+
+def bleu1(candidates: list[str], references: list[str]) -> float:
+    """Corpus BLEU with unigrams only (Papineni et al. 2002), in per cent: clipped precision times brevity penalty.
+
+    Worked by hand: 'the the the cat' against 'the cat sat': 2 of 4 words, no penalty, 50.
+    """
+    words = [re.findall(r"\w+|[^\w\s]", c.casefold()) for c in candidates]
+    gold = [re.findall(r"\w+|[^\w\s]", r.casefold()) for r in references]
+    total, length = sum(map(len, words)), sum(map(len, gold))
+    hits = sum(sum((Counter(w) & Counter(g)).values()) for w, g in zip(words, gold, strict=True))
+    penalty = 1.0 if total >= length else math.exp(1 - length / max(1, total))
+    return 100 * penalty * hits / total if total else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------------- language
+
+
+class LanguageGuesser:
+    """Language of a text, by character n-grams, learned from labelled texts; `accuracy` on texts held out while learning."""
+
+    def __init__(self, texts: list[str], languages: list[str], seed: int = 0):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import train_test_split
+        from sklearn.pipeline import make_pipeline
+
+        self.model = make_pipeline(
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3), max_features=20_000, sublinear_tf=True),
+            LogisticRegression(C=30, max_iter=300),
+        )
+        fit, held, fit_y, held_y = train_test_split(texts, languages, test_size=0.2, random_state=seed, stratify=languages)
+        self.model.fit(fit, fit_y)
+        self.accuracy = stats.wilson(self.model.predict(held) == np.array(held_y))
+
+    def __call__(self, texts: list[str]) -> list[str]:
+        return list(self.model.predict(texts))

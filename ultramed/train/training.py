@@ -1,0 +1,326 @@
+"""What supervised, preference and reward training share: batches, trainer settings, the interruptible loop, the head.
+
+TRL's trainers get token ids that we made and do no preparation of their own.
+"""
+
+import functools
+import shutil
+import time
+import types
+import warnings
+from pathlib import Path
+
+import torch
+
+from ultramed.core.errors import StoreError
+from ultramed.core.ledger import write_lines
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import OptimConfig
+from ultramed.core.store import Artifact, write_json
+from ultramed.lm import models
+from ultramed.lm.batches import trees
+from ultramed.lm.device import at_most_on_cpu, placement, quietly
+from ultramed.lm.tokens import LABEL_IGNORED
+from ultramed.train import launch
+
+CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU profiles ask for tens of thousands
+
+
+def fitted(config: OptimConfig) -> OptimConfig:
+    """The configuration with micro-batches that a CPU's memory holds. (In reward models and pairwise KTO a pair's weight
+    depends on what else is in its micro-batch; elsewhere micro-batches do not matter.)"""
+    tokens = at_most_on_cpu(config.micro_batch_tokens, CPU_TOKENS)
+    return config.model_copy(update={"micro_batch_tokens": tokens})
+
+
+def batch_plan(config: OptimConfig, longest: int, processes: int = 0) -> tuple[int, int]:
+    """(micro-batch per process, accumulation steps) whose product with the processes is the global batch.
+
+    The micro-batch is the largest divisor that keeps `longest` tokens a row within `micro_batch_tokens`.
+    """
+    rows = launch.share(config, processes)
+    fits = [m for m in range(1, rows + 1) if rows % m == 0 and m * longest <= config.micro_batch_tokens]
+    micro = max(fits, default=1)
+    return micro, rows // micro
+
+
+def step_count(config: OptimConfig, rows: int) -> int:
+    """Optimiser steps of the run: `max_steps`, or what the epochs need; the last batch may be short."""
+    return config.max_steps if config.max_steps > 0 else max(1, int(-(-rows // config.global_batch_size) * config.epochs))
+
+
+def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulation: int) -> dict:
+    """Arguments that all of TRL's configurations share."""
+    place = placement(config.dtype)
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": round(config.warmup_ratio * steps),
+        "max_steps": steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed,
+        "bf16": place.dtype == torch.bfloat16,
+        "fp16": place.dtype == torch.float16,
+        "use_cpu": place.device == "cpu",
+        "activation_checkpointing": config.gradient_checkpointing,
+        # bitsandbytes holds the inputs of its 8-bit products by itself: only reentrant checkpointing lets go of them
+        "activation_checkpointing_kwargs": {"use_reentrant": config.method == "lora_8bit"},
+        "max_length": None,  # cut already
+        "train_sampling_strategy": "group_by_length",  # of the rows' column `length`, by our sampler
+        "remove_unused_columns": False,  # which would go otherwise
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": place.device == "cuda",
+    }
+
+
+@functools.cache
+def own_tokens(trainer: type) -> type:
+    """The TRL trainer on one device, without its preparation of the data set, which is tokenised and linted already, and
+    with our order of rows. `args` is given by name."""
+
+    class Own(trainer):
+        def __init__(self, *given, args, **named):
+            # Of several GPUs Trainer would make threads of its own (DataParallel), and batches as many times larger.
+            args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
+            super().__init__(*given, args=args, **named)
+
+        def train(self, *given, **named):
+            from peft.helpers import disable_input_dtype_casting
+
+            # Autocast does it; PEFT's own cast of what goes into an adapter doubles what dropout keeps.
+            with disable_input_dtype_casting(self.model):
+                return super().train(*given, **named)
+
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+        def _get_train_sampler(self, dataset=None):
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(dataset)
+            return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
+
+    Own.__name__ = trainer.__name__
+    return Own
+
+
+class GroupedByLength(torch.utils.data.Sampler):
+    """transformers' order for rows of similar length, the same for any number of processes and after an interruption.
+
+    Its own sampler groups by the batch of one process, and draws from the global random stream, in which dropout lets
+    processes drift apart: from the second epoch on they would see some rows twice and others never.
+    """
+
+    def __init__(self, lengths: list[int], args):
+        self.lengths, self.seed, self.epoch = list(lengths), args.seed, 0
+        self.batch = args.train_batch_size * args.gradient_accumulation_steps * launch.world()
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        stream = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        torch.empty((), dtype=torch.int64).random_(generator=stream)  # a DataLoader draws its own seed first: the same order
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=stream))
+
+
+def run(trainer, steps: int, desc: str) -> dict:
+    """Train with a bar, from the last checkpoint if there is one; `log.jsonl` is written into the stage's folder.
+
+    Ctrl-C or SIGTERM saves a checkpoint after the step at hand and raises KeyboardInterrupt. Raises StoreError if
+    training changed nothing. Returns training loss, seconds, moved tensors and whether it went on from a checkpoint.
+    """
+    from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(trainer.args.output_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_callback(steps, desc))
+        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        for p in trained.values():  # TRL keeps adapters of quantised models in bf16, where small updates vanish
+            p.data = p.data.float()
+        before = {name: None if launch.receives() else _total(p) for name, p in trained.items()}
+        last = _usable(get_last_checkpoint(folder) if folder.is_dir() else None)
+        clock = time.perf_counter()
+        with _Interruptible(trainer) as stop:
+            result = trainer.train(resume_from_checkpoint=last)
+        if stop.asked and trainer.state.global_step < steps:
+            raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {steps}; run again to go on")
+        seconds = time.perf_counter() - clock
+        parts = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
+        after = {n: _total(p) for n, p in trainer.model.named_parameters() if n in before}
+        moved = launch.agreed(sum(after[name] != value for name, value in before.items()))
+        if last is None and not moved:
+            raise StoreError(f"training changed none of {len(trained)} tensors: it does nothing here")
+    if launch.main_worker():
+        write_lines(folder.parent / "log.jsonl", trainer.state.log_history)
+    about = {"processes": launch.world(), "sharded": parts} if launch.worker() else {}
+    return about | {
+        "steps": steps, "train_loss": result.training_loss, "train_seconds": round(seconds, 1), "resumed": last is not None,
+        "trainable_parameters": sum(p.numel() for p in trained.values()), "tensors_moved": [moved, len(trained)],
+    }  # fmt: skip
+
+
+def _usable(checkpoint: str | None) -> str | None:
+    """The checkpoint, if this kind of run can go on from it. Raises StoreError for one of sharded training in a single
+    process, and the other way round."""
+    if checkpoint is not None and any(Path(checkpoint).glob("pytorch_model_fsdp*")) != launch.sharded():
+        made, now = ("one", "several") if launch.sharded() else ("several", "one")
+        raise StoreError(
+            f"{checkpoint} was made by {made} process{'es' * (made == 'several')} and cannot be gone on from by {now}: give "
+            f"--processes as before, or delete that folder to begin anew"
+        )
+    return checkpoint
+
+
+def _total(parameter: torch.Tensor) -> float:
+    """Sum of the absolute values, of a parameter of which this process may hold a part."""
+    held = parameter.detach()
+    return (held.full_tensor() if hasattr(held, "full_tensor") else held).abs().sum().item()
+
+
+def save(net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", dtype: str = "auto", **about) -> None:
+    """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go.
+
+    Called by all workers, because a sharded model is gathered; the first one writes.
+    """
+    about = {"method": method, "base": base.key, "name": models.card(base)["name"], **about}
+    state = launch.whole(net) if launch.sharded() else None
+    if not launch.main_worker():
+        return
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if method == "full":
+        net.config.use_cache = True
+        dtype = placement(dtype).dtype
+        with quietly():
+            if state is None:
+                models.cast(net, dtype).save_pretrained(out)
+            else:
+                net.config.dtype = dtype
+                own = {name: value.to(dtype) for name, value in state.items() if name not in net.all_tied_weights_keys}
+                net.save_pretrained(out, state_dict=own)
+        tokenizer.save_pretrained(out)
+        write_json(out / "model.json", {"kind": kind, **about})
+        return
+    net.peft_config["default"].base_model_name_or_path = about["name"]  # never a path of this machine
+    net.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)
+    write_json(out / "model.json", {"kind": "adapter", **about})
+
+
+def labelled_head(net) -> None:
+    """On a CPU, give TRL's trainers log-probabilities of the labelled tokens without multiplying the others.
+
+    Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
+    vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only,
+    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Rows must be
+    padded on the right and have their labels in one stretch at the end: then causal attention needs no mask, and none is
+    passed on.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
+    about = inner.config.get_text_config()
+    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    if placement().device != "cpu" or any(getattr(about, name, None) not in (None, 1.0) for name in scaled):
+        return
+    fused = inner.forward
+
+    @functools.wraps(fused)
+    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
+        if not fused_lm_head:
+            return fused(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+        target = labels[:, 1:] != LABEL_IGNORED
+        hidden = _reply_states(self.base_model, kwargs["input_ids"], target)
+        logits = self.get_output_embeddings()(hidden).float()
+        wanted = labels[:, 1:][target]
+        logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        with torch.no_grad():  # what TRL's metrics read; entropy, the dear one, is the mean over every eighth token
+            some = logits.detach()[::8].log_softmax(-1)
+            entropy = -(some.exp() * some).sum(-1).mean().expand_as(logps)
+            shown = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == wanted}
+        spread = {k: v.new_zeros(target.shape).masked_scatter(target, v) for k, v in {"log_probs": logps, **shown}.items()}
+        count = target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(loss=-logps.sum() / count, label_mask=target, **spread)
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+def _reply_states(backbone, input_ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Hidden states (N, D) that predict the labelled tokens, in the order of `target` (B, T - 1)."""
+    first, count = target.int().argmax(1) + 1, target.sum(1)
+    rows = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
+    packed = trees(rows, pad=0, device=input_ids.device)
+    if packed.input_ids.numel() > 0.9 * input_ids.numel():  # little is shared: plain rows need no mask
+        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
+    hidden = backbone(**packed.inputs, use_cache=False).last_hidden_state
+    return torch.cat([hidden[row, columns[:-1]] for row, columns in zip(packed.rows, packed.columns, strict=True)])
+
+
+def _callback(steps: int, desc: str):
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        """One bar for all steps of the run."""
+
+        def on_train_begin(self, args, state, control, **_):
+            self.bar = progress_bar(steps, desc, "step", initial=state.global_step)
+
+        def on_step_end(self, args, state, control, **_):
+            self.bar.update(1)
+
+        def on_train_end(self, args, state, control, **_):
+            self.bar.close()
+
+    return Bar()
+
+
+class _Interruptible(launch.StopSignals):
+    """On Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    A worker takes no signals: the process that launched it does, and all workers stop after the same step.
+    """
+
+    def __init__(self, trainer):
+        from transformers import TrainerCallback
+
+        outer = self
+        self.asked = 0
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if launch.worker():
+                    outer.asked = launch.stop_asked()
+                if outer.asked:
+                    control.should_save = control.should_training_stop = True
+
+        trainer.add_callback(Stop())
+
+    def __enter__(self):
+        return self if launch.worker() else super().__enter__()
+
+    def note(self, number, frame):
+        super().note(number, frame)
+        if self.asked > 1:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_):
+        if not launch.worker():
+            super().__exit__()

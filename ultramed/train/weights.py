@@ -1,0 +1,79 @@
+"""Models made ready for training: all weights in fp32, or an adapter on a base in 16, 8 or 4 bits."""
+
+import warnings
+
+import torch
+
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import OptimConfig
+from ultramed.core.store import Artifact
+from ultramed.lm.attention import attention_for
+from ultramed.lm.device import placement, quietly
+from ultramed.lm.models import card, location
+
+
+def trainable(kind: type, model: Artifact, *, empty: bool = False, **options):
+    """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels. empty: see `blank`."""
+    if empty:
+        return blank(kind, model, torch.float32, **options)
+    given = {"dtype": torch.float32, "attn_implementation": attention_for(placement().device)}
+    return kind.from_pretrained(**location(model), **given, **options, use_safetensors=True)
+
+
+def blank(kind: type, model: Artifact, dtype: torch.dtype, **options):
+    """The model in memory that nothing has touched, for a process that gets its part of the weights from another one, so
+    that a node need not hold one copy a GPU. (Not on the meta device: an optimiser would not find its parameters again.)
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(**location(model), **options)
+    with init_empty_weights(include_buffers=False):
+        net = kind.from_config(config, dtype=dtype, attn_implementation=attention_for(placement().device))
+    net._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    net.tie_weights()
+    return net
+
+
+def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = False):
+    """The model with what shall be trained marked so: all of it (fp32 master weights) or a LoRA adapter.
+
+    config.method: 'full', 'lora' (base in the dtype of the run), 'lora_8bit' (LLM.int8), 'lora_4bit' (NF4). empty: see
+    `blank`; an adapter's base is always loaded.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if card(model)["kind"] == "adapter":
+        raise ConfigError("train on a whole model; merge the adapter first (`ultramed export KEY OUT --merge`)")
+    place, method, lora = placement(config.dtype), config.method, config.lora
+    if method == "lora_4bit" and place.device == "cpu":
+        raise ConfigError(
+            "NF4 training does nothing on a CPU: bitsandbytes passes no gradient to the adapters there (measured: 0 of "
+            "60 lora_B tensors) and only warns. Use method lora or lora_8bit, or a GPU."
+        )
+    extra = {
+        "lora_8bit": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "lora_4bit": {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=place.dtype
+            )
+        },
+    }.get(method, {})
+    with quietly():
+        if method == "full":
+            net = trainable(AutoModelForCausalLM, model, empty=empty)
+            net.config.use_cache = False
+            return net
+        net = AutoModelForCausalLM.from_pretrained(
+            **location(model), dtype=place.dtype, attn_implementation=attention_for(place.device), use_safetensors=True, **extra
+        )
+        net.config.use_cache = False
+        if extra:
+            warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        settings = LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        net = get_peft_model(net, settings)
+    return net
