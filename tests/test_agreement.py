@@ -46,10 +46,17 @@ def test_flips_by_hand():
 @pytest.mark.parametrize(
     "text",
     [
-        "dtype", "dtype=", "float32", "dtyp=float32", "dtype=flot32", "batch_tokens=12", "quantize=3bit",
-        "engine=openvino,protocol=likelihood", "engine=openvino,quantize=8bit",
+        "dtype",
+        "dtype=",
+        "float32",
+        "dtyp=float32",
+        "dtype=flot32",
+        "batch_tokens=12",
+        "quantize=3bit",
+        "engine=openvino,protocol=likelihood",
+        "engine=openvino,quantize=8bit",
     ],
-)  # fmt: skip
+)
 def test_variants_that_mean_nothing(text):
     with pytest.raises(ConfigError):
         agreement.settings(EvalConfig(), text)

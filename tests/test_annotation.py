@@ -51,11 +51,17 @@ def test_feedback_goes_back_to_the_candidate_it_was_given_for_whatever_the_order
     worth = {"worst": 1, "best": 10, "middle": 4, "fine": 7}
     rows = [
         {
-            "id": f"q{i}", "index": i, "subset": "s", "concept": "c", "gold": "A", "reference": "ref",
-            "prompt": [{"role": "user", "content": f"question {i}"}], "replies": [{"text": t, "letter": None} for t in texts],
+            "id": f"q{i}",
+            "index": i,
+            "subset": "s",
+            "concept": "c",
+            "gold": "A",
+            "reference": "ref",
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "replies": [{"text": t, "letter": None} for t in texts],
         }
         for i in range(6)
-    ]  # fmt: skip
+    ]
 
     def answer(body):
         shown = re.findall(r"Reply \d:\n(\w+)", asked(body))
@@ -69,8 +75,11 @@ def test_feedback_goes_back_to_the_candidate_it_was_given_for_whatever_the_order
     judged = read_feedback(made)
     for row in judged[:5]:
         assert {c["text"]: (c["score"], c["rank"]) for c in row["candidates"]} == {
-            "best": (10, 1), "fine": (7, 2), "middle": (4, 3), "worst": (1, 4),
-        }  # fmt: skip
+            "best": (10, 1),
+            "fine": (7, 2),
+            "middle": (4, 3),
+            "worst": (1, 4),
+        }
     assert {c["score"] for c in judged[5]["candidates"]} == {None}, "a list of the wrong length ranks nothing"
     assert made.metrics["unread"] == 1
 

@@ -17,9 +17,12 @@ TEST = (
 
 def instruction(name, text, **meta):
     return {
-        "id": name, "source": "x", "prompt": [{"role": "user", "content": text}],
-        "completion": [{"role": "assistant", "content": "answer"}], "meta": {"k": 1, **meta},
-    }  # fmt: skip
+        "id": name,
+        "source": "x",
+        "prompt": [{"role": "user", "content": text}],
+        "completion": [{"role": "assistant", "content": "answer"}],
+        "meta": {"k": 1, **meta},
+    }
 
 
 def question(name, text):
@@ -84,8 +87,13 @@ def test_a_collection_counts_what_went_and_datasets_reads_it(parts):
     )
     made = build(BuildConfig(min_score=7, near=0.6), sources={"mine": "mine"}, checked=checked, mine=train)
     assert made.metrics["sources"]["mine"] == {
-        "original": 7, "low score": 1, "contaminated": 3, "duplicate": 1, "near-duplicate": 1, "retained": 1,
-    }  # fmt: skip
+        "original": 7,
+        "low score": 1,
+        "contaminated": 3,
+        "duplicate": 1,
+        "near-duplicate": 1,
+        "retained": 1,
+    }
     loaded = load_dataset(str(made.path), split="train")
     assert loaded["id"][:] == ["fresh"]
     assert loaded[0]["completion"] == [{"content": "answer", "role": "assistant"}]

@@ -28,8 +28,11 @@ OTHER = "Which of the following enzymes is deficient in a newborn who has vomiti
 def test_normalisation_is_blind_to_case_punctuation_width_and_space():
     assert normalise("  Ｃhest-PAIN,\n(acute)! ") == "chest pain acute"
     assert exact_hits(["x", QUESTION.upper() + "?"], [OTHER, QUESTION])[0].__dict__ == {
-        "train": 1, "test": 1, "how": "exact", "score": 1.0,
-    }  # fmt: skip
+        "train": 1,
+        "test": 1,
+        "how": "exact",
+        "score": 1.0,
+    }
     assert duplicates(["a b", "c", "A, b!", "c"]) == [0, 1, 0, 1]
 
 

@@ -9,10 +9,14 @@ from ultramed.evaluate import history
 from ultramed.evaluate.history import HistoryConfig, Script, conversation, diagnoses, facts, histories, history_scores
 
 CASE = {
-    "demographics": "34 year old Female", "chief_complaints": "Cough", "physical_history": "None", "family_history": "",
+    "demographics": "34 year old Female",
+    "chief_complaints": "Cough",
+    "physical_history": "None",
+    "family_history": "",
     "presentation": "She has a dry cough since 12 days. Her cough was preceded by a sore throat.",
-    "absent_findings": "No fever, No smoking,  No weight loss.", "social_history": "Works in a bakery.",
-}  # fmt: skip
+    "absent_findings": "No fever, No smoking,  No weight loss.",
+    "social_history": "Works in a bakery.",
+}
 
 
 def case(name="a"):
@@ -21,9 +25,13 @@ def case(name="a"):
 
 def test_a_case_becomes_statements():
     assert facts(CASE) == [
-        "She has a dry cough since 12 days.", "Her cough was preceded by a sore throat.", "Works in a bakery.",
-        "No fever", "No smoking", "No weight loss",
-    ]  # fmt: skip
+        "She has a dry cough since 12 days.",
+        "Her cough was preceded by a sore throat.",
+        "Works in a bakery.",
+        "No fever",
+        "No smoking",
+        "No weight loss",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,10 +82,14 @@ def test_names_of_one_disease():
 def test_scores_by_hand():
     frame = pd.DataFrame(
         {
-            "id": ["a", "b"], "found": [[0, 0, None, 2], [None] * 4], "questions": [["q"] * 4] * 2, "statements": [4, 5],
-            "top1": [True, False], "top5": [True, True],
+            "id": ["a", "b"],
+            "found": [[0, 0, None, 2], [None] * 4],
+            "questions": [["q"] * 4] * 2,
+            "statements": [4, 5],
+            "top1": [True, False],
+            "top5": [True, True],
         }
-    )  # fmt: skip
+    )
     scores = history_scores(frame)
     assert {k: e.value for k, e in scores.items()} == {"precision": 0.25, "coverage": 0.25, "top1": 0.5, "top5": 1.0}
 

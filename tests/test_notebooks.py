@@ -49,8 +49,17 @@ def test_the_whole_book_runs_at_smoke(book):
     entries = json.loads((folder / "scorecard.json").read_text())
     claims = {e["id"]: e for e in entries if e["kind"] == "claim"}
     assert {"medalpaca:finetuned-beats-base", "medalpaca:full-beats-lora", "medalpaca:format"} <= set(claims)
-    wanted = ("sft-beats-base", "xpo-beats-sft", "iterative-beats-vanilla", "ensemble-beats-greedy", "mix-keeps-general",
-              "mix-costs-nothing", "rm-beats-sc", "medical-rm-beats-general", "medical-rm-competitive")  # fmt: skip
+    wanted = (
+        "sft-beats-base",
+        "xpo-beats-sft",
+        "iterative-beats-vanilla",
+        "ensemble-beats-greedy",
+        "mix-keeps-general",
+        "mix-costs-nothing",
+        "rm-beats-sc",
+        "medical-rm-beats-general",
+        "medical-rm-competitive",
+    )
     assert {f"ultramedical:{name}" for name in wanted} <= set(claims)
     assert all(c["n"] and c["p"] is not None for c in claims.values())
 
@@ -118,9 +127,11 @@ def test_papermill_by_hand_reaches_any_key(tmp_path, book):
     import papermill
 
     papermill.execute_notebook(
-        REPO / "notebooks" / "90_scorecard.ipynb", tmp_path / "out.ipynb",
-        parameters={"profile": "smoke", "train__epochs": 2}, progress_bar=False,
-    )  # fmt: skip
+        REPO / "notebooks" / "90_scorecard.ipynb",
+        tmp_path / "out.ipynb",
+        parameters={"profile": "smoke", "train__epochs": 2},
+        progress_bar=False,
+    )
     assert "changed  train.epochs=2" in (tmp_path / "out.ipynb").read_text()
 
 

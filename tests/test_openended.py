@@ -59,9 +59,12 @@ def test_the_second_turn_sees_the_first_reply(exam):
 
 def test_kqa_scores_by_hand():
     rows = [
-        ("q1", "must_have", "Entailment"), ("q1", "must_have", "Neutral"), ("q1", "nice_to_have", "Contradiction"),
-        ("q2", "must_have", "Entailment"), ("q2", "nice_to_have", "Neutral"),
-    ]  # fmt: skip
+        ("q1", "must_have", "Entailment"),
+        ("q1", "must_have", "Neutral"),
+        ("q1", "nice_to_have", "Contradiction"),
+        ("q2", "must_have", "Entailment"),
+        ("q2", "nice_to_have", "Neutral"),
+    ]
     scores = kqa_scores(pd.DataFrame(rows, columns=["question", "kind", "label"]))
     assert scores["completeness"].value == pytest.approx((0.5 + 1.0) / 2)
     assert scores["hallucination"].value == pytest.approx((1 + 0) / 2)

@@ -87,8 +87,10 @@ def test_an_option_that_stands_twice_cannot_be_chosen_by_its_text():
 
 option_texts = st.lists(
     st.text(alphabet="abcdefghij ", min_size=3, max_size=20).map(lambda s: " ".join(s.split())).filter(lambda s: len(s) > 2),
-    min_size=4, max_size=4, unique=True,
-)  # fmt: skip
+    min_size=4,
+    max_size=4,
+    unique=True,
+)
 
 
 @given(option_texts, st.sampled_from("ABCD"), st.sampled_from(["letter_first", "content_first"]))

@@ -67,8 +67,11 @@ def test_memory_is_as_foretold():
     """Bytes of tensors, which are the same every time: the estimate, made from the shape alone, is at most 10% off."""
     config = Shape(hidden=256, intermediate=704, layers=3, heads=4, kv_heads=4, words=4096)
     ways = {
-        "full": {}, "full, 8-bit Adam": {"optim": "adamw_8bit"}, "LoRA": {"method": "lora"}, "8-bit LoRA": {"method": "lora_8bit"},
-    }  # fmt: skip
+        "full": {},
+        "full, 8-bit Adam": {"optim": "adamw_8bit"},
+        "LoRA": {"method": "lora"},
+        "8-bit LoRA": {"method": "lora_8bit"},
+    }
     ways |= {f"{name}, checkpointing": {**way, "gradient_checkpointing": True} for name, way in ways.items()}
     arms = {name: TRAIN.model_copy(update=way) for name, way in ways.items()}
     setting = CostConfig(

@@ -11,9 +11,16 @@ ROW = {
     "completion": [{"role": "assistant", "content": "eye (A)"}],
 }
 QUESTION = {
-    "id": "q", "source": "s", "question": "Which organ?", "context": None, "options": {"A": "eye", "B": "ear"}, "gold": "A",
-    "dataset": "d", "subset": "x", "meta": {},
-}  # fmt: skip
+    "id": "q",
+    "source": "s",
+    "question": "Which organ?",
+    "context": None,
+    "options": {"A": "eye", "B": "ear"},
+    "gold": "A",
+    "dataset": "d",
+    "subset": "x",
+    "meta": {},
+}
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != RELEASED])

@@ -36,8 +36,10 @@ def url(weights, tmp_path_factory):
     command = ["serve", str(weights.path), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     server = subprocess.Popen(
         [sys.executable, "-m", "transformers.cli.transformers", *command],
-        env={**os.environ, "HF_HUB_CACHE": str(cache)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env={**os.environ, "HF_HUB_CACHE": str(cache)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(240):
             assert server.poll() is None, "the server ended by itself"

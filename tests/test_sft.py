@@ -110,9 +110,13 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer, on_inputs):
     from datasets import Dataset
 
     args = SFTConfig(
-        output_dir=str(rows.path.parent / "x"), use_cpu=True, bf16=False, report_to="none", max_length=None,
+        output_dir=str(rows.path.parent / "x"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
+    )
     trainer = SFTTrainer(net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer)
     assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "TRL's own head"
     labelled_head(net)

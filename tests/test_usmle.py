@@ -10,10 +10,16 @@ def _frame(correct, seed=0, letters=True):
     n = len(correct)
     return pd.DataFrame(
         {
-            "id": [f"q{i}" for i in range(n)], "seed": seed, "correct": correct, "concept": [f"c{i // 2}" for i in range(n)],
-            "letter": ["A" if letters else None] * n, "strict": [True] * n, "subset": ["step1"] * n, "arm": "full",
+            "id": [f"q{i}" for i in range(n)],
+            "seed": seed,
+            "correct": correct,
+            "concept": [f"c{i // 2}" for i in range(n)],
+            "letter": ["A" if letters else None] * n,
+            "strict": [True] * n,
+            "subset": ["step1"] * n,
+            "arm": "full",
         }
-    )  # fmt: skip
+    )
 
 
 def test_compare_is_paired_and_takes_the_larger_p():

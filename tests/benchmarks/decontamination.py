@@ -24,7 +24,7 @@ from ultramed.data.mixture import source_rows
 from ultramed.data.rows import read_questions
 from ultramed.data.sources import SourceConfig, source
 
-TRAIN = ["chatdoctor", "medquad", "alpaca", "medical_meadow", "medmcqa_open", "gsm8k", "medqa", "medmcqa"]
+TRAIN = ["chatdoctor", "medquad", "alpaca", "wikidoc_patient_information", "medmcqa_open", "gsm8k", "medqa", "medmcqa"]
 TEST = ["medqa", "medmcqa", "pubmedqa", "mmlu_medical"]
 
 COSINES = (0.6, 0.75, 0.9)
@@ -71,6 +71,16 @@ for size in args.rows:
             recall = {name: round(len(found & pairs) / len(pairs), 3) for name, pairs in planted.items()}
             precision = dedupe.recall_precision(found, every)["precision"]
             print(
-                json.dumps({"rows": size, "test": len(test), "how": how, "threshold": threshold, "seconds": round(seconds, 1),
-                            "recall": recall, "precision": precision and round(precision, 4)}), flush=True,
-            )  # fmt: skip
+                json.dumps(
+                    {
+                        "rows": size,
+                        "test": len(test),
+                        "how": how,
+                        "threshold": threshold,
+                        "seconds": round(seconds, 1),
+                        "recall": recall,
+                        "precision": precision and round(precision, 4),
+                    }
+                ),
+                flush=True,
+            )

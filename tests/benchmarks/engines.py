@@ -21,9 +21,11 @@ from ultramed.evaluate.sample import samples
 from ultramed.experiments.medalpaca import Bench
 
 WAYS = {
-    "transformers, bf16": ("transformers", "bfloat16"), "transformers, fp32": ("transformers", "float32"),
-    "OpenVINO, bf16": ("openvino", "bfloat16"), "OpenVINO, fp32": ("openvino", "float32"),
-}  # fmt: skip
+    "transformers, bf16": ("transformers", "bfloat16"),
+    "transformers, fp32": ("transformers", "float32"),
+    "OpenVINO, bf16": ("openvino", "bfloat16"),
+    "OpenVINO, fp32": ("openvino", "float32"),
+}
 
 
 def main():
@@ -50,7 +52,7 @@ def main():
             clock = time.perf_counter()
             made = samples(
                 sample.model_copy(update={"engine": engine}), **about, select={"step1": [0, each]}, dtype=dtype
-            ).metrics  # fmt: skip
+            ).metrics
             speeds[name] = (time.perf_counter() - clock, 100 * made["mean_sample_accuracy"])
     table = flips(frames)
     print(f"{'':20} answers s  samples s  sample accuracy  accuracy           changed")

@@ -44,9 +44,12 @@ print(
     json.dumps(
         {
             "train": {k: model.metrics[k] for k in ("prompts", "pairs", "replies", "tokens", "train_seconds")},
-            "validation pairs": len(frame), "questions": int(frame.prompt.nunique()), "accuracy": str(ours),
-            "always the longer answer": str(longer), "score against length": round(reward_bench.length_correlation(frame), 2),
+            "validation pairs": len(frame),
+            "questions": int(frame.prompt.nunique()),
+            "accuracy": str(ours),
+            "always the longer answer": str(longer),
+            "score against length": round(reward_bench.length_correlation(frame), 2),
         },
         indent=1,
     )
-)  # fmt: skip
+)

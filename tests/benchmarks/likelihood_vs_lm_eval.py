@@ -70,8 +70,14 @@ same = sum(max(range(4), key=a.__getitem__) == b for a, b in zip(scores, letters
 print(
     json.dumps(
         {
-            "questions": len(rows), "target": args.target, "dtype": args.dtype, "threads": torch.get_num_threads(), "ultramed_s": round(ours, 1),
-            "lm_eval_s": round(theirs, 1), "ratio": round(theirs / ours, 2), "same_choice": same,
+            "questions": len(rows),
+            "target": args.target,
+            "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
+            "ultramed_s": round(ours, 1),
+            "lm_eval_s": round(theirs, 1),
+            "ratio": round(theirs / ours, 2),
+            "same_choice": same,
         }
     )
-)  # fmt: skip
+)

@@ -36,10 +36,15 @@ def rows_of(given):
     base = models.base_model(profile.models[0])
     tokenizer = models.load_tokenizer(base)
     setting = TrainConfig(
-        mixture={"medical_meadow": given.rows}, train_on_inputs=True, max_length=1024, learning_rate=given.rate,
-        global_batch_size=16, dtype=given.dtype, seed=given.seed,
-    )  # fmt: skip
-    found = read_instructions(dataset(profile, "medical_meadow") / "train.parquet")
+        mixture={"wikidoc_patient_information": given.rows},
+        train_on_inputs=True,
+        max_length=1024,
+        learning_rate=given.rate,
+        global_batch_size=16,
+        dtype=given.dtype,
+        seed=given.seed,
+    )
+    found = read_instructions(dataset(profile, "wikidoc_patient_information") / "train.parquet")
     encoded, _ = encode_rows(found[: given.rows + given.held], tokenizer, TEMPLATES["chat"], setting)
     return base, tokenizer, setting, encoded[: given.rows], encoded[given.rows :]
 
@@ -66,11 +71,26 @@ def trl(given, out, handbook):
     bf16 = setting.dtype in ("auto", "bfloat16")
     dtype = torch.bfloat16 if handbook and bf16 else torch.float32
     args = SFTConfig(
-        output_dir=str(out), per_device_train_batch_size=4, gradient_accumulation_steps=4, num_train_epochs=1,
-        learning_rate=given.rate, lr_scheduler_type="cosine", warmup_steps=round(0.1 * math.ceil(len(rows) / 16)),
-        gradient_checkpointing=handbook, bf16=bf16, use_cpu=not torch.cuda.is_available(), max_length=1024, packing=False, loss_type="nll", seed=given.seed,
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        num_train_epochs=1,
+        learning_rate=given.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(0.1 * math.ceil(len(rows) / 16)),
+        gradient_checkpointing=handbook,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        max_length=1024,
+        packing=False,
+        loss_type="nll",
+        seed=given.seed,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     net = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     data = Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows])
     trainer = SFTTrainer(net, args, train_dataset=data, processing_class=tokenizer)

@@ -49,11 +49,15 @@ def human_feedback(out: Path, config: HumanConfig) -> dict:
         for (file, qid), part in taken:
             candidates = [
                 {
-                    "model": "retrieved", "text": " ".join(row.AnswerText.split()[: config.words]), "letter": None,
-                    "score": float(row.ReferenceScore), "rank": int(row.ReferenceRank), "tokens": len(row.AnswerText.split()),
+                    "model": "retrieved",
+                    "text": " ".join(row.AnswerText.split()[: config.words]),
+                    "letter": None,
+                    "score": float(row.ReferenceScore),
+                    "rank": int(row.ReferenceRank),
+                    "tokens": len(row.AnswerText.split()),
                 }
                 for row in part.itertuples()
-            ]  # fmt: skip
+            ]
             prompt = [{"role": "user", "content": " ".join(part.QuestionText.iloc[0].split())}]
             row = {"id": f"{file}:{qid}", "subset": "human", "concept": f"{file}:{qid}", "gold": "", "prompt": prompt}
             fh.write(json.dumps({**row, "candidates": candidates}, ensure_ascii=False) + "\n")

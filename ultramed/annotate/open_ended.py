@@ -124,9 +124,12 @@ def judge_labels(out: Path, config: LLMConfig) -> dict:
     write_lines(out / "labels.jsonl", both.to_dict("records"))
     read = both.dropna()
     return {
-        "statements": len(both), "unread": labels.count(None), "same": float((read.judge == read.physicians).mean()),
-        "alpha": stats.krippendorff(both.map(LABEL.get).to_numpy(dtype=float)), "physicians": agreement(frame),
-    }  # fmt: skip
+        "statements": len(both),
+        "unread": labels.count(None),
+        "same": float((read.judge == read.physicians).mean()),
+        "alpha": stats.krippendorff(both.map(LABEL.get).to_numpy(dtype=float)),
+        "physicians": agreement(frame),
+    }
 
 
 @stage(version=1, also=wording)
@@ -158,12 +161,17 @@ def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact) -> d
     a, b = read_replies(ours).set_index("id"), read_replies(baseline).set_index("id")
     rows = [
         {
-            "id": name, "source": "replies", "subset": "all", "prompt": a.prompt[name], "chosen": as_completion(a.reply[name]),
-            "rejected": as_completion(b.reply[name]), "meta": {"reference": a.reference[name]},
+            "id": name,
+            "source": "replies",
+            "subset": "all",
+            "prompt": a.prompt[name],
+            "chosen": as_completion(a.reply[name]),
+            "rejected": as_completion(b.reply[name]),
+            "meta": {"reference": a.reference[name]},
         }
         for name in a.index.intersection(b.index)
         if a.reply[name] and b.reply[name] and a.reply[name] != b.reply[name]
-    ]  # fmt: skip
+    ]
     if not rows:
         raise ConfigError("no prompt has two different replies: nothing to compare")
     canonical.write_rows(out / "pairs.parquet", rows)
@@ -176,9 +184,11 @@ def agreement_with_people(verdicts: Artifact) -> dict:
     counts = verdicts.metrics
     decided = [1] * counts["chosen"] + [0] * counts["rejected"]
     return {
-        "pairs": counts["pairs"], "decided": len(decided), "consistency": counts["consistency"],
+        "pairs": counts["pairs"],
+        "decided": len(decided),
+        "consistency": counts["consistency"],
         "agrees": str(stats.wilson(decided)) if decided else "nothing decided",
-    }  # fmt: skip
+    }
 
 
 def win_rate(verdicts: Artifact, same: int = 0) -> stats.Estimate:

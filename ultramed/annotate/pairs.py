@@ -73,18 +73,30 @@ def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     canonical.write_rows(out / "pairs.parquet", made)
     longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in made)
     return {
-        "pairs": len(made), "sources": report, "chosen_is_longer": longer / len(made),
+        "pairs": len(made),
+        "sources": report,
+        "chosen_is_longer": longer / len(made),
         "row_ids": digest([r["id"] for r in made]),
-    }  # fmt: skip
+    }
 
 
 def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dict:
     meta = {
-        "prompt_id": row["id"], "chosen_score": chosen["score"], "rejected_score": rejected["score"],
-        "chosen_model": chosen["model"], "rejected_model": rejected["model"],
-        "chosen_letter": chosen["letter"] or "", "rejected_letter": rejected["letter"] or "", "gold": row["gold"],
-    }  # fmt: skip
+        "prompt_id": row["id"],
+        "chosen_score": chosen["score"],
+        "rejected_score": rejected["score"],
+        "chosen_model": chosen["model"],
+        "rejected_model": rejected["model"],
+        "chosen_letter": chosen["letter"] or "",
+        "rejected_letter": rejected["letter"] or "",
+        "gold": row["gold"],
+    }
     return {
-        "id": f"{name}:{row['id']}#{number}", "source": name, "subset": row["subset"], "prompt": row["prompt"],
-        "chosen": as_completion(chosen["text"]), "rejected": as_completion(rejected["text"]), "meta": meta,
-    }  # fmt: skip
+        "id": f"{name}:{row['id']}#{number}",
+        "source": name,
+        "subset": row["subset"],
+        "prompt": row["prompt"],
+        "chosen": as_completion(chosen["text"]),
+        "rejected": as_completion(rejected["text"]),
+        "meta": meta,
+    }

@@ -140,11 +140,16 @@ def textbook_questions(out: Path, config: SynthesisConfig, *, data: Artifact, si
         gold = LETTERS[texts.index(item["right"])]
         made.append(
             {
-                "id": f"textbook:{name}", "source": "textbook", "dataset": "textbook", "subset": "textbook", "gold": gold,
-                "question": item["question"], "options": dict(zip(LETTERS, texts, strict=True)),
+                "id": f"textbook:{name}",
+                "source": "textbook",
+                "dataset": "textbook",
+                "subset": "textbook",
+                "gold": gold,
+                "question": item["question"],
+                "options": dict(zip(LETTERS, texts, strict=True)),
                 "meta": {"paragraph": name, "rationale": item["rationale"]},
             }
-        )  # fmt: skip
+        )
     return _publish(out, canonical.Question, made, rejects)
 
 
@@ -198,7 +203,12 @@ def evolve(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
         for row in current:
             way = random.Random(f"{config.seed}:{row['id']}:{number}").choice(WAYS["choice" if choice else "open"])
             keep = "\nThe right option must stay right, word for word: " + row["options"][row["gold"]] if choice else ""
-            rubric = EVOLVE.format(how=way, words=config.words, keep=keep, field=', "options": {"A": "...", "B": "...", "C": "...", "D": "..."}' if choice else "")  # fmt: skip
+            rubric = EVOLVE.format(
+                how=way,
+                words=config.words,
+                keep=keep,
+                field=', "options": {"A": "...", "B": "...", "C": "...", "D": "..."}' if choice else "",
+            )
             text = question_text(row) if choice else conversation(row["prompt"])
             asked.append(request(f"{row['meta']['of']}~{number}", rubric, text, config))
         shape = EvolvedChoice if choice else Instruction
@@ -283,9 +293,12 @@ def _solve(row: dict, examples: list[dict], config: SynthesisConfig, attempt: in
 
 def _instruction_row(row: dict, text: str, attempt: int) -> dict:
     return {
-        "id": f"solved:{row['id']}", "source": row["source"], "completion": as_completion(text.strip()),
-        "prompt": [{"role": "user", "content": question_text(row)}], "meta": {"gold": row["gold"], "try": attempt + 1},
-    }  # fmt: skip
+        "id": f"solved:{row['id']}",
+        "source": row["source"],
+        "completion": as_completion(text.strip()),
+        "prompt": [{"role": "user", "content": question_text(row)}],
+        "meta": {"gold": row["gold"], "try": attempt + 1},
+    }
 
 
 def _publish(out: Path, model: type[BaseModel], made: list[dict], rejects: _Rejects) -> dict:

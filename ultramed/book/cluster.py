@@ -61,9 +61,16 @@ def _write(name: str, tasks: list[str], folder: Path, options: list[str]) -> Pat
 
 
 def submit(
-    name: str, tasks: list[str], last: str, *, where: str, folder: Path, options: list[str] = (), wait: bool = False,
+    name: str,
+    tasks: list[str],
+    last: str,
+    *,
+    where: str,
+    folder: Path,
+    options: list[str] = (),
+    wait: bool = False,
     console: Console | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Run `tasks` and, if all of them end well, `last`. where: 'slurm' or 'local'. options: of sbatch, without the dashes.
 
     slurm: returns when the jobs are queued, or with `wait` when they have ended. True if nothing failed (as far as known).

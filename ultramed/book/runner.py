@@ -82,8 +82,14 @@ def parameters_of(path: Path) -> dict[str, str]:
 
 
 def run(
-    numbers: list[str], profile: str, overrides: list[str], *, jobs: int = 1, force: bool = False, console: Console | None = None
-) -> bool:  # fmt: skip
+    numbers: list[str],
+    profile: str,
+    overrides: list[str],
+    *,
+    jobs: int = 1,
+    force: bool = False,
+    console: Console | None = None,
+) -> bool:
     """Run notebooks; True if none failed. What is done already, with the same code and parameters, is skipped."""
     console = console or Console()
     load_profile(profile, overrides)  # a typo should not cost a minute of start-up
@@ -171,6 +177,11 @@ def execute(source: str, target: str, parameters: str) -> None:
     import papermill
 
     papermill.execute_notebook(
-        source, target, parameters=json.loads(parameters), cwd=str(Path(source).parent), kernel_name="python3",
-        progress_bar=False, log_output=False,
-    )  # fmt: skip
+        source,
+        target,
+        parameters=json.loads(parameters),
+        cwd=str(Path(source).parent),
+        kernel_name="python3",
+        progress_bar=False,
+        log_output=False,
+    )

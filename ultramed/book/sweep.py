@@ -104,10 +104,17 @@ def run_sweep(file: Path, console: Console) -> bool:
         made += [model, *arts]
         rows.append(
             {
-                **row, "state": "done", "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n,
-                "train_loss": m["train_loss"], "trainable": m["trainable_parameters"], "seconds": m["train_seconds"],
+                **row,
+                "state": "done",
+                "accuracy": e.value,
+                "low": e.low,
+                "high": e.high,
+                "n": e.n,
+                "train_loss": m["train_loss"],
+                "trainable": m["trainable_parameters"],
+                "seconds": m["train_seconds"],
             }
-        )  # fmt: skip
+        )
         console.print(f"{number}/{len(points)} {label} seed {seed}: {e}", highlight=False)
     table = pd.DataFrame(rows)
     name = f"sweep_{file.stem}"

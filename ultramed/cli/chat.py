@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ultramed.core.errors import ConfigError
+from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.store import Artifact
 from ultramed.lm import models
 
@@ -62,10 +62,14 @@ class Talker:
             try:
                 with self._busy:
                     self.net.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens,
-                        streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, **how,
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=self.max_new_tokens,
+                        streamer=streamer,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                        **how,
                         stopping_criteria=StoppingCriteriaList([stopped]),
-                    )  # fmt: skip
+                    )
             except BaseException as err:
                 failed.append(err)
                 streamer.end()
@@ -150,7 +154,7 @@ def server(port: int = 0) -> Page:
                 turns = _turns(self.rfile.read(length))
                 pieces = self.server.talker.reply(turns)
                 first = next(pieces, "")
-            except (ValueError, KeyError, TypeError) as err:
+            except (UserError, ValueError, KeyError, TypeError) as err:
                 self._answer(400, str(err).encode())
                 return
             except Exception as err:  # of the model; the page shows it

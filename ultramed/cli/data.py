@@ -1,57 +1,15 @@
-"""Command line of the data half: data sets, collections, decontamination, and annotation by a model behind a URL."""
+"""Command line of data: data sets, collections, decontamination."""
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from ultramed.core import config, schema, store
-from ultramed.core.errors import ConfigError
+from ultramed.cli.common import ProfileOption, SetOption, console, new, publish
+from ultramed.core import config, schema
 
-console = Console()
-ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A file of params/, without .yaml, or a path to one.")]
-SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set train.epochs=2 (repeatable).")]
-
-
-def _processes(count: int) -> int:
-    if count:
-        os.environ[config.PROCESSES] = str(count)
-    return count
-
-
-ProcessesOption = Annotated[
-    int,
-    typer.Option(
-        min=0, callback=_processes, show_default="one a GPU, else one",
-        help="Processes that train together (accelerate launch); all weights trained: sharded over them by FSDP2.",
-    ),
-]  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: what there is, what is at hand, collections, decontamination.")
-annotate_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown",
-    help="Score, judge and write data with a language model behind a URL.\n\nEvery answer is kept as it comes: after "
-    "Ctrl-C, a crash or a spent budget the same command goes on where it stopped. The key is read from OPENAI_API_KEY.",
-)  # fmt: skip
-
-
-def new(out: Path) -> Path:
-    """`out`, if nothing is there: asked before the work, not after it."""
-    if out.exists():
-        raise ConfigError(f"{out} exists; give a new folder")
-    return out
-
-
-def publish(art: store.Artifact, out: Path) -> None:
-    """The artifact's files in a new folder `out`, which appears whole or not at all."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(art.path, part)
-    part.rename(out)
 
 
 @data_app.command("list")
@@ -139,79 +97,3 @@ def data_decontaminate(
         table.add_row(row.how, str(row.rows), str(row.questions), f"{100 * row.share:.2f} %")
     console.print(table)
     console.print(f"{len(hit)} of {len(hit) + len(clean)} rows hit; the others are in {out / 'clean.parquet'}", soft_wrap=True)
-
-
-# ----------------------------------------------------------------------------------------------------------- annotation
-
-RowsOption = Annotated[Path, typer.Option("--data", help="JSONL or Parquet of questions, instructions or prompts.")]
-ServerOption = Annotated[str, typer.Option("--server", help="url#model, e.g. http://localhost:8000/v1#my-model.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", callback=new, help="New folder for the result and requests.jsonl.")]
-MoreOption = Annotated[
-    list[str],
-    typer.Option("--set", "-s", help="More of the configuration: --set server.max_requests=500 --set temperature=0.3."),
-]
-
-
-def _setting(model: type, server: str, overrides: list[str]):
-    from ultramed.core.client import ServerConfig
-
-    where = ServerConfig.of(server)
-    data = {"server": {"url": where.url, "model": where.model}}
-    return config.validate(model, config.overridden(data, overrides), "annotate")
-
-
-def _told(art: store.Artifact, out: Path) -> None:
-    publish(art, out)
-    console.print_json(json.dumps(art.metrics))
-    console.print(str(out), highlight=False, soft_wrap=True)
-
-
-@annotate_app.command("score")
-def annotate_score(data: RowsOption, server: ServerOption, out: OutOption, overrides: MoreOption = []) -> None:  # noqa: B006
-    """Complexity of every instruction, 1 to 10: `scores.jsonl`."""
-    from ultramed.annotate.judge import LLMConfig, complexity
-    from ultramed.data.sources import own
-
-    setting = _setting(LLMConfig, server, overrides)
-    _told(complexity(setting, data=own(data, side="train")), out)
-
-
-@annotate_app.command("feedback")
-def annotate_feedback(
-    data: Annotated[Path, typer.Option("--data", help="Rows with prompt and candidates (a list of texts); reference if known.")],
-    server: ServerOption, out: OutOption, overrides: MoreOption = [],  # noqa: B006
-) -> None:  # fmt: skip
-    """Scores and ranks of every prompt's candidates, shown in a shuffled order: `feedback.jsonl`."""
-    from ultramed.annotate.judge import LLMConfig, llm_feedback
-    from ultramed.data.sources import own
-
-    setting = _setting(LLMConfig, server, overrides)
-    _told(llm_feedback(setting, candidates=own(data, "candidates")), out)
-
-
-@annotate_app.command("compare")
-def annotate_compare(
-    pairs: Annotated[Path, typer.Option(help="JSONL or Parquet of pairs: prompt, chosen, rejected (texts or messages).")],
-    server: ServerOption, out: OutOption, overrides: MoreOption = [],  # noqa: B006
-) -> None:  # fmt: skip
-    """Which of two replies is better, judged in both orders: `verdicts.jsonl`."""
-    from ultramed.annotate.judge import LLMConfig, pairwise
-    from ultramed.data.sources import own
-
-    setting = _setting(LLMConfig, server, overrides)
-    _told(pairwise(setting, pairs=own(pairs, "pairs", "pairs")), out)
-
-
-@annotate_app.command("write")
-def annotate_write(
-    what: Annotated[str, typer.Argument(help="textbook: paragraphs to four-option questions. topic: topics to instructions. "
-                                             "evolve: harder instructions or questions. solve: checked answers to questions.")],
-    data: RowsOption, server: ServerOption, out: OutOption, overrides: MoreOption = [],  # noqa: B006
-) -> None:  # fmt: skip
-    """New training rows: `train.parquet`, and `rejected.jsonl` with what failed and why."""
-    from ultramed.annotate.synthesize import STAGES, SynthesisConfig
-    from ultramed.data.sources import own
-
-    config.known(what, STAGES, "what can be written")
-    setting = _setting(SynthesisConfig, server, overrides)
-    _told(STAGES[what](setting, data=own(data, side="train")), out)

@@ -226,8 +226,6 @@ class _Run:
                 choice = data["choices"][0]
                 text = choice["message"]["content"] or ""
             except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError) as err:
-                if isinstance(err, ConfigError):
-                    raise
                 why = f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
                 await self.back_off(attempt, why)
                 continue
@@ -235,9 +233,12 @@ class _Run:
             tokens = int(usage.get("total_tokens") or usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0))
             self.tokens += tokens
             return {
-                "text": text, "finish_reason": choice.get("finish_reason") or "", "requests": sent, "tokens": tokens,
+                "text": text,
+                "finish_reason": choice.get("finish_reason") or "",
+                "requests": sent,
+                "tokens": tokens,
                 "completion_tokens": int(usage.get("completion_tokens") or len(text.split())),
-            }  # fmt: skip
+            }
         raise ServerError(why)
 
     def headers(self) -> dict:

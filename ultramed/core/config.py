@@ -98,9 +98,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 _UniqueKeys.add_implicit_resolver(  # YAML 1.1 reads 2e-5 as text; everybody else as a number
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -122,7 +120,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, sep, value = text.partition("=")
     if not sep or not key.strip():
         raise ConfigError(f"override {text!r}: wanted key=value, as in train.epochs=2")
-    return key.strip().split("."), yaml.load(value, Loader=_UniqueKeys)
+    try:
+        return key.strip().split("."), yaml.load(value, Loader=_UniqueKeys)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {err}") from None
 
 
 def apply_override(data: dict, keys: list[str], value: Any) -> dict:
@@ -147,9 +148,17 @@ def overridden(data: dict, overrides: Iterable[str]) -> dict:
 
 
 COUNTS = {
-    "mixture", "mixtures", "questions", "prompts", "held_prompts", "preference_prompts", "tuning_questions", "tries_limit",
-    "open_rows", "public_pairs",
-}  # fmt: skip
+    "mixture",
+    "mixtures",
+    "questions",
+    "prompts",
+    "held_prompts",
+    "preference_prompts",
+    "tuning_questions",
+    "tries_limit",
+    "open_rows",
+    "public_pairs",
+}
 
 
 def limited(data: Any, limit: int, counting: bool = False) -> Any:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ultramed.core.errors import StoreError
+
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
     """Rows as JSON lines, all at once: for what is computed in one go out of a ledger."""
@@ -31,7 +33,7 @@ class Ledger:
                         row = json.loads(line)
                         self.rows[row[key]] = row
                     except (ValueError, KeyError, TypeError):
-                        raise ValueError(
+                        raise StoreError(
                             f"{path}, line {number}: not a ledger row (JSON object with {key!r}); move the file away "
                             "to start over"
                         ) from None

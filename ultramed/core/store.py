@@ -180,9 +180,15 @@ def _make(fn, art: Artifact, config, inputs: dict, recipe: dict) -> None:
             if p.is_file() and p.name != MANIFEST
         }
         manifest = {
-            **recipe, "key": art.key, "metrics": canonical(metrics), "files": files, "started": started.isoformat(),
-            "wall_seconds": round(time.perf_counter() - clock, 2), "peak_memory_bytes": memory.peak, **environment(),
-        }  # fmt: skip
+            **recipe,
+            "key": art.key,
+            "metrics": canonical(metrics),
+            "files": files,
+            "started": started.isoformat(),
+            "wall_seconds": round(time.perf_counter() - clock, 2),
+            "peak_memory_bytes": memory.peak,
+            **environment(),
+        }
         write_json(work / MANIFEST, manifest)
         os.rename(work, art.path)
         _fsync(art.path.parent)

@@ -60,13 +60,19 @@ def contamination(out: Path, config: CheckConfig, *, sources: dict[str, str], te
     frame = pd.DataFrame(
         [
             {
-                "source": train[h.train][0], "id": train[h.train][1]["id"], "test_set": test[h.test][0],
-                "test_id": test[h.test][1]["id"], "how": h.how, "score": h.score, "train": h.train, "test": h.test,
+                "source": train[h.train][0],
+                "id": train[h.train][1]["id"],
+                "test_set": test[h.test][0],
+                "test_id": test[h.test][1]["id"],
+                "how": h.how,
+                "score": h.score,
+                "train": h.train,
+                "test": h.test,
             }
             for h in hits
         ],
         columns=["source", "id", "test_set", "test_id", "how", "score", "train", "test"],
-    )  # fmt: skip
+    )
     report = []
     for (source, test_set, how), part in frame.groupby(["source", "test_set", "how"], sort=False):
         best = part.sort_values("score", ascending=False).drop_duplicates("id").head(config.examples)
@@ -188,24 +194,44 @@ REASONS = ("original", "low score", "contaminated", "duplicate", "near-duplicate
 def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None) -> str:
     """Dataset card: sources with licences, what every filter took, contamination."""
     lines = [
-        "---", "configs:", "- config_name: default", "  data_files: data/train.parquet", f"pretty_name: {config.name}", "---", "",
-        f"# {config.name}", "",
+        "---",
+        "configs:",
+        "- config_name: default",
+        "  data_files: data/train.parquet",
+        f"pretty_name: {config.name}",
+        "---",
+        "",
+        f"# {config.name}",
+        "",
         f"Built by ultramed {version('ultramed')}. Rows have `id`, `source`, `prompt` and `completion` (messages) and `score` "
-        "(complexity, 1 to 10, where it is known). Not for clinical use. Each source keeps its own licence:", "",
-        "| source | licence | cite |", "| --- | --- | --- |",
-    ]  # fmt: skip
+        "(complexity, 1 to 10, where it is known). Not for clinical use. Each source keeps its own licence:",
+        "",
+        "| source | licence | cite |",
+        "| --- | --- | --- |",
+    ]
     for name in counts:
         spec = SOURCES.get(name)
         lines.append(f"| {name} | {spec.licence if spec else 'see its packages'} | {spec.cite if spec else ''} |")
     lines += ["", "## Counts", "", "| source | " + " | ".join(REASONS) + " |", "| --- |" + " ---: |" * len(REASONS)]
     lines += [f"| {name} | " + " | ".join(str(part.get(r, 0)) for r in REASONS) + " |" for name, part in counts.items()]
     top = f", the {config.top} highest of each source" if config.top else ""
-    lines += ["", f"Filters: complexity at least {config.min_score:g}{top}; near-duplicates from a Jaccard similarity of {config.near:g} "
-              "of their word triples.", "", "## Contamination", ""]  # fmt: skip
+    lines += [
+        "",
+        f"Filters: complexity at least {config.min_score:g}{top}; near-duplicates from a Jaccard similarity of {config.near:g} "
+        "of their word triples.",
+        "",
+        "## Contamination",
+        "",
+    ]
     if checked is None:
         lines.append("Not checked.")
     else:
-        lines += ["Removed rows that hold a test question:", "", "| source | test set | how | rows | questions |", "| --- | --- | --- | ---: | ---: |"]  # fmt: skip
+        lines += [
+            "Removed rows that hold a test question:",
+            "",
+            "| source | test set | how | rows | questions |",
+            "| --- | --- | --- | ---: | ---: |",
+        ]
         lines += [
             f"| {r.source} | {r.test_set} | {r.how} | {r.rows} | {r.questions} |" for r in read_report(checked).itertuples()
         ]
@@ -213,8 +239,12 @@ def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None)
 
 
 CATEGORY = {
-    "exam": "Examination", "medqa": "Examination", "medqa_5opt": "Examination", "medmcqa": "Examination", "pubmedqa": "Literature",
-}  # fmt: skip
+    "exam": "Examination",
+    "medqa": "Examination",
+    "medqa_5opt": "Examination",
+    "medmcqa": "Examination",
+    "pubmedqa": "Literature",
+}
 
 
 def statistics(collection: Artifact, sources: dict[str, str], data: dict[str, Artifact]) -> pd.DataFrame:
@@ -225,9 +255,12 @@ def statistics(collection: Artifact, sources: dict[str, str], data: dict[str, Ar
         scores = [s for r in rows if (s := given.get((name, r["id"]), (r.get("meta") or {}).get("score"))) is not None]
         out.append(
             {
-                "category": CATEGORY.get(name, "Open-ended"), "dataset": name, "original": counts["original"],
+                "category": CATEGORY.get(name, "Open-ended"),
+                "dataset": name,
+                "original": counts["original"],
                 "avg_len": sum(len(text_of(r).split()) for r in rows) / len(rows),
-                "avg_score": sum(scores) / len(scores) if scores else None, "retained": counts.get("retained", 0),
+                "avg_score": sum(scores) / len(scores) if scores else None,
+                "retained": counts.get("retained", 0),
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(out)

@@ -238,10 +238,24 @@ def embedding_hits(
 # ------------------------------------------------------------------------------------------------------ a known case
 
 SYNONYMS = {
-    "man": "gentleman", "woman": "lady", "patient": "person", "comes": "presents", "presents": "comes", "history": "record",
-    "physician": "doctor", "emergency department": "emergency room", "following": "next", "shows": "reveals", "most likely": "probable",
-    "because": "since", "notable": "remarkable", "reports": "states", "which": "what", "pain": "ache", "years": "yrs",
-}  # fmt: skip
+    "man": "gentleman",
+    "woman": "lady",
+    "patient": "person",
+    "comes": "presents",
+    "presents": "comes",
+    "history": "record",
+    "physician": "doctor",
+    "emergency department": "emergency room",
+    "following": "next",
+    "shows": "reveals",
+    "most likely": "probable",
+    "because": "since",
+    "notable": "remarkable",
+    "reports": "states",
+    "which": "what",
+    "pain": "ache",
+    "years": "yrs",
+}
 STRENGTHS = {"light": 0.05, "medium": 0.2, "heavy": 0.45}
 
 
@@ -270,6 +284,8 @@ def recall_precision(found: set[tuple[int, int]], planted: set[tuple[int, int]])
     """Share of planted (train, test) pairs that were found, and share of the rows found that were planted."""
     rows = {i for i, _ in found}
     return {
-        "planted": len(planted), "recall": len(found & planted) / len(planted) if planted else None, "rows found": len(rows),
+        "planted": len(planted),
+        "recall": len(found & planted) / len(planted) if planted else None,
+        "rows found": len(rows),
         "precision": len(rows & {i for i, _ in planted}) / len(rows) if rows else None,
-    }  # fmt: skip
+    }

@@ -74,10 +74,16 @@ def _question(step: str, index: str, term: str, gold: str, distractors: list[str
     options, letter = rng.sample(distractors, 3), rng.choice(LETTERS)
     options.insert(LETTERS.index(letter), gold)
     return {
-        "id": f"{step}:{index}", "question": STEP_QUESTION[step].format(term=term) if step in STEP_QUESTION else term,
-        "context": None, "options": dict(zip(LETTERS, options, strict=True)), "gold": letter,
-        "dataset": "bundled_exam", "subset": step, "source": source, "meta": meta,
-    }  # fmt: skip
+        "id": f"{step}:{index}",
+        "question": STEP_QUESTION[step].format(term=term) if step in STEP_QUESTION else term,
+        "context": None,
+        "options": dict(zip(LETTERS, options, strict=True)),
+        "gold": letter,
+        "dataset": "bundled_exam",
+        "subset": step,
+        "source": source,
+        "meta": meta,
+    }
 
 
 def _others(labels: Counter, gold: str, rng: random.Random) -> list[str]:
@@ -175,10 +181,12 @@ def open_rows(hpo: Ontology, sides: dict[str, str]):
         definition = hpo.definition(term)
         if sides[term] == "train" and 6 <= len(definition.split()) <= 40:
             yield {
-                "id": f"open:{term}", "source": "hpo", "meta": {"concept": term},
+                "id": f"open:{term}",
+                "source": "hpo",
+                "meta": {"concept": term},
                 "prompt": [{"role": "user", "content": f"What is meant by the finding “{hpo.name(term)}”?"}],
                 "completion": [{"role": "assistant", "content": definition}],
-            }  # fmt: skip
+            }
 
 
 # --------------------------------------------------------------------------------------------------------------- stage

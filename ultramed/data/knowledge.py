@@ -14,19 +14,43 @@ SIDES = (("test", 0.20), ("dev", 0.30), ("train", 1.01))  # upper edges of the s
 
 # Short labels of about equal length, so that the length of an option tells nothing.
 SYSTEMS = {
-    "HP:0000707": "nervous system", "HP:0000478": "eye", "HP:0000598": "ear", "HP:0001626": "cardiovascular system",
-    "HP:0002086": "respiratory system", "HP:0025031": "digestive system", "HP:0000119": "genitourinary system",
-    "HP:0033127": "musculoskeletal system", "HP:0001574": "skin and hair", "HP:0001871": "blood",
-    "HP:0002715": "immune system", "HP:0000818": "endocrine system", "HP:0001939": "metabolism",
-    "HP:0002664": "tumours", "HP:0000152": "head and neck", "HP:0040064": "limbs",
-}  # fmt: skip
+    "HP:0000707": "nervous system",
+    "HP:0000478": "eye",
+    "HP:0000598": "ear",
+    "HP:0001626": "cardiovascular system",
+    "HP:0002086": "respiratory system",
+    "HP:0025031": "digestive system",
+    "HP:0000119": "genitourinary system",
+    "HP:0033127": "musculoskeletal system",
+    "HP:0001574": "skin and hair",
+    "HP:0001871": "blood",
+    "HP:0002715": "immune system",
+    "HP:0000818": "endocrine system",
+    "HP:0001939": "metabolism",
+    "HP:0002664": "tumours",
+    "HP:0000152": "head and neck",
+    "HP:0040064": "limbs",
+}
 CHAPTERS = {
-    "1": "infectious diseases", "2": "neoplasms", "3": "blood and immune disorders", "4": "endocrine and metabolic diseases",
-    "5": "mental disorders", "6": "nervous system diseases", "7": "eye diseases", "8": "ear diseases",
-    "9": "circulatory diseases", "10": "respiratory diseases", "11": "digestive diseases", "12": "skin diseases",
-    "13": "musculoskeletal diseases", "14": "genitourinary diseases", "15": "pregnancy and childbirth",
-    "16": "perinatal conditions", "17": "congenital malformations", "19": "injury and poisoning",
-}  # fmt: skip
+    "1": "infectious diseases",
+    "2": "neoplasms",
+    "3": "blood and immune disorders",
+    "4": "endocrine and metabolic diseases",
+    "5": "mental disorders",
+    "6": "nervous system diseases",
+    "7": "eye diseases",
+    "8": "ear diseases",
+    "9": "circulatory diseases",
+    "10": "respiratory diseases",
+    "11": "digestive diseases",
+    "12": "skin diseases",
+    "13": "musculoskeletal diseases",
+    "14": "genitourinary diseases",
+    "15": "pregnancy and childbirth",
+    "16": "perinatal conditions",
+    "17": "congenital malformations",
+    "19": "injury and poisoning",
+}
 
 
 def uniform_hash(*parts) -> float:

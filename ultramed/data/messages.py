@@ -7,10 +7,7 @@ import hashlib
 import re
 
 # What the system turn asks for. The base model is told the form of the answer, too.
-HINTS = {
-    "content_first": "Answer: text (letter).",
-    "letter_first": "Answer: letter: text.",
-}
+HINTS = {"content_first": "Answer: text (letter).", "letter_first": "Answer: letter: text."}
 
 
 def hints_wording(config=None) -> str:

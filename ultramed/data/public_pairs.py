@@ -101,8 +101,12 @@ def public_pairs(out: Path, config: PublicConfig) -> dict:
     for name, path in there.items():
         found = [
             {
-                "id": f"{name}:{number}", "source": "public", "subset": name, "prompt": prompt,
-                "chosen": as_completion(chosen), "rejected": as_completion(rejected),
+                "id": f"{name}:{number}",
+                "source": "public",
+                "subset": name,
+                "prompt": prompt,
+                "chosen": as_completion(chosen),
+                "rejected": as_completion(rejected),
             }
             for number, (prompt, chosen, rejected) in enumerate(
                 (prompt, _cut(a, config.words), _cut(b, config.words))
@@ -110,7 +114,7 @@ def public_pairs(out: Path, config: PublicConfig) -> dict:
                 if name != "reasoning" or len(a.split()) <= config.words  # the difference is at the end
             )
             if chosen != rejected
-        ]  # fmt: skip
+        ]
         picked = random.Random(f"{config.seed}:{name}").sample(found, min(config.count, len(found)))
         made += picked
         counts[name] = {"pairs": len(picked), "of": len(found)}

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ultramed.core.errors import UserError
 from ultramed.data.messages import as_completion
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that cannot be used; the message names file, row and field, what was wanted and what came."""
 
 

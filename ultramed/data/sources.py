@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ultramed.core.config import nearest
-from ultramed.core.errors import ConfigError
+from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.ledger import write_lines
 from ultramed.core.schema import Profile, Strict
 from ultramed.core.store import Artifact, sha256, stage
 from ultramed.data import rows as canonical
-from ultramed.data.catalog import SOURCES, Source, alpaca_row
+from ultramed.data.adapters import alpaca_row
+from ultramed.data.catalog import Source, get
 from ultramed.data.exam import exam
 from ultramed.data.messages import as_completion
 
@@ -31,12 +31,6 @@ def data_root() -> Path | None:
     if root and not Path(root).is_dir():
         raise ConfigError(f"ULTRAMED_DATA names {root!r}, which is not a folder")
     return Path(root) if root else None
-
-
-def get(name: str) -> Source:
-    if name not in SOURCES:
-        raise ConfigError(f"no data set {name!r}{nearest(name, SOURCES)}")
-    return SOURCES[name]
 
 
 def local_files(name: str) -> dict[str, Path]:
@@ -105,14 +99,14 @@ def adapt(spec: Source, rows: list[dict], side: str, label: str) -> tuple[list[d
             elif spec.kind == "instructions" and not row["completion"][0]["content"]:
                 raise ValueError("the answer is empty")
             good.append(canonical.check_rows(model, [row], label)[0])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
+        except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
             bad.append(json.dumps({"file": Path(label).name, "row": i + 1, "reason": f"{type(err).__name__}: {err}"}))
     return good, bad
 
 
 def dataset(profile: Profile, name: str) -> Artifact:
     """The artifact of a data set: 'exam' is the bundled one, anything else is a named source."""
-    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=name))
+    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=get(name).name))
 
 
 def own(path: Path, kind: str = "rows", side: str = "test", limit: int = 0) -> Artifact:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import EvalConfig
@@ -25,9 +26,17 @@ PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model'
 
 @stage(version=2, also=wording)
 def answers(
-    out: Path, config: EvalConfig, *, model: Artifact, questions: Artifact, side: str = "test",
-    select: dict | None = None, template: str | None = None, dtype: str = "auto", quantize: str | None = None,
-) -> dict:  # fmt: skip
+    out: Path,
+    config: EvalConfig,
+    *,
+    model: Artifact,
+    questions: Artifact,
+    side: str = "test",
+    select: dict | None = None,
+    template: str | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+) -> dict:
     """Ask `model` the question rows in `questions/<side>.parquet` and write `answers.jsonl`.
 
     select: {'subset': [start, stop]} takes a slice of each named subset; None takes all. An interrupted run goes on
@@ -39,9 +48,14 @@ def answers(
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
             engine = open_engine(
-                model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=place.dtype, quantize=quantize,
+                model,
+                models.template_of(model, template),
+                out,
+                budget=config.batch_tokens,
+                dtype=place.dtype,
+                quantize=quantize,
                 engine=config.engine,
-            )  # fmt: skip
+            )
             with progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger)) as bar:
                 ASK[config.protocol](engine, todo, config, ledger, bar)
             del engine
@@ -57,14 +71,14 @@ def answers(
 
 
 def select_rows(rows: list[dict], select: dict | None) -> list[dict]:
-    """Slices of subsets, in the order of the file. Raises ValueError for a slice that is not all there."""
+    """Slices of subsets, in the order of the file. Raises ConfigError for a slice that is not all there."""
     if select is None:
         return rows
     out = []
     for subset, (start, stop) in select.items():
         part = [r for r in rows if r["subset"] == subset]
         if stop > len(part):
-            raise ValueError(f"questions {start} to {stop} of {subset!r} asked for, but it has {len(part)}")
+            raise ConfigError(f"questions {start} to {stop} of {subset!r} asked for, but it has {len(part)}")
         out += part[start:stop]
     return out
 
@@ -81,9 +95,16 @@ def summary(result: list[dict]) -> dict:
 
 def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> dict:
     return {
-        "id": row["id"], "subset": row["subset"], "concept": row["meta"].get("concept", row["id"]), "gold": row["gold"],
-        "letter": letter, "correct": letter == row["gold"], "rule": rule, "strict": strict, **more,
-    }  # fmt: skip
+        "id": row["id"],
+        "subset": row["subset"],
+        "concept": row["meta"].get("concept", row["id"]),
+        "gold": row["gold"],
+        "letter": letter,
+        "correct": letter == row["gold"],
+        "rule": rule,
+        "strict": strict,
+        **more,
+    }
 
 
 def _likelihood(engine, rows, config, ledger, bar):
@@ -125,9 +146,16 @@ def _greedy(engine, rows, config, ledger, bar):
 def _reply(row, reply, config, prompt, tries) -> dict:
     found = parse(reply.text, row["options"], config.answer_form)
     return _record(
-        row, found.letter, found.rule, found.strict, reply=reply.text, tokens=reply.tokens, finished=reply.finished,
-        tries=tries, prompt_hash=digest(prompt),
-    )  # fmt: skip
+        row,
+        found.letter,
+        found.rule,
+        found.strict,
+        reply=reply.text,
+        tokens=reply.tokens,
+        finished=reply.finished,
+        tries=tries,
+        prompt_hash=digest(prompt),
+    )
 
 
 def _medalpaca(engine, rows, config, ledger, bar):

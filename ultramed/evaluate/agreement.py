@@ -73,9 +73,17 @@ def flips(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
         changed = stats.wilson(both.letter_a.fillna("-") != both.letter_b.fillna("-"))
         out.append(
             {
-                "variant": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "changed": changed.value,
-                "changed_low": changed.low, "changed_high": changed.high, "lost": int((both.correct_a & ~both.correct_b).sum()),
-                "won": int((~both.correct_a & both.correct_b).sum()), "p": stats.mcnemar(both.correct_a, both.correct_b),
+                "variant": name,
+                "accuracy": e.value,
+                "low": e.low,
+                "high": e.high,
+                "n": e.n,
+                "changed": changed.value,
+                "changed_low": changed.low,
+                "changed_high": changed.high,
+                "lost": int((both.correct_a & ~both.correct_b).sum()),
+                "won": int((~both.correct_a & both.correct_b).sum()),
+                "p": stats.mcnemar(both.correct_a, both.correct_b),
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(out)

@@ -81,9 +81,15 @@ class Server:
 
 
 def open_engine(
-    model: Artifact, template: Template, out: Path, *, budget: int, dtype=None, quantize: str | None = None,
+    model: Artifact,
+    template: Template,
+    out: Path,
+    *,
+    budget: int,
+    dtype=None,
+    quantize: str | None = None,
     engine: str = "transformers",
-) -> "Local | Server | OpenVino":  # fmt: skip
+) -> "Local | Server | OpenVino":
     """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`."""
     about = models.card(model)
     if about["kind"] == "server":

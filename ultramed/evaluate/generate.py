@@ -110,9 +110,12 @@ def decode(
             rows = [rows[i] for i in alive]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         step = model(
-            input_ids=torch.tensor(chosen, device=model.device)[:, None], attention_mask=None if mask.all() else mask,
-            position_ids=position, past_key_values=cache, use_cache=True,
-        )  # fmt: skip
+            input_ids=torch.tensor(chosen, device=model.device)[:, None],
+            attention_mask=None if mask.all() else mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
         logits, cache, position = step.logits[:, -1], step.past_key_values, position + 1
     return [cut(tokenizer.decode(o, skip_special_tokens=True), len(o), d, stop) for o, d in zip(out, finished, strict=True)]
 
@@ -159,9 +162,15 @@ def ends(model, tokenizer) -> set[int]:
 
 
 def generate(
-    model, tokenizer, prompts: list[list[int]], sampling: Sampling, *, budget: int = 8192, rngs=None,
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    budget: int = 8192,
+    rngs=None,
     done: Callable[[list[int], list[Reply]], None] | None = None,
-) -> list[Reply]:  # fmt: skip
+) -> list[Reply]:
     """Replies in the order of the prompts. `done(indices, replies)` is called after every batch, for ledgers and bars."""
     replies: list[Reply | None] = [None] * len(prompts)
     lengths = [len(p) + sampling.max_new_tokens for p in prompts]

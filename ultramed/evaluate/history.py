@@ -122,13 +122,17 @@ def histories(
         out / "histories.jsonl",
         (
             {
-                "id": c["id"], "gold": c["reference"], "questions": [t["said"] for t in talks[c["id"]][:-1]],
-                "answers": [t["answer"] for t in talks[c["id"]][:-1]], "found": [t["found"] for t in talks[c["id"]][:-1]],
-                "statements": len(script.facts[c["id"]]), "diagnoses": diagnoses(talks[c["id"]][-1]["said"]),
+                "id": c["id"],
+                "gold": c["reference"],
+                "questions": [t["said"] for t in talks[c["id"]][:-1]],
+                "answers": [t["answer"] for t in talks[c["id"]][:-1]],
+                "found": [t["found"] for t in talks[c["id"]][:-1]],
+                "statements": len(script.facts[c["id"]]),
+                "diagnoses": diagnoses(talks[c["id"]][-1]["said"]),
             }
             for c in cases
         ),
-    )  # fmt: skip
+    )
     return {"cases": len(cases), "patient": config.patient.model if config.patient else "script"}
 
 

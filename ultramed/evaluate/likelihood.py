@@ -44,9 +44,13 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
 
 @torch.inference_mode()
 def score(
-    model, tokenizer, items: list[tuple[list[int], list[list[int]]]], *, budget: int = 8192,
+    model,
+    tokenizer,
+    items: list[tuple[list[int], list[list[int]]]],
+    *,
+    budget: int = 8192,
     done: Callable[[list[int], list[list[float]]], None] | None = None,
-) -> list[list[float]]:  # fmt: skip
+) -> list[list[float]]:
     """Summed log-probability of each continuation given its context.
 
     items: (context ids, [continuation ids, ...]); every context and continuation has at least one token. The context
@@ -87,9 +91,12 @@ def _add_tails(model, tokenizer, items, batch, cache, mask, results) -> None:
         want = torch.tensor([(t[1:] + pad)[:width] for t in tails], device=model.device)
         real = torch.tensor([[i < len(t) - 1 for i in range(width)] for t in tails], device=model.device)
         logits = model(
-            input_ids=fed, attention_mask=torch.cat([mask[pick], mask.new_ones(len(part), width)], dim=1),
-            position_ids=mask[pick].sum(1, keepdim=True) + torch.arange(width, device=model.device), past_key_values=copy, use_cache=True,
-        ).logits  # fmt: skip
+            input_ids=fed,
+            attention_mask=torch.cat([mask[pick], mask.new_ones(len(part), width)], dim=1),
+            position_ids=mask[pick].sum(1, keepdim=True) + torch.arange(width, device=model.device),
+            past_key_values=copy,
+            use_cache=True,
+        ).logits
         logp = torch.zeros(real.shape, device=model.device)
         kept = logits[real].float()
         logp[real] = kept.gather(-1, want[real][:, None])[:, 0] - kept.logsumexp(-1)

@@ -84,13 +84,16 @@ def replies(
         out / "replies.jsonl",
         (
             {
-                "id": r["id"], "prompt": r["prompt"], "reply": said[r["id"]][0], "replies": said[r["id"]],
+                "id": r["id"],
+                "prompt": r["prompt"],
+                "reply": said[r["id"]][0],
+                "replies": said[r["id"]],
                 "reference": r["completion"][0]["content"] if "completion" in r else r.get("reference", ""),
                 "meta": r.get("meta") or {},
             }
             for r in rows
         ),
-    )  # fmt: skip
+    )
     return {"rows": len(rows), "cut_off": cut, "mean_words": float(np.mean([len(s[0].split()) for s in said.values()]))}
 
 

@@ -7,6 +7,7 @@ floats, `gold` (Q,) letters. A selection returns (Q,) letters.
 import numpy as np
 import pandas as pd
 
+from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
 from ultramed.evaluate.sample import read_feedback, read_samples
 
@@ -103,7 +104,7 @@ def curves(
     The band is a bootstrap over questions of the mean over subsets. Without rewards only self-consistency is drawn.
     """
     if max(sizes) > letters.shape[1]:
-        raise ValueError(f"a curve to N = {max(sizes)} needs as many samples; there are {letters.shape[1]}")
+        raise ConfigError(f"a curve to N = {max(sizes)} needs as many samples; there are {letters.shape[1]}")
     rng, out = np.random.default_rng(seed), []
     chosen = {k: f for k, f in SELECTIONS.items() if rewards is not None or k == "self-consistency"}
     for size in sizes:

@@ -20,9 +20,16 @@ from ultramed.lm.templates import wording
 
 @stage(version=3, also=wording)
 def samples(
-    out: Path, config: SampleConfig, *, model: Artifact, questions: Artifact, side: str = "test",
-    select: dict | None = None, template: str | None = None, dtype: str = "auto",
-) -> dict:  # fmt: skip
+    out: Path,
+    config: SampleConfig,
+    *,
+    model: Artifact,
+    questions: Artifact,
+    side: str = "test",
+    select: dict | None = None,
+    template: str | None = None,
+    dtype: str = "auto",
+) -> dict:
     """`config.n` replies to each question of `questions/<side>.parquet`; `samples.jsonl` has a row a question.
 
     Reply k of a question depends on the seed, the question and k only: the first four of ten are the four of four.
@@ -49,17 +56,27 @@ def samples(
     replies = [reply for row in kept for reply in row["replies"]]
     right = sum(reply["letter"] == row["gold"] for row in kept for reply in row["replies"])
     return {
-        "prompts": len(kept), "samples": len(replies), "mean_sample_accuracy": right / len(replies),
-        "unparsed": sum(r["letter"] is None for r in replies), "tokens": sum(r["tokens"] for r in replies),
-        "template": models.template_of(model, template).name, "dtype": str(place.dtype), "device": place.device,
-    }  # fmt: skip
+        "prompts": len(kept),
+        "samples": len(replies),
+        "mean_sample_accuracy": right / len(replies),
+        "unparsed": sum(r["letter"] is None for r in replies),
+        "tokens": sum(r["tokens"] for r in replies),
+        "template": models.template_of(model, template).name,
+        "dtype": str(place.dtype),
+        "device": place.device,
+    }
 
 
 @stage(version=2, also=wording)
 def references(
-    out: Path, config: SampleConfig, *, questions: Artifact, side: str = "train", select: dict | None = None,
+    out: Path,
+    config: SampleConfig,
+    *,
+    questions: Artifact,
+    side: str = "train",
+    select: dict | None = None,
     guess: bool = False,
-) -> dict:  # fmt: skip
+) -> dict:
     """`config.n` answers without a model, in the asked form: the reference answer, or guesses among all options.
 
     The reference stands where the paper's pool has GPT-4. The guesser is the pool's weakest member, and the only one
@@ -85,9 +102,13 @@ def references(
 
 def _about(row: dict, index: int, config: SampleConfig) -> dict:
     return {
-        "id": row["id"], "index": index, "subset": row["subset"], "concept": row["meta"].get("concept", row["id"]),
-        "gold": row["gold"], "reference": answer_text(row, config.answer_form),
-    }  # fmt: skip
+        "id": row["id"],
+        "index": index,
+        "subset": row["subset"],
+        "concept": row["meta"].get("concept", row["id"]),
+        "gold": row["gold"],
+        "reference": answer_text(row, config.answer_form),
+    }
 
 
 def _sample(engine, todo, config: SampleConfig, ledger, bar) -> None:
@@ -101,9 +122,13 @@ def _sample(engine, todo, config: SampleConfig, ledger, bar) -> None:
             index, row = todo[n]
             found = parse(reply.text, row["options"], config.answer_form)
             waiting[n][k] = {
-                "text": reply.text.strip(), "letter": found.letter, "rule": found.rule, "strict": found.strict,
-                "tokens": reply.tokens, "finished": reply.finished,
-            }  # fmt: skip
+                "text": reply.text.strip(),
+                "letter": found.letter,
+                "rule": found.rule,
+                "strict": found.strict,
+                "tokens": reply.tokens,
+                "finished": reply.finished,
+            }
             if len(waiting[n]) == config.n:
                 given = [waiting[n][k] for k in range(config.n)]
                 ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": given})

@@ -105,11 +105,17 @@ def accuracy_table(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         seeds = part.groupby("seed").correct.mean()
         out.append(
             {
-                **dict(zip([*by, "subset"], keys, strict=True)), "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n,
-                "unparsed": int(part.letter.isna().sum()), "well_formed": float(part.strict.mean()),
-                "seeds": len(seeds), "seed_sd": float(seeds.std()) if len(seeds) > 1 else None,
+                **dict(zip([*by, "subset"], keys, strict=True)),
+                "accuracy": e.value,
+                "low": e.low,
+                "high": e.high,
+                "n": e.n,
+                "unparsed": int(part.letter.isna().sum()),
+                "well_formed": float(part.strict.mean()),
+                "seeds": len(seeds),
+                "seed_sd": float(seeds.std()) if len(seeds) > 1 else None,
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(out)
 
 
@@ -125,9 +131,16 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict:
     mc = stats.mcnemar(both.correct_a, both.correct_b)
     flip = stats.sign_flip(both.correct_a, both.correct_b, both.concept_a)
     return {
-        "a": both.correct_a.mean(), "b": both.correct_b.mean(), "difference": d.value, "low": d.low, "high": d.high,
-        "n": len(both), "mcnemar": mc, "clustered": flip, "p": max(mc, flip),
-    }  # fmt: skip
+        "a": both.correct_a.mean(),
+        "b": both.correct_b.mean(),
+        "difference": d.value,
+        "low": d.low,
+        "high": d.high,
+        "n": len(both),
+        "mcnemar": mc,
+        "clustered": flip,
+        "p": max(mc, flip),
+    }
 
 
 def compare_all(frames: dict[str, pd.DataFrame], wanted: list[tuple[str, str]]) -> pd.DataFrame:

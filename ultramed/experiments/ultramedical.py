@@ -119,9 +119,12 @@ class Suite:
         if rule == "best_random":
             take = {d: self.own.preference_prompts.get(d, 0) for d in domains}
         config = PairConfig(
-            take=take, rule=rule, margin=self.own.margin, seed=self.own.seed,
+            take=take,
+            rule=rule,
+            margin=self.own.margin,
+            seed=self.own.seed,
             max_per_prompt=1 if rule != "all" else self.own.pairs_per_prompt,
-        )  # fmt: skip
+        )
         return pairs(config, **judged)
 
     # -------------------------------------------------------------------------------------------------- reward models
@@ -194,11 +197,6 @@ class Suite:
             data = pairs(PairConfig(take={"round": 0}, rule="best_worst", max_per_prompt=1, seed=number), round=judged)
             changes = {"seed": number + 1, **self.own.iterative.changes}
             reference = {"reference": initial} if self.own.iterative.reference == "initial" else {}
-            model = preference(
-                preference_config(self.profile, arm, **changes),
-                model=model,
-                pairs=data,
-                **reference,
-            )
+            model = preference(preference_config(self.profile, arm, **changes), model=model, pairs=data, **reference)
             first += max(self.own.iterative.prompts.values())
             last = now

@@ -90,9 +90,11 @@ def _tokenizer(writer, tokenizer, words: int) -> None:
     )
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in made["model"]["merges"]])
     for add, number in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id), (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):  # fmt: skip
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
         if number is not None:
             add(number)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)

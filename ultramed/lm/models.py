@@ -62,8 +62,7 @@ def base_model(out: Path, config: ModelConfig) -> dict:
         name = _existing(config)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
         write_json(
-            out / "model.json",
-            {"kind": "reference", "name": name, "revision": config.revision, "template": config.template},
+            out / "model.json", {"kind": "reference", "name": name, "revision": config.revision, "template": config.template}
         )
         return {"vocabulary": len(tokenizer)}
     set_pad(tokenizer)
@@ -180,9 +179,8 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
         )
     with quietly():
         net = AutoModelForCausalLM.from_pretrained(
-            **location(model), dtype=dtype, attn_implementation=attention_for(device),
-            use_safetensors=True, **extra,
-        )  # fmt: skip
+            **location(model), dtype=dtype, attn_implementation=attention_for(device), use_safetensors=True, **extra
+        )
     if about["kind"] == "adapter":
         net = merge_adapter(net, model.path)
         # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix

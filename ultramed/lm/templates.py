@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from ultramed.core.errors import ConfigError
 from ultramed.data.messages import HINTS
 
 RELEASED = "ultramedical_released"
@@ -26,11 +27,11 @@ class Template:
         """Text that the model is given; it ends where the answer begins."""
         if self.name in ("chat", RELEASED):
             if not tokenizer.chat_template:
-                raise ValueError("this tokenizer has no chat template; choose template alpaca or medalpaca")
+                raise ConfigError("this tokenizer has no chat template; choose template alpaca or medalpaca")
             return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         *system, user = [m["content"] for m in prompt]
         if [m["role"] for m in prompt] not in (["user"], ["system", "user"]):
-            raise ValueError(f"template {self.name} has one user turn; got {[m['role'] for m in prompt]}")
+            raise ConfigError(f"template {self.name} has one user turn; got {[m['role'] for m in prompt]}")
         if system:  # the system turn says what to do, the user turn is what to do it with
             return self.with_input.format(instruction=system[0], input=user)
         return self.without_input.format(instruction=user)

@@ -88,11 +88,19 @@ def results_of(model: Artifact) -> list[dict]:
             e = wilson(part.correct)
             out.append(
                 {
-                    "task": f"{name}:{subset}", "n": e.n, "accuracy": e.value, "low": e.low, "high": e.high,
-                    "unparsed": int(part.letter.isna().sum()), "protocol": m["protocol"], "dtype": m["dtype"],
-                    "answer_form": config["answer_form"], "max_new_tokens": config["max_new_tokens"], "artifact": art.key,
+                    "task": f"{name}:{subset}",
+                    "n": e.n,
+                    "accuracy": e.value,
+                    "low": e.low,
+                    "high": e.high,
+                    "unparsed": int(part.letter.isna().sum()),
+                    "protocol": m["protocol"],
+                    "dtype": m["dtype"],
+                    "answer_form": config["answer_form"],
+                    "max_new_tokens": config["max_new_tokens"],
+                    "artifact": art.key,
                 }
-            )  # fmt: skip
+            )
     return sorted(out, key=lambda r: (r["task"], r["protocol"], r["artifact"]))
 
 
@@ -102,7 +110,8 @@ def lm_eval_shape(model: Artifact, results: list[dict]) -> dict:
     return {
         "results": {
             name: {
-                "alias": r["task"], "acc,none": r["accuracy"],
+                "alias": r["task"],
+                "acc,none": r["accuracy"],
                 "acc_stderr,none": (r["accuracy"] * (1 - r["accuracy"]) / max(1, r["n"] - 1)) ** 0.5,
             }
             for name, r in tasks.items()
@@ -111,7 +120,7 @@ def lm_eval_shape(model: Artifact, results: list[dict]) -> dict:
         "configs": {name: {"task": name, "metadata": r} for name, r in tasks.items()},
         "config": {"model": f"{model.stage}/{model.key}", "model_dtype": results[0]["dtype"] if results else None},
         "higher_is_better": {name: {"acc": True} for name in tasks},
-    }  # fmt: skip
+    }
 
 
 def data_sets(model: Artifact) -> list[dict]:
@@ -129,7 +138,7 @@ def data_sets(model: Artifact) -> list[dict]:
     return [
         exam if name == "exam" else {"name": name, "licence": SOURCES[name].licence, "cite": SOURCES[name].cite}
         for name in sorted(names)
-    ]  # fmt: skip
+    ]
 
 
 def card(model: Artifact, kind: str, merged: bool, results: list[dict]) -> str:
@@ -137,11 +146,21 @@ def card(model: Artifact, kind: str, merged: bool, results: list[dict]) -> str:
     about, manifest = models.card(model), model.manifest
     settings = {k: v for k, v in manifest["config"].items() if v not in (None, {}, []) and not isinstance(v, dict)}
     return _CARD.render(
-        name=f"{about['name'].split(':')[-1].split('/')[-1]}-{model.stage}-{model.key[:8]}", base=about["name"], kind=kind,
-        merged=merged, stage=model.stage, key=model.key, method=about.get("method"), template=about.get("template", "chat"),
-        data=data_sets(model), settings=settings, trained=manifest["metrics"], results=results,
-        version=version("ultramed"), reward=about["kind"] == "reward",
-    )  # fmt: skip
+        name=f"{about['name'].split(':')[-1].split('/')[-1]}-{model.stage}-{model.key[:8]}",
+        base=about["name"],
+        kind=kind,
+        merged=merged,
+        stage=model.stage,
+        key=model.key,
+        method=about.get("method"),
+        template=about.get("template", "chat"),
+        data=data_sets(model),
+        settings=settings,
+        trained=manifest["metrics"],
+        results=results,
+        version=version("ultramed"),
+        reward=about["kind"] == "reward",
+    )
 
 
 _CARD = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string("""\

@@ -69,11 +69,18 @@ def paired_claim(name: str, statement: str, pair, *, source: str, protocol: str,
     The interval is that of the difference, in points. `verdict` overrides `claim_verdict`, for claims of equality.
     """
     return {
-        "id": name, "kind": "claim", "source": source, "statement": statement, "published": published,
+        "id": name,
+        "kind": "claim",
+        "source": source,
+        "statement": statement,
+        "published": published,
         "ours": f"{100 * pair['a']:.1f}% against {100 * pair['b']:.1f}%, difference {100 * pair['difference']:+.1f} points",
-        "n": int(pair["n"]), "interval": (100 * pair["low"], 100 * pair["high"]), "p": float(pair["p"]), "protocol": protocol,
+        "n": int(pair["n"]),
+        "interval": (100 * pair["low"], 100 * pair["high"]),
+        "p": float(pair["p"]),
+        "protocol": protocol,
         "verdict": verdict or claim_verdict(pair["difference"], pair["p"]),
-    }  # fmt: skip
+    }
 
 
 def build(profile: str) -> list[Entry]:

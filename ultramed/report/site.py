@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from ultramed.core.errors import ConfigError
 from ultramed.core.store import environment, write_text
 from ultramed.report.scorecard import build, folder
 
@@ -49,15 +50,20 @@ def export_notebooks(profile: str) -> list[dict]:
 def write_report(profile: str) -> Path:
     """Rebuild `scorecard.json` and write `figures/<profile>/index.html`. Needs at least one notebook's results."""
     if not folder(profile).is_dir():
-        raise FileNotFoundError(f"nothing has run at profile {profile!r} yet: ultramed run --profile {profile}")
+        raise ConfigError(f"nothing has run at profile {profile!r} yet: ultramed run --profile {profile}")
     entries = [e.model_dump() for e in build(profile)]
     environment_ = environment()
     template = jinja2.Environment(autoescape=True).from_string(files("ultramed.report").joinpath("page.html").read_text())
     verdicts = pd.Series([e["verdict"] for e in entries]).value_counts().to_dict()
     page = template.render(
-        profile=profile, claims=[e for e in entries if e["kind"] == "claim"], cells=[e for e in entries if e["kind"] == "cell"],
-        records=_records(profile), notebooks=export_notebooks(profile), verdicts=verdicts, env=environment_,
-    )  # fmt: skip
+        profile=profile,
+        claims=[e for e in entries if e["kind"] == "claim"],
+        cells=[e for e in entries if e["kind"] == "cell"],
+        records=_records(profile),
+        notebooks=export_notebooks(profile),
+        verdicts=verdicts,
+        env=environment_,
+    )
     target = folder(profile) / "index.html"
     write_text(target, page)
     return target

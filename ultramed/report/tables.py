@@ -9,9 +9,14 @@ from ultramed.report.scorecard import folder
 def provenance(profile: str, name: str, caption: str, artifacts: list[Artifact], kind: str) -> dict:
     """What a table or figure rests on: the artifacts' keys with the hash of each one's manifest lineage."""
     return {
-        "name": name, "kind": kind, "caption": caption, "profile": profile, "git": environment()["git"],
-        "versions": environment()["versions"], "artifacts": [f"{a.stage}/{a.key}" for a in artifacts],
-    }  # fmt: skip
+        "name": name,
+        "kind": kind,
+        "caption": caption,
+        "profile": profile,
+        "git": environment()["git"],
+        "versions": environment()["versions"],
+        "artifacts": [f"{a.stage}/{a.key}" for a in artifacts],
+    }
 
 
 def save_table(frame: pd.DataFrame, name: str, *, profile: str, caption: str, artifacts: list[Artifact] = ()) -> pd.DataFrame:

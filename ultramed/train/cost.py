@@ -135,10 +135,16 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> None:
             flops = flops_per_token(config.shape, config.arms[name], config.length) * speed
             ledger.add(
                 {
-                    "arm": name, "peak_bytes": peak, **held, "tokens_per_second": speed, "flops": flops,
-                    "best_flops": peak_flops, "utilisation": flops / peak_flops, "device": str(place),
+                    "arm": name,
+                    "peak_bytes": peak,
+                    **held,
+                    "tokens_per_second": speed,
+                    "flops": flops,
+                    "best_flops": peak_flops,
+                    "utilisation": flops / peak_flops,
+                    "device": str(place),
                 }
-            )  # fmt: skip
+            )
 
 
 def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -> tuple[int, int, list[float]]:
@@ -234,11 +240,17 @@ def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.
         peak, speed = (m.get(key, float("nan")) for key in ("peak_bytes", "tokens_per_second"))
         out.append(
             {
-                "arm": name, "peak GB": peak / 1e9, "estimate GB": guess, "estimate / measured": guess * 1e9 / peak,
-                "process GB": m.get("resident_bytes", float("nan")) / 1e9, "tokens/s": speed,
-                "minutes an epoch": epoch_rows * config.length / speed / 60, "of peak": m.get("utilisation"), "state": state,
+                "arm": name,
+                "peak GB": peak / 1e9,
+                "estimate GB": guess,
+                "estimate / measured": guess * 1e9 / peak,
+                "process GB": m.get("resident_bytes", float("nan")) / 1e9,
+                "tokens/s": speed,
+                "minutes an epoch": epoch_rows * config.length / speed / 60,
+                "of peak": m.get("utilisation"),
+                "state": state,
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(out).round({"tokens/s": 0}).astype({"tokens/s": "Int64"})
 
 

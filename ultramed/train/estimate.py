@@ -40,10 +40,18 @@ class Shape(Strict):
         from transformers import LlamaConfig
 
         return LlamaConfig(
-            hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=layers or self.layers,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, vocab_size=words or self.words,
-            tie_word_embeddings=self.tied, bos_token_id=0, eos_token_id=1, pad_token_id=2, attn_implementation=attention,
-        )  # fmt: skip
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=layers or self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=words or self.words,
+            tie_word_embeddings=self.tied,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+            attn_implementation=attention,
+        )
 
     @property
     def in_layers(self) -> int:
@@ -60,10 +68,14 @@ class Shape(Strict):
         """Parameters of LoRA matrices on the named projections."""
         small = self.hidden // self.heads * self.kv_heads
         sizes = {
-            "q_proj": (self.hidden, self.hidden), "k_proj": (self.hidden, small), "v_proj": (self.hidden, small),
-            "o_proj": (self.hidden, self.hidden), "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden),
-        }  # fmt: skip
+            "q_proj": (self.hidden, self.hidden),
+            "k_proj": (self.hidden, small),
+            "v_proj": (self.hidden, small),
+            "o_proj": (self.hidden, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
         return self.layers * sum(rank * sum(sizes[t]) for t in targets)
 
 
@@ -121,9 +133,17 @@ def kept(shape: Shape, layers: int, rows: int, length: int, method: str, checkpo
 
 
 def memory(
-    shape: Shape, config: OptimConfig, rows: int, length: int, *, accumulation: int = 2, processes: int = 1,
-    labelled: int | None = None, reference: bool = False, device: str = "cuda",
-) -> dict:  # fmt: skip
+    shape: Shape,
+    config: OptimConfig,
+    rows: int,
+    length: int,
+    *,
+    accumulation: int = 2,
+    processes: int = 1,
+    labelled: int | None = None,
+    reference: bool = False,
+    device: str = "cuda",
+) -> dict:
     """Bytes of tensors for each process at the worst moment of a step, by part, and their `total`.
 
     rows: of a micro-batch; accumulation: micro-batches of a step (of more than one, the gradients are there all the time);
@@ -174,10 +194,13 @@ def memory(
     ]
     gradients, held, head = max(moments, key=lambda m: m[0] / processes + m[1] + m[2])
     parts = {
-        "weights": weights / processes, "gradients": gradients / processes, "optimiser": states / processes,
-        "activations": held, "head": head,
+        "weights": weights / processes,
+        "gradients": gradients / processes,
+        "optimiser": states / processes,
+        "activations": held,
+        "head": head,
         "reference": shape.parameters * (4 if processes == 1 else 2) / processes if full and reference else 0,
-    }  # fmt: skip
+    }
     return {**parts, "total": sum(parts.values())}
 
 

@@ -121,11 +121,15 @@ def _launch(fn, count: int, out: Path, config, inputs: dict) -> dict:
     write_json(
         job / "job.json",
         {
-            "function": [fn.__module__, fn.__name__], "config": config, "class": type(config).__name__, "artifacts": art,
-            "options": {k: v for k, v in inputs.items() if k not in art}, "out": str(out),
+            "function": [fn.__module__, fn.__name__],
+            "config": config,
+            "class": type(config).__name__,
+            "artifacts": art,
+            "options": {k: v for k, v in inputs.items() if k not in art},
+            "out": str(out),
             "parent": [os.getpid(), psutil.Process().create_time()],
         },
-    )  # fmt: skip
+    )
     command, extra = _command(count, config.method == "full")
     env = {**os.environ, **extra, JOB: str(job), progress.FILE: os.environ.get(progress.FILE, str(job / "progress"))}
     with open(job / "log.txt", "w") as log:

@@ -14,10 +14,7 @@ def kto_pair(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, b
     chosen_kl = chosen_logratios.detach().mean().clamp(min=0)
     rejected_kl = rejected_logratios.detach().mean().clamp(min=0)
     return torch.cat(
-        [
-            1 - torch.sigmoid(beta * (chosen_logratios - rejected_kl)),
-            1 - torch.sigmoid(beta * (chosen_kl - rejected_logratios)),
-        ]
+        [1 - torch.sigmoid(beta * (chosen_logratios - rejected_kl)), 1 - torch.sigmoid(beta * (chosen_kl - rejected_logratios))]
     )
 
 

@@ -122,9 +122,14 @@ def _frozen(model: Artifact, config: PreferenceConfig):
 @stage(version=5, also=wording)
 @distributed
 def preference(
-    out: Path, config: PreferenceConfig, *, model: Artifact, pairs: Artifact, reference: Artifact | None = None,
+    out: Path,
+    config: PreferenceConfig,
+    *,
+    model: Artifact,
+    pairs: Artifact,
+    reference: Artifact | None = None,
     template: str | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Train `model` on `pairs`. The reference is `reference`, or a frozen copy of `model` as it starts.
 
     Writes a model (or adapter) folder and `log.jsonl` with log-probabilities, rewards, margins and accuracy by step.

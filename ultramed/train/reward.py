@@ -123,15 +123,17 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     micro, accumulation = training.batch_plan(training.fitted(config), longest)
     steps = training.step_count(config, len(groups))
     args = Arguments(
-        **training.settings(config, out, steps, micro, accumulation),
-        center_rewards_coefficient=config.centre or None,
+        **training.settings(config, out, steps, micro, accumulation), center_rewards_coefficient=config.centre or None
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = training.own_tokens(_trainer())(
-            net, args=args, data_collator=PairCollator(tokenizer.pad_token_id), train_dataset=Dataset.from_list(groups),
+            net,
+            args=args,
+            data_collator=PairCollator(tokenizer.pad_token_id),
+            train_dataset=Dataset.from_list(groups),
             processing_class=tokenizer,
-        )  # fmt: skip
+        )
         result = training.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
     training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=shape.name)
     del trainer, net
@@ -148,9 +150,8 @@ def load_reward(model: Artifact):
         raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {about['kind']}; train one with `reward`")
     with quietly():
         net = AutoModelForSequenceClassification.from_pretrained(
-            **models.location(model), dtype=place.dtype, use_safetensors=True,
-            attn_implementation=attention_for(place.device),
-        )  # fmt: skip
+            **models.location(model), dtype=place.dtype, use_safetensors=True, attn_implementation=attention_for(place.device)
+        )
     if net.config.num_labels != 1:
         raise ConfigError(f"{models.card(model)['name']}: a reward model has one output, this one {net.config.num_labels}")
     read_head(net)

@@ -115,9 +115,13 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = _trainer()(
-            net, args=args, data_collator=Collator(tokenizer.pad_token_id), train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held) if held else None, processing_class=tokenizer,
-        )  # fmt: skip
+            net,
+            args=args,
+            data_collator=Collator(tokenizer.pad_token_id),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(held) if held else None,
+            processing_class=tokenizer,
+        )
     trainer.micro_batch_tokens = training.fitted(config).micro_batch_tokens
     training.labelled_head(net)
     return trainer
@@ -155,7 +159,13 @@ def sft(
     del trainer, net
     free_memory()
     return {
-        **result, "epochs": epochs, "dev_loss": dev_loss,
-        **seen, "rows": len(rows), "template_hash": shape.fingerprint(tokenizer), **counts,
-        "device": place.device, "dtype": str(place.dtype),
-    }  # fmt: skip
+        **result,
+        "epochs": epochs,
+        "dev_loss": dev_loss,
+        **seen,
+        "rows": len(rows),
+        "template_hash": shape.fingerprint(tokenizer),
+        **counts,
+        "device": place.device,
+        "dtype": str(place.dtype),
+    }

@@ -173,9 +173,13 @@ def run(trainer, steps: int, desc: str) -> dict:
         write_lines(folder.parent / "log.jsonl", trainer.state.log_history)
     about = {"processes": launch.world(), "sharded": parts} if launch.worker() else {}
     return about | {
-        "steps": steps, "train_loss": result.training_loss, "train_seconds": round(seconds, 1), "resumed": last is not None,
-        "trainable_parameters": sum(p.numel() for p in trained.values()), "tensors_moved": [moved, len(trained)],
-    }  # fmt: skip
+        "steps": steps,
+        "train_loss": result.training_loss,
+        "train_seconds": round(seconds, 1),
+        "resumed": last is not None,
+        "trainable_parameters": sum(p.numel() for p in trained.values()),
+        "tensors_moved": [moved, len(trained)],
+    }
 
 
 def _usable(checkpoint: str | None) -> str | None:

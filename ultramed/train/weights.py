@@ -72,8 +72,11 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
         if extra:
             warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         settings = LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
             task_type="CAUSAL_LM",
-        )  # fmt: skip
+        )
         net = get_peft_model(net, settings)
     return net

@@ -1,0 +1,170 @@
+"""Command line of the book: what this machine can do, notebooks, sweeps, the report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ultramed.cli.common import ProcessesOption, ProfileOption, SetOption, console
+from ultramed.core import config, schema, store
+
+book_app = typer.Typer(pretty_exceptions_enable=False)
+ClusterOption = Annotated[str, typer.Option(help="slurm: submit a job array. local: the same script, here, one by one.")]
+SbatchOption = Annotated[
+    list[str], typer.Option("--sbatch", "-C", help="An option of sbatch: -C partition=gpu -C gres=gpu:8 -C time=12:00:00.")
+]
+WaitOption = Annotated[bool, typer.Option("--wait", help="With --cluster slurm: return when everything has ended.")]
+GpusOption = Annotated[int, typer.Option(min=0, help="Devices that the estimate shards a model over.")]
+TflopsOption = Annotated[float, typer.Option(min=0.001, help="bf16 peak of a device: H100 989, A100 312, this CPU about 1.")]
+RowTokensOption = Annotated[int, typer.Option(min=8, help="Mean tokens of a training row, for the estimate.")]
+
+
+def _plan(resolved: schema.Profile, gpus: int, tflops: float, row_tokens: int) -> None:
+    from ultramed.book.plan import UTILISATION, plan
+
+    gpus = max(1, gpus)
+    found = plan(resolved, gpus=gpus, tflops=tflops, row_tokens=row_tokens)
+    table = Table(
+        title=f"profile {resolved.name}: {resolved.models[0].label} on {gpus} of {tflops:g} TFLOP/s", title_justify="left"
+    )
+    for column in ("notebook", "what", "rows", "steps", "tokens, M", "GiB each", "device hours"):
+        table.add_column(column, justify="left" if column in ("notebook", "what") else "right")
+    for r in found.runs:
+        cells = (f"{r.rows:,}", f"{r.steps:,}" if r.steps else "", f"{r.tokens / 1e6:,.1f}", f"{r.gib:.1f}", f"{r.hours:,.2f}")
+        table.add_row(r.notebook, r.what, *cells)
+    console.print(table)
+    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
+    console.print(
+        f"{found.hours:,.1f} device hours, {found.hours / gpus:,.1f} hours on {gpus}; assumed: {row_tokens} tokens a row, {shares} "
+        "of the peak; activations at the profile's micro-batch. Notebook 12 shows how far such estimates are off.",
+        highlight=False,
+    )
+    for what in found.missing:
+        console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
+
+
+def _submit(name: str, tasks: list[str], last: str, profile: str, where: str, options: list[str], wait: bool) -> None:
+    """Scripts and logs go to `figures/PROFILE/cluster`; exit status 1 if something failed."""
+    from ultramed.book.cluster import submit
+    from ultramed.book.runner import folder
+
+    if not submit(
+        name, tasks, last, where=where, folder=folder(profile) / "cluster", options=options, wait=wait, console=console
+    ):
+        raise typer.Exit(1)
+
+
+@book_app.command()
+def doctor(
+    profile: ProfileOption = "laptop", gpus: GpusOption = 0, tflops: TflopsOption = 989.0, row_tokens: RowTokensOption = 512
+) -> None:
+    """What this machine can do, which profiles there are, and what is at hand; with --gpus also what a profile needs."""
+    import shutil
+
+    import psutil
+
+    from ultramed.data.sources import data_root
+    from ultramed.lm.device import placement
+
+    place = placement()
+    console.print(f"runs on       {place}", highlight=False)
+    gib = psutil.virtual_memory().total / 2**30
+    console.print(f"cores, memory {psutil.cpu_count()} logical, {gib:.0f} GiB" + (" (8 needed at laptop)" if gib < 7.5 else ""))
+    folder = store.root()
+    place_of = next(p for p in [folder, *folder.parents] if p.exists())
+    free = shutil.disk_usage(place_of).free / 2**30
+    console.print(f"store         {folder}, {free:.0f} GiB free" + (" ([red]laptop writes about 6 GiB[/])" if free < 8 else ""))
+    console.print(f"ULTRAMED_DATA {data_root() or 'not set: the bundled exam is used, real data sets come from the hub'}")
+    for package, version in store.environment()["versions"].items():
+        console.print(f"{package:<13} {version or '[red]missing[/]'}", highlight=False)
+    table = Table(title="profiles", title_justify="left")
+    for column in ("profile", "models", "hardware", "description"):
+        table.add_column(column)
+    for name in config.profiles():
+        found = config.load_profile(name)
+        table.add_row(name, ", ".join(m.label for m in found.models), found.hardware, found.description)
+    console.print(table)
+    resolved = config.load_profile(profile)
+    if gpus:
+        _plan(resolved, gpus, tflops, row_tokens)
+
+
+@book_app.command()
+def run(
+    numbers: Annotated[list[str] | None, typer.Argument(help="Notebook numbers, e.g. 10 11; all if none.")] = None,
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006 (typer copies it)
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once; each takes all cores, so 1 is best on a laptop.")
+    ] = 1,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write the HTML report afterwards.")] = True,
+    processes: ProcessesOption = 0,
+    cluster: ClusterOption = "",
+    sbatch: SbatchOption = [],  # noqa: B006
+    wait: WaitOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, how long, and what is missing.")] = False,
+    gpus: GpusOption = 1,
+    tflops: TflopsOption = 989.0,
+    row_tokens: RowTokensOption = 512,
+) -> None:
+    """Run the notebooks with papermill and write `figures/PROFILE/`."""
+    from ultramed.book import runner as batch
+
+    if dry_run:
+        _plan(config.load_profile(profile, overrides), gpus, tflops, row_tokens)
+        return
+    if cluster:
+        from ultramed.book import cluster as on
+
+        config.load_profile(profile, overrides)
+        names = [p.stem.split("_")[0] for p in batch.notebooks(numbers or [])]
+        more = ["--profile", profile, *(f"--set={o}" for o in overrides), *(["--force"] if force else [])]
+        more += [f"--processes={processes}"] if processes else []
+        tasks = [on.command("run", n, *more, "--no-report") for n in names if n != batch.LAST]
+        last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", profile)
+        _submit(f"ultramed-{profile}", tasks, last, profile, cluster, sbatch, wait)
+        return
+    fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
+    if report:
+        from ultramed.report.site import write_report
+
+        console.print(f"report: {write_report(profile)}", highlight=False, soft_wrap=True)
+    if not fine:
+        raise typer.Exit(1)
+
+
+@book_app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A YAML file such as params/sweeps/lora_rank.yaml.")],
+    only: Annotated[int, typer.Option(help="Only this point, counted from 0, without the table: a task of a cluster.")] = -1,
+    cluster: ClusterOption = "",
+    sbatch: SbatchOption = [],  # noqa: B006
+    wait: WaitOption = False,
+) -> None:
+    """Run a notebook arm over a grid of parameters; finished runs are skipped, failed ones tried again."""
+    from ultramed.book.sweep import read_sweep, run_point, run_sweep
+
+    if only >= 0:
+        run_point(file, only, console)
+        return
+    if cluster:
+        from ultramed.book import cluster as on
+
+        found, points = read_sweep(file)
+        tasks = [on.command("sweep", file.resolve(), "--only", number) for number in range(len(points))]
+        _submit(f"sweep-{file.stem}", tasks, on.command("sweep", file.resolve()), found.profile, cluster, sbatch, wait)
+        return
+    if not run_sweep(file, console):
+        raise typer.Exit(1)
+
+
+@book_app.command()
+def report(profile: ProfileOption = "laptop") -> None:
+    """Build `figures/PROFILE/index.html` from what has run."""
+    from ultramed.report.site import write_report
+
+    console.print(str(write_report(profile)), highlight=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""Command line of training: one arm of a profile by hand. Also what `accelerate launch` starts, through train/launch.py."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from ultramed.cli.common import ProcessesOption, ProfileOption, SetOption, console
+from ultramed.core import config
+
+train_app = typer.Typer(no_args_is_help=True, help="Train one arm of a profile by hand.")
+
+
+@train_app.command("sft")
+def train_sft(
+    arm: Annotated[str, typer.Option(help="An arm of the profile's usmle section: full, lora, lora_8bit, ...")] = "full",
+    profile: ProfileOption = "laptop",
+    seed: Annotated[int, typer.Option(help="Rows, order and adapter initialisation.")] = 0,
+    overrides: SetOption = [],  # noqa: B006
+    processes: ProcessesOption = 0,
+) -> None:
+    """Supervised fine-tuning of one arm on the profile's first model. Ctrl-C saves a checkpoint; run again to go on."""
+    from ultramed.core.log import quiet_libraries
+    from ultramed.experiments.medalpaca import Bench
+
+    quiet_libraries()
+    resolved = config.load_profile(profile, overrides)
+    art = Bench.of(resolved, resolved.models[0]).train(arm, seed=seed)
+    console.print_json(json.dumps(art.metrics))
+    console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})", highlight=False)
+
+
+def _suite(profile: str, overrides: list[str]):
+    from ultramed.core.log import quiet_libraries
+    from ultramed.experiments.ultramedical import Suite
+
+    quiet_libraries()
+    return Suite.of(config.load_profile(profile, overrides))
+
+
+@train_app.command("preference")
+def train_preference(
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference_arms: dpo, kto, ...")] = "dpo",
+    mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.mixtures.")] = "ultramix",
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+    processes: ProcessesOption = 0,
+) -> None:
+    """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
+    art = _suite(profile, overrides).prefer(mix, arm)
+    console.print_json(json.dumps(art.metrics))
+    console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
+
+
+@train_app.command("reward")
+def train_reward(
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.reward_arms: medical, general, mixed.")] = "medical",
+    profile: ProfileOption = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+    processes: ProcessesOption = 0,
+) -> None:
+    """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
+    art = _suite(profile, overrides).reward(arm)
+    console.print_json(json.dumps(art.metrics))
+    console.print(
+        f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False
+    )

@@ -1,0 +1,224 @@
+"""How a raw row of each data set becomes a canonical one (data/rows.py).
+
+An adapter takes the raw row and its number; `id`, `source` and `dataset` are filled in by the loader, and whatever it
+raises for a row is written down as the reason why that row was set aside. Which set has which adapter: catalog.yaml.
+"""
+
+import re
+
+from ultramed.data.messages import as_completion
+
+
+def lettered(options) -> dict[str, str]:
+    if isinstance(options, dict):
+        return {k: str(v).strip() for k, v in sorted(options.items()) if v is not None}
+    return dict(zip("ABCDEFGH", (str(o).strip() for o in options), strict=False))
+
+
+def medqa(row: dict, i: int) -> dict:
+    return {
+        "question": row["question"].strip(),
+        "options": lettered(row["options"]),
+        "gold": row["answer_idx"],
+        "subset": "medqa",
+    }
+
+
+def medmcqa(row: dict, i: int) -> dict:
+    options = lettered([row["opa"], row["opb"], row["opc"], row["opd"]])
+    return {"question": row["question"].strip(), "options": options, "gold": "ABCD"[int(row["cop"]) - 1], "subset": "medmcqa"}
+
+
+def pubmedqa(row: dict, i: int) -> dict:
+    options = {"A": "yes", "B": "no", "C": "maybe"}
+    return {
+        "id": f"pubmedqa:{row['PMID']}",
+        "question": row["QUESTION"],
+        "context": "\n".join(row["CONTEXTS"]),
+        "options": options,
+        "gold": {v: k for k, v in options.items()}[row["final_decision"]],
+        "subset": "pubmedqa",
+    }
+
+
+def mmlu(row: dict, i: int) -> dict:
+    return {
+        "id": f"mmlu:{row['subject']}:{row['index']}",
+        "question": row["question"],
+        "options": lettered([row[k] for k in "ABCD"]),
+        "gold": row["answer"],
+        "subset": row["subject"],
+    }
+
+
+def usmle(row: dict, i: int) -> dict:
+    letters = {str(v).strip(): k for k, v in row["options"].items()}
+    gold = row.get("answer_idx") or letters.get(str(row.get("answer", "")).strip(), "")
+    return {"question": row["question"], "options": lettered(row["options"]), "gold": gold, "subset": f"step{row['step']}"}
+
+
+def alpaca_row(row: dict, i: int) -> dict:
+    """instruction / input / output (Alpaca, Medical Meadow): the instruction becomes the system turn where there is an input."""
+    given = (row.get("input") or "").strip()
+    turns = [("system", row["instruction"].strip()), ("user", given)] if given else [("user", row["instruction"].strip())]
+    return {"prompt": [{"role": r, "content": c} for r, c in turns], "completion": as_completion((row["output"] or "").strip())}
+
+
+def stated_score(sentence: str | None) -> float | None:
+    """The 1-to-10 rating in UltraMedical's `score`, a sentence such as 'would be rated around a 7 or 8'; None if none is."""
+    found = re.search(r"\b(?:rate|rated|rating|score)\b[^0-9]{0,80}?\b(10|[1-9](?:\.\d)?)\b", sentence or "", re.IGNORECASE)
+    return float(found[1]) if found else None
+
+
+def conversation(row: dict, i: int) -> dict:
+    """ShareGPT's `conversations` (UltraMedical): turns of 'human' and 'gpt', the last one is the answer."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    turns = [{"role": roles[t["from"]], "content": t["value"].strip()} for t in row["conversations"]]
+    meta = {"task": str(row["id"]).partition(",")[0], "type": row.get("type") or "", "answer": str(row.get("answer") or "")}
+    score = stated_score(row.get("score"))
+    meta |= {"score": score} if score is not None else {}
+    return {"id": f"ultramedical:{i}:{row['id']}", "prompt": turns[:-1], "completion": turns[-1:], "meta": meta}
+
+
+def question_answer(question: str, answer: str, **more) -> dict:
+    """An instruction row of one question and its answer."""
+    made = alpaca_row({"instruction": question, "output": answer}, 0)
+    return made | ({"meta": more} if more else {})
+
+
+def medquad(row: dict, i: int) -> dict:
+    return question_answer(row["question"], row["answer"], qtype=row["qtype"], focus=row["focus"] or "", origin=row["source"])
+
+
+def medinstruct(row: dict, i: int) -> dict:
+    return question_answer(row["instruction"], row["gpt-4-answer"], difficulty=int(row["difficulty"]))
+
+
+def medicationqa(row: dict, i: int) -> dict:
+    return question_answer(row["Question"], row["Answer"], drug=row["Focus (Drug)"] or "", qtype=row["Question Type"])
+
+
+def liveqa(row: dict, i: int) -> dict:
+    asked = "\n".join(part for part in (row["subject"], row["message"]) if part)
+    answers = [a["answer"] for a in row["reference_answers"] if a["answer"]]
+    return {"id": f"liveqa:{row['qid']}", **open_question(asked, answers[0] if answers else "", references=answers)}
+
+
+def kqa(row: dict, i: int) -> dict:
+    statements = {"must_have": list(row["Must_have"]), "nice_to_have": list(row["Nice_to_have"])}
+    return question_answer(row["Question"], row["Free_form_answer"], **statements)
+
+
+def curemed(row: dict, i: int) -> dict:
+    answer = re.sub(r"</?answer>", "", row["answer"]).strip()
+    return question_answer(row["question"], answer, language=row["language"], reasoning=row["reasoning"] or "")
+
+
+def mts_dialog(row: dict, i: int) -> dict:
+    asked = f"Write the section {row['section_header']} of the clinical note of this visit.\n\n{row['dialogue'].strip()}"
+    return question_answer(asked, row["section_text"], section=row["section_header"])
+
+
+def safety(row: dict, i: int) -> dict:
+    return question_answer(row["harmful_medical_request"], row["safe_response"], category=int(row["category"]))
+
+
+def remedy(row: dict, i: int) -> dict:
+    return question_answer(row["question"], row["ground_truth"], subject=row["subject_name"] or "")
+
+
+def huatuo(row: dict, i: int) -> dict:
+    thought = {"reasoning": row["Complex_CoT"], "reference": row["Ground-True Answer"]}
+    return question_answer(row["Open-ended Verifiable Question"], row["Response"], **thought)
+
+
+def mirage(row: dict, i: int) -> dict:
+    answers = [{k: a[k] for k in ("model", "setting", "predicted")} for a in row["answers"]]
+    options = row["options"] or {"A": "yes", "B": "no", "C": "maybe"}
+    return {
+        "id": f"mirage:{row['id']}",
+        "question": row["question"],
+        "options": lettered(options),
+        "gold": row["answer"],
+        "subset": "mirage",
+        "meta": {"answers": answers},
+    }
+
+
+def open_question(text: str, reference: str = "", **meta) -> dict:
+    return {"prompt": [{"role": "user", "content": text.strip()}], "reference": reference, "meta": meta}
+
+
+def mt_bench(row: dict, i: int) -> dict:
+    turns = list(row["turns"])
+    return {"id": f"mt_bench:{row['question_id']}", **open_question(turns[0], category=row["category"], turns=turns)}
+
+
+def wizardlm(row: dict, i: int) -> dict:
+    return open_question(row["Instruction"], skill=row["Skill"], difficulty=int(row["Difficulty"]))
+
+
+def med_seed(row: dict, i: int) -> dict:
+    given = "" if row["input"] in (None, "<noinput>") else f"\n{row['input']}"
+    return open_question(row["instruction"] + given, topic=row["topic"], kind=row["type"], difficulty=int(row["difficulty"]))
+
+
+VIGNETTE = (
+    "demographics",
+    "chief_complaints",
+    "presentation",
+    "absent_findings",
+    "physical_history",
+    "family_history",
+    "social_history",
+)
+
+
+def avey(row: dict, i: int) -> dict:
+    case = {k: row[k] if row[k] not in (None, "-") else "" for k in VIGNETTE}
+    return {"id": f"avey:{row['vignette_id']}", **open_question(case["chief_complaints"], row["correct_diagnosis"], **case)}
+
+
+def preference(row: dict, i: int) -> dict:
+    """UltraMedical-Preference and its like: `chosen` and `rejected` as message lists that end with the answer."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    score = {k: row[k] for k in ("chosen_score", "rejected_score") if row.get(k) is not None}
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:], "meta": score}
+
+
+def rewardbench(row: dict, i: int) -> dict:
+    turns = {k: as_completion(row[k]) for k in ("chosen", "rejected")}
+    return {
+        "id": f"rewardbench:{row['id']}",
+        "subset": row["subset"],
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        **turns,
+    }
+
+
+def messages(row: dict, i: int) -> dict:
+    """UltraChat's `messages`: the first exchange."""
+    return {"prompt": row["messages"][:1], "completion": row["messages"][1:2]}
+
+
+def first_exchange(row: dict, i: int) -> dict:
+    """ShareGPT-like `conversations` of 'human' and 'gpt': the first exchange."""
+    first = next(k for k, turn in enumerate(row["conversations"]) if turn["from"] == "human")
+    return question_answer(row["conversations"][first]["value"], row["conversations"][first + 1]["value"])
+
+
+def orca(row: dict, i: int) -> dict:
+    made = question_answer(row["question"], row["response"])
+    return (
+        made
+        if not row.get("system_prompt")
+        else {**made, "prompt": [{"role": "system", "content": row["system_prompt"]}, *made["prompt"]]}
+    )
+
+
+def orca_math(row: dict, i: int) -> dict:
+    return question_answer(row["question"], row["answer"])
+
+
+def gsm8k(row: dict, i: int) -> dict:
+    return alpaca_row({"instruction": row["question"], "output": row["answer"]}, i)
