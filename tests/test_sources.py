@@ -6,7 +6,8 @@ import pytest
 
 from ultramed.core.errors import ConfigError
 from ultramed.data import sources
-from ultramed.data.catalog import SOURCES, stated_score
+from ultramed.data.adapters import stated_score
+from ultramed.data.catalog import SOURCES
 from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.rows import read_instructions, read_questions, read_table
 from ultramed.data.sources import SourceConfig, adapt, local_files, source

@@ -8,12 +8,16 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import pandas as pd
+
 from ultramed.core.ledger import Ledger
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import ScoringConfig, Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data.messages import as_completion, names_option
-from ultramed.evaluate.sample import read_samples
+from ultramed.evaluate import stats
+from ultramed.evaluate.sample import read_feedback, read_samples
 from ultramed.lm import models
 from ultramed.lm.device import free_memory
 from ultramed.lm.templates import wording
@@ -104,3 +108,32 @@ def join(samples: dict[str, Artifact]) -> list[dict]:
 def judged(row: dict, scores: list[float | None]) -> dict:
     marks = zip(row["candidates"], scores, ranks(scores), strict=True)
     return {**row, "candidates": [{**c, "score": s, "rank": r} for c, s, r in marks]}
+
+
+def pool_table(ranked: dict[str, Artifact]) -> pd.DataFrame:
+    """Candidates by domain and policy: their number, the share that is right, the share in the asked form, mean score and
+    rank. ranked: domain -> feedback."""
+    rows = [
+        {"domain": domain, "right": candidate["letter"] == row["gold"], **candidate}
+        for domain, artifact in ranked.items()
+        for row in read_feedback(artifact)
+        for candidate in row["candidates"]
+    ]
+    means = {"right": "right", "in_form": "strict", "mean_score": "score", "mean_rank": "rank"}
+    columns = {"candidates": ("text", "size"), **{name: (column, "mean") for name, column in means.items()}}
+    return pd.DataFrame(rows).groupby(["domain", "model"], sort=False).agg(**columns).reset_index()
+
+
+def varied_prompt(ranked: Artifact, texts: int = 3) -> dict:
+    """The first prompt with more than so many different candidates, to be looked at."""
+    return next(row for row in read_feedback(ranked) if len({c["text"] for c in row["candidates"]}) > texts)
+
+
+def score_agreement(first: Artifact, second: Artifact) -> float:
+    """Krippendorff's alpha (interval) of two annotators' scores of the same candidates; 0 is chance."""
+    both = [
+        [a["score"], b["score"]]
+        for mine, theirs in zip(read_feedback(first), read_feedback(second), strict=True)
+        for a, b in zip(mine["candidates"], theirs["candidates"], strict=True)
+    ]
+    return stats.krippendorff(np.array(both, dtype=float), "interval")

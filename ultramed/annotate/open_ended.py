@@ -1,11 +1,13 @@
 """Open-ended answers through a judge: K-QA's statements, MT-Bench's scores, wins against a baseline."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from pydantic import BaseModel, Field
 
-from ultramed.annotate.judge import LLMConfig, request
+from ultramed.annotate.judge import LLMConfig, pairwise, request
 from ultramed.core.client import Request, ask
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import write_lines
@@ -14,7 +16,8 @@ from ultramed.data import rows as canonical
 from ultramed.data.messages import as_completion
 from ultramed.data.sources import data_root
 from ultramed.evaluate import stats
-from ultramed.evaluate.open_ended import Label, read_replies
+from ultramed.evaluate.arms import Answers
+from ultramed.evaluate.open_ended import Label, ReplyConfig, kqa_row, read_replies, replies
 
 NLI = """\
 Does the answer to a patient's question support the statement? Entailment: the answer says or clearly implies it. \
@@ -198,3 +201,79 @@ def win_rate(verdicts: Artifact, same: int = 0) -> stats.Estimate:
         frame.verdict.map({"chosen": 1.0, "rejected": 0.0, "tie": 0.5, "inconsistent": 0.5}).dropna().tolist() + [0.5] * same
     )
     return stats.clustered(worth, range(len(worth)))
+
+
+def trust(judge: LLMConfig, ranked: Artifact) -> tuple[pd.DataFrame, list[Artifact]]:
+    """How far a judge can be trusted: against physicians' labels (K-QA), an expert's ranking (`ranked` pairs) and itself
+    with the places swapped. (against, n, measure, judge, people among themselves; artifacts)."""
+    labels, verdicts = judge_labels(judge), pairwise(judge, pairs=ranked)
+    found, people = labels.metrics, agreement_with_people(verdicts)
+    rows = [
+        ("physicians' labels (K-QA)", found["statements"], "Krippendorff's alpha", found["alpha"], found["physicians"]),
+        ("an expert's ranking (MEDIQA)", people["decided"], "pairs decided as the expert did, %", people["agrees"], None),
+        ("itself, places swapped", people["pairs"], "pairs with the same verdict", people["consistency"], None),
+    ]
+    columns = ["against", "n", "measure", "judge", "people among themselves"]
+    return pd.DataFrame(rows, columns=columns), [labels, verdicts]
+
+
+def physicians_table() -> pd.DataFrame:
+    """K-QA's measures by the physicians' own labels, a row a model."""
+    return pd.DataFrame([{"answers by": name, **kqa_row(part)} for name, part in physicians().groupby("model")])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One policy's answers through the judge: K-QA statements (by question: complete and contradicting shares), MT-Bench."""
+
+    row: dict
+    kqa: Answers
+    contradicts: Answers
+    replies: Artifact
+
+
+def judge_policy(judge: LLMConfig, name: str, policy: Artifact, kqa: Artifact, talks: Artifact, limit: int) -> Judged:
+    """K-QA's statements and MT-Bench's turns of a policy, through the judge."""
+    answered = replies(ReplyConfig(limit=limit), model=policy, data=kqa)
+    labels = kqa_labels(judge, replies=answered)
+    marks = grades(judge, replies=replies(ReplyConfig(limit=limit, turns=True), model=policy, data=talks))
+    frame = pd.read_json(labels / "labels.jsonl", lines=True)
+    row = {"answers by": name, **kqa_row(frame), "MT-Bench": marks.metrics["mean"], "turns": marks.metrics["turns"]}
+    artifacts = (policy, answered, labels, marks)
+    must = frame[frame.kind == "must_have"]
+    return Judged(row, _statements(must, "Entailment", artifacts), _statements(frame, "Contradiction", artifacts), answered)
+
+
+def _statements(frame: pd.DataFrame, label: str, artifacts: tuple[Artifact, ...]) -> Answers:
+    """Statements as answers, right where they have the label; a question's statements belong together."""
+    made = pd.DataFrame({"id": frame.id, "concept": frame.question, "subset": "K-QA", "seed": 0})
+    return Answers(made.assign(correct=(frame.label == label).astype(int), letter=frame.label, strict=True), artifacts)
+
+
+def wins(judge: LLMConfig, ours: Artifact, baseline: Artifact) -> stats.Estimate:
+    """Share of prompts that our replies win against the baseline's, judged in both orders; ties are half a win."""
+    made = as_pairs(None, ours=ours, baseline=baseline)
+    return win_rate(pairwise(judge, pairs=made), made.metrics["same"])
+
+
+PUBLISHED_ROWS = {  # policy and measure -> row of the paper's general-domain table
+    "base/completeness": "Llama-3-8B-Instruct / K-QA / completeness",
+    "ultramix/completeness": "Llama-3-8B UltraMedical / K-QA / completeness",
+    "base/hallucination": "Llama-3-8B-Instruct / K-QA / hallucination",
+    "ultramix/hallucination": "Llama-3-8B UltraMedical / K-QA / hallucination",
+    "base/mt_bench": "Llama-3-8B-Instruct / MT-Bench / score",
+    "ultramix/mt_bench": "Llama-3-8B UltraMedical / MT-Bench / score",
+}
+
+
+def as_cells(judged: Mapping[str, Judged]) -> pd.DataFrame:
+    """Results of `judge_policy` as cells: arm, subset, value (K-QA's shares as fractions of statements), n."""
+    rows = []
+    for name, result in judged.items():
+        values = {
+            "completeness": result.kqa.accuracy,
+            "hallucination": result.contradicts.accuracy,
+            "mt_bench": result.row["MT-Bench"],
+        }
+        rows += [{"arm": f"{name}/{measure}", "subset": "value", "value": value} for measure, value in values.items()]
+    return pd.DataFrame(rows)

@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 from pydantic import Field
 
 from ultramed.core.errors import ConfigError
@@ -100,3 +101,33 @@ def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dic
         "rejected": as_completion(rejected["text"]),
         "meta": meta,
     }
+
+
+def pairs_table(made: dict[str, Artifact]) -> pd.DataFrame:
+    """Prompts, prompts without a pair, pairs, and the share of pairs whose chosen reply has more characters.
+
+    made: what the pairs are for -> artifact of `pairs`.
+    """
+    rows = []
+    for name, artifact in made.items():
+        sources = artifact.metrics["sources"].values()
+        rows.append(
+            {
+                "for": name,
+                "rule": artifact.manifest["config"]["rule"],
+                "domains": " and ".join(artifact.metrics["sources"]),
+                "prompts": sum(s["prompts"] for s in sources),
+                "without a pair": sum(s["without_pair"] for s in sources),
+                "pairs": artifact.metrics["pairs"],
+                "chosen is longer": artifact.metrics["chosen_is_longer"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def pairs_shown(artifact: Artifact, count: int = 6) -> pd.DataFrame:
+    """The first pairs with scores and models, to be looked at."""
+    rows = canonical.read_pairs(artifact / "pairs.parquet")[:count]
+    texts = [{side: row[side][0]["content"] for side in ("chosen", "rejected")} for row in rows]
+    about = ("chosen_score", "rejected_score", "chosen_model", "rejected_model")
+    return pd.DataFrame([{**text, **{key: row["meta"][key] for key in about}} for text, row in zip(texts, rows, strict=True)])

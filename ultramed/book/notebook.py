@@ -1,47 +1,166 @@
-"""What every notebook's first cell calls: resolve the parameters, refuse unknown ones, say what will run where."""
+"""What every notebook's first cell calls: `book = start(...)`, and through it tables, figures, claims and published cells."""
 
 import ast
+from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
+import yaml
 
+from ultramed.annotate.judge import LLMConfig
 from ultramed.core import config
+from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError
 from ultramed.core.log import quiet_libraries
-from ultramed.core.schema import Profile
+from ultramed.core.profile import Profile
+from ultramed.core.store import Artifact
+from ultramed.data.sources import dataset, local_files
+from ultramed.evaluate.arms import Arms, artifacts_of, compare
+from ultramed.experiments.medalpaca import MedAlpaca
+from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm.device import placement
-from ultramed.report import figures
+from ultramed.papers.claims import claims_of
+from ultramed.report import beside, figures, scorecard, tables
 
 PARAMETERS = {"profile", "overrides"}
 
 
-def start(profile: str, overrides: list[str] = (), **own) -> Profile:
-    """The resolved profile. `own`: the notebook's own parameters, by name, so that they are known, too.
+@dataclass(frozen=True)
+class Book:
+    """One notebook of a profile. Whatever it shows is written with the artifacts of the results that are given with it."""
+
+    name: str
+    profile: Profile
+
+    # ----------------------------------------------------------------------------------------------------- what it has
+
+    def medalpaca(self) -> MedAlpaca:
+        """MedAlpaca's experiment on the profile's first model."""
+        return MedAlpaca.of(self.profile)
+
+    @cached_property
+    def ultramedical(self) -> UltraMedical:
+        """UltraMedical's experiment on the profile's first model."""
+        return UltraMedical.of(self.profile)
+
+    def dataset(self, name: str) -> Artifact:
+        """A data set by name; 'exam' is the bundled one."""
+        return dataset(self.profile, name)
+
+    def has(self, *names: str) -> bool:
+        """Whether data sets are in ULTRAMED_DATA; says what is missing."""
+        missing = [name for name in names if not local_files(name)]
+        if missing:
+            print("not run:", ", ".join(missing), "not in ULTRAMED_DATA")
+        return not missing
+
+    @property
+    def judge(self) -> LLMConfig | None:
+        """The language model that judges, if the profile names one."""
+        return LLMConfig(server=ServerConfig.of(self.profile.judge)) if self.profile.judge else None
+
+    def has_judge(self) -> bool:
+        """Whether a language model judges; says how to give one."""
+        if not self.profile.judge:
+            print("not run: no judge (--set judge=http://localhost:8000/v1#my-model)")
+        return bool(self.profile.judge)
+
+    @property
+    def same_scale(self) -> bool:
+        """Whether model, data and protocol of this notebook's paper are the profile's, so that cells can be compared."""
+        section = self.profile.usmle if self.name.startswith("1") else self.profile.ultramedical
+        return bool(section and section.same_scale) and not self.name.startswith("3")
+
+    def protocol(self, more: str = "") -> str:
+        """Model and way of asking, as the scorecard keeps it beside every number."""
+        asked = self.profile.eval
+        return f"{self.profile.models[0].label}; {asked.protocol}, {asked.answer_form}" + (f"; {more}" if more else "")
+
+    # ---------------------------------------------------------------------------------------------------- what it shows
+
+    def table(self, name: str, frame: pd.DataFrame, caption: str, *sources) -> pd.DataFrame:
+        """Write a table to `figures/<profile>/tables`, with the artifacts of `sources`, and return it to be shown."""
+        return tables.save_table(frame, name, profile=self.profile.name, caption=caption, artifacts=artifacts_of(sources))
+
+    def figure(self, name: str, fig, caption: str, *sources):
+        """Write a figure to `figures/<profile>`, with the artifacts of `sources`, and return the picture to be shown."""
+        return figures.save_figure(fig, name, profile=self.profile.name, caption=caption, artifacts=artifacts_of(sources))
+
+    def claims(self, arms: Arms, more: str = "") -> pd.DataFrame:
+        """Test this notebook's claims whose two arms are there; record them, and write the table `NN_claims`.
+
+        The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper.
+        """
+        tested = [claim for claim in claims_of(self.name) if claim.a in arms and claim.b in arms]
+        entries = [scorecard.claim_entry(c, compare(arms[c.a], arms[c.b]), self.protocol(more)) for c in tested]
+        return self._record(
+            entries, "claims", "Claims on the same questions: A minus B in points, raw p, verdict before correction.", arms
+        )
+
+    def diagnostics(self, arms: Arms, statements: dict[tuple[str, str], str], more: str = "") -> pd.DataFrame:
+        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict."""
+        entries = [
+            scorecard.diagnostic_entry(f"{self.name[:2]}:{a}-{b}", statement, compare(arms[a], arms[b]), self.protocol(more))
+            for (a, b), statement in statements.items()
+        ]
+        return self._record(entries, "diagnostics", "Comparisons of our own: A minus B in points, raw p.", arms)
+
+    def _record(self, entries: list[dict], name: str, caption: str, arms: Arms) -> pd.DataFrame:
+        made = scorecard.record(self.profile.name, self.name, entries)
+        return self.table(f"{self.name[:2]}_{name}", scorecard.shown(made), caption, arms)
+
+    def beside(
+        self,
+        table: str,
+        results: pd.DataFrame,
+        names: dict[str, str],
+        columns: dict[str, str] | None = None,
+        *sources,
+        more: str = "",
+        same_scale: bool | None = None,
+        tolerance: float = 0.0,
+    ) -> pd.DataFrame:
+        """Record every published cell that `results` fills (report/beside.py) and write the table `NN_beside`."""
+        scale = self.same_scale if same_scale is None else same_scale
+        entries = beside.cell_entries(
+            table, results, names, columns, same_scale=scale, protocol=self.protocol(more), tolerance=tolerance
+        )
+        if not entries:
+            print("no published cell can be filled at this profile")
+            return pd.DataFrame()
+        scorecard.record(self.profile.name, self.name, entries)
+        labels = {row: arm for arm, row in names.items()}
+        caption = f"{beside.source(table)}, beside ours ({self.profile.models[0].label})"
+        caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
+        return self.table(f"{self.name[:2]}_beside", beside.beside(entries, labels), caption, *sources)
+
+
+def start(name: str, profile: str, overrides: list[str] = ()) -> Book:
+    """Resolve the parameters, say what will run where, and forget what an earlier run of the notebook recorded.
 
     papermill only warns about a parameter that no notebook reads; here that is an error. A parameter written with
     double underscores is an override: `-p train__epochs 2` is `train.epochs=2`.
     """
     quiet_libraries()
     extra = []
-    for name, value in injected().items():
-        if "__" in name:
-            extra.append(f"{name.replace('__', '.')}={_yaml(value)}")
-        elif name not in PARAMETERS | set(own):
-            known = sorted(PARAMETERS | set(own))
-            raise ConfigError(f"unknown notebook parameter {name!r}{config.nearest(name, known)}")
+    for parameter, value in injected().items():
+        if "__" in parameter:
+            extra.append(f"{parameter.replace('__', '.')}={_as_yaml(value)}")
+        elif parameter not in PARAMETERS:
+            raise ConfigError(f"unknown notebook parameter {parameter!r}{config.nearest(parameter, PARAMETERS)}")
     resolved = config.load_profile(profile, [*overrides, *extra])
     figures.style()
     pd.set_option("display.max_colwidth", 120, "display.precision", 3, "display.max_rows", 80)
+    scorecard.forget(resolved.name, name)
     print(f"profile  {resolved.name}: {resolved.description}")
     print(f"models   {', '.join(m.label for m in resolved.models)}")
     print(f"runs on  {placement()}")
     if overrides or extra:
         print(f"changed  {', '.join([*overrides, *extra])}")
-    return resolved
+    return Book(name, resolved)
 
 
-def _yaml(value) -> str:
-    import yaml
-
+def _as_yaml(value) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
@@ -60,14 +179,3 @@ def injected() -> dict:
                 if isinstance(node, ast.Assign):
                     values[node.targets[0].id] = ast.literal_eval(node.value)
     return values
-
-
-def percent(frame: pd.DataFrame, value: str = "accuracy") -> pd.Series:
-    """'48.7 [45.4, 51.9]' of the columns value, low, high."""
-    return pd.Series(
-        [
-            f"{100 * v:.1f} [{100 * lo:.1f}, {100 * hi:.1f}]"
-            for v, lo, hi in zip(frame[value], frame.low, frame.high, strict=True)
-        ],
-        index=frame.index,
-    )

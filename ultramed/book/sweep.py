@@ -10,14 +10,16 @@ import pandas as pd
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from ultramed.core import config, schema
+from ultramed.core import config
 from ultramed.core.errors import ConfigError
+from ultramed.core.profile import Profile
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, write_json
-from ultramed.evaluate import rerank, reward_bench
+from ultramed.evaluate.arms import Answers, artifacts_of
+from ultramed.evaluate.rerank import Votes
 from ultramed.evaluate.stats import clustered
-from ultramed.experiments.medalpaca import Bench
-from ultramed.experiments.ultramedical import Suite
+from ultramed.experiments.medalpaca import MedAlpaca
+from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.report import figures
 from ultramed.report.scorecard import folder
 from ultramed.report.tables import save_table
@@ -74,7 +76,8 @@ def run_point(file: Path, number: int, console: Console) -> None:
     if not 0 <= number < len(points):
         raise ConfigError(f"{file} has the points 0 to {len(points) - 1}, not {number}")
     point, seed = points[number]
-    frame, _, _ = _run(sweep, _profile(sweep, point, seed), seed)
+    answers, _ = _run(sweep, _profile(sweep, point, seed), seed)
+    frame = answers.frame
     console.print(f"{number}: {point}, seed {seed}: {clustered(frame.correct, frame.concept)}", highlight=False)
 
 
@@ -95,13 +98,13 @@ def run_sweep(file: Path, console: Console) -> bool:
         row = {**{k: _short(v) for k, v in point.items()}, "seed": seed}
         try:
             profile = _profile(sweep, point, seed)
-            frame, model, arts = _run(sweep, profile, seed)
+            answers, model = _run(sweep, profile, seed)
         except Exception as err:  # one bad point must not stop the others; it is reported and tried again next time
             log.error("%d/%d %s seed %d failed: %s", number, len(points), label, seed, err)
             rows.append({**row, "state": "failed", "error": f"{type(err).__name__}: {err}"})
             continue
-        e, m = clustered(frame.correct, frame.concept), model.metrics
-        made += [model, *arts]
+        e, m = clustered(answers.frame.correct, answers.frame.concept), model.metrics
+        made.append(answers)
         rows.append(
             {
                 **row,
@@ -119,7 +122,11 @@ def run_sweep(file: Path, console: Console) -> bool:
     table = pd.DataFrame(rows)
     name = f"sweep_{file.stem}"
     save_table(
-        table, name, profile=sweep.profile, caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.", artifacts=made
+        table,
+        name,
+        profile=sweep.profile,
+        caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.",
+        artifacts=artifacts_of(made),
     )
     done = table[table.state == "done"]
     if len(done):
@@ -127,7 +134,9 @@ def run_sweep(file: Path, console: Console) -> bool:
         shown = done.assign(point=[", ".join(f"{k.split('.')[-1]} {r[k]}" for k in keys if k in r) for _, r in done.iterrows()])
         shown = shown.assign(arm=sweep.arm, seed="seed " + shown.seed.astype(str))
         fig = figures.intervals(shown, row="point", facet="arm", hue="seed")
-        figures.save_figure(fig, name, profile=sweep.profile, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=made)
+        figures.save_figure(
+            fig, name, profile=sweep.profile, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=artifacts_of(made)
+        )
     write_json(folder(sweep.profile) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
     console.print(
         f"{len(done)} of {len(points)} runs done; {folder(sweep.profile) / 'tables' / f'{name}.csv'}",
@@ -137,31 +146,31 @@ def run_sweep(file: Path, console: Console) -> bool:
     return len(done) == len(points)
 
 
-def _run(sweep: SweepConfig, profile: schema.Profile, seed: int) -> tuple[pd.DataFrame, Artifact, list[Artifact]]:
-    """(rows with `correct` and `concept`, the model that was trained, artifacts) of one point."""
+def _run(sweep: SweepConfig, profile: Profile, seed: int) -> tuple[Answers, Artifact]:
+    """(what one point got right, the model that was trained)."""
     if sweep.experiment == "sft":
-        bench = Bench.of(profile, profile.models[0])
-        model = bench.train(sweep.arm, seed=seed)
-        return bench.examine(model, seed)[0], model, []
-    suite = Suite.of(profile)
+        medalpaca = MedAlpaca.of(profile)
+        model = medalpaca.train_arm(sweep.arm, seed)
+        return medalpaca.examine(model, seed), model
+    experiment = UltraMedical.of(profile)
     if sweep.experiment == "reward":
-        model = suite.reward(sweep.arm, seed=seed)
-        pairs = reward_bench.bench(reward_bench.BenchConfig(), feedback=suite.feedback("medical", held=True))
-        scores = reward_bench.pair_scores(schema.ScoringConfig(), reward=model, pairs=pairs)
-        return reward_bench.read_scores(scores), model, [pairs, scores]
+        answers = experiment.score_pairs(sweep.arm, experiment.make_bench("medical"), seed=seed)
+        return answers, answers.artifacts[0]
     if sweep.experiment == "preference":
-        model = suite.prefer(sweep.mix, sweep.arm, seed=seed)
-        return suite.examine(model)[0], model, []
-    model = suite.sft(sweep.mix)
-    frame, made = suite.examine(model)
-    return (rerank.voted(suite.sample_test(model), frame) if sweep.experiment == "vote" else frame), model, made
+        model = experiment.train_preference(sweep.mix, sweep.arm, seed=seed)
+        return experiment.examine(model), model
+    model = experiment.train_sft(sweep.mix)
+    greedy = experiment.examine(model)
+    if sweep.experiment == "vote":
+        return Votes(experiment.sample_test(model)).select("self_consistency", like=greedy), model
+    return greedy, model
 
 
 def _short(value) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _profile(sweep: SweepConfig, point: dict, seed: int) -> schema.Profile:
+def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
     overrides = [f"{key}={json.dumps(value)}" for key, value in point.items()]
     if sweep.experiment in ("policy", "vote"):
         overrides.append(f"ultramedical.seed={seed}")
@@ -174,7 +183,7 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> schema.Profile:
     own = profile.ultramedical
     if own is None:
         raise ConfigError(f"profile {sweep.profile!r} has no section `ultramedical`")
-    arms = {"preference": own.preference_arms, "reward": own.reward_arms}.get(sweep.experiment, [sweep.arm])
+    arms = {"preference": own.preference.arms, "reward": own.reward.arms}.get(sweep.experiment, [sweep.arm])
     config.known(sweep.arm, arms, f"profile {sweep.profile!r}")
-    config.known(sweep.mix, own.mixtures, f"profile {sweep.profile!r}, ultramedical.mixtures")
+    config.known(sweep.mix, own.sft.mixtures, f"profile {sweep.profile!r}, ultramedical.sft.mixtures")
     return profile

@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from ultramed.cli.common import ProcessesOption, ProfileOption, SetOption, console
-from ultramed.core import config, schema, store
+from ultramed.core import config, store
+from ultramed.core.profile import Profile
 
 book_app = typer.Typer(pretty_exceptions_enable=False)
 ClusterOption = Annotated[str, typer.Option(help="slurm: submit a job array. local: the same script, here, one by one.")]
@@ -20,27 +21,27 @@ TflopsOption = Annotated[float, typer.Option(min=0.001, help="bf16 peak of a dev
 RowTokensOption = Annotated[int, typer.Option(min=8, help="Mean tokens of a training row, for the estimate.")]
 
 
-def _plan(resolved: schema.Profile, gpus: int, tflops: float, row_tokens: int) -> None:
-    from ultramed.book.plan import UTILISATION, plan
+def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> None:
+    from ultramed.book.plan import UTILISATION, Hardware, plan
 
-    gpus = max(1, gpus)
-    found = plan(resolved, gpus=gpus, tflops=tflops, row_tokens=row_tokens)
-    table = Table(
-        title=f"profile {resolved.name}: {resolved.models[0].label} on {gpus} of {tflops:g} TFLOP/s", title_justify="left"
-    )
+    hardware = Hardware(max(1, gpus), tflops, row_tokens)
+    made = plan(resolved, hardware)
+    title = f"profile {resolved.name}: {resolved.models[0].label} on {hardware.gpus} of {tflops:g} TFLOP/s"
+    table = Table(title=title, title_justify="left")
     for column in ("notebook", "what", "rows", "steps", "tokens, M", "GiB each", "device hours"):
         table.add_column(column, justify="left" if column in ("notebook", "what") else "right")
-    for r in found.runs:
-        cells = (f"{r.rows:,}", f"{r.steps:,}" if r.steps else "", f"{r.tokens / 1e6:,.1f}", f"{r.gib:.1f}", f"{r.hours:,.2f}")
-        table.add_row(r.notebook, r.what, *cells)
+    for cost in made.costs:
+        job, steps = cost.job, f"{cost.steps:,}" if cost.steps else ""
+        numbers = (f"{job.rows:,}", steps, f"{cost.tokens / 1e6:,.1f}", f"{cost.gib:.1f}", f"{cost.hours:,.2f}")
+        table.add_row(job.notebook, job.what, *numbers)
     console.print(table)
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
     console.print(
-        f"{found.hours:,.1f} device hours, {found.hours / gpus:,.1f} hours on {gpus}; assumed: {row_tokens} tokens a row, {shares} "
-        "of the peak; activations at the profile's micro-batch. Notebook 12 shows how far such estimates are off.",
+        f"{made.hours:,.1f} device hours, {made.hours / hardware.gpus:,.1f} hours on {hardware.gpus}; assumed: {row_tokens} tokens "
+        f"a row, {shares} of the peak; activations at the profile's micro-batch. Notebook 12 shows how far such estimates are off.",
         highlight=False,
     )
-    for what in found.missing:
+    for what in made.missing:
         console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
 
 

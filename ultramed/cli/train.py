@@ -21,46 +21,46 @@ def train_sft(
 ) -> None:
     """Supervised fine-tuning of one arm on the profile's first model. Ctrl-C saves a checkpoint; run again to go on."""
     from ultramed.core.log import quiet_libraries
-    from ultramed.experiments.medalpaca import Bench
+    from ultramed.experiments.medalpaca import MedAlpaca
 
     quiet_libraries()
     resolved = config.load_profile(profile, overrides)
-    art = Bench.of(resolved, resolved.models[0]).train(arm, seed=seed)
+    art = MedAlpaca.of(resolved).train_arm(arm, seed)
     console.print_json(json.dumps(art.metrics))
     console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})", highlight=False)
 
 
-def _suite(profile: str, overrides: list[str]):
+def _experiment(profile: str, overrides: list[str]):
     from ultramed.core.log import quiet_libraries
-    from ultramed.experiments.ultramedical import Suite
+    from ultramed.experiments.ultramedical import UltraMedical
 
     quiet_libraries()
-    return Suite.of(config.load_profile(profile, overrides))
+    return UltraMedical.of(config.load_profile(profile, overrides))
 
 
 @train_app.command("preference")
 def train_preference(
-    arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference_arms: dpo, kto, ...")] = "dpo",
-    mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.mixtures.")] = "ultramix",
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference.arms: dpo, kto, ...")] = "dpo",
+    mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.sft.mixtures.")] = "ultramix",
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006
     processes: ProcessesOption = 0,
 ) -> None:
     """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
-    art = _suite(profile, overrides).prefer(mix, arm)
+    art = _experiment(profile, overrides).train_preference(mix, arm)
     console.print_json(json.dumps(art.metrics))
     console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
 
 
 @train_app.command("reward")
 def train_reward(
-    arm: Annotated[str, typer.Option(help="An arm of ultramedical.reward_arms: medical, general, mixed.")] = "medical",
+    arm: Annotated[str, typer.Option(help="An arm of ultramedical.reward.arms: medical, general, mixed.")] = "medical",
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006
     processes: ProcessesOption = 0,
 ) -> None:
     """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
-    art = _suite(profile, overrides).reward(arm)
+    art = _experiment(profile, overrides).train_reward_model(arm)
     console.print_json(json.dumps(art.metrics))
     console.print(
         f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False

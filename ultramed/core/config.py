@@ -18,8 +18,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ultramed.core.errors import ConfigError
-from ultramed.core.schema import PreferenceConfig, Profile, TrainConfig
+from ultramed.core.profile import ChangesTo, Profile
+from ultramed.core.schema import Merging, PreferenceConfig, TrainConfig
 
+NOTHING_SPECIAL = Merging()
 PROCESSES = "ULTRAMED_PROCESSES"  # environment variable: how many processes train together (train/launch.py)
 
 # ------------------------------------------------------------------------------------------------- files and overrides
@@ -38,29 +40,42 @@ def profiles() -> list[str]:
     return sorted(p.stem for p in (home() / "params").glob("*.yaml"))
 
 
-WHOLE = {
-    "mixture",
-    "mixtures",
-    "questions",
-    "prompts",
-    "held_prompts",
-    "medical",
-    "general",
-}  # another mixture is another data set, not an addition to the old one
+def merge(base: dict, changes: dict, kind: Any) -> dict:
+    """`base` with `changes`, both plain data of type `kind` (a pydantic model, or a dictionary's annotation).
 
-
-def merge(base: dict, changes: dict) -> dict:
-    """Dictionaries merge key by key, and an empty one empties; anything else, lists and WHOLE too, is replaced. `null`
-    removes a dictionary."""
+    Dictionaries merge key by key, and an empty one empties. Lists and values are replaced, and so are dictionaries whose
+    type says so (schema.Merging). `null` removes a dictionary.
+    """
     out = dict(base)
     for key, value in changes.items():
-        if value and isinstance(value, dict) and isinstance(out.get(key), dict) and key not in WHOLE:
-            out[key] = merge(out[key], value)
+        below, how = types_at(kind, key)
+        if value and isinstance(value, dict) and isinstance(out.get(key), dict) and not how.replaced:
+            out[key] = merge(out[key], value, below)
         elif value is None and isinstance(out.get(key), dict):
             del out[key]
         else:
             out[key] = value
     return out
+
+
+def types_at(kind: Any, key: Any) -> tuple[Any, Merging]:
+    """(type of what is at `key` of a value of type `kind`, how it takes part in profiles); (None, ...) if not known.
+
+    A dictionary of changes to a model (profile.ChangesTo) has the types of that model.
+    """
+    annotation, marks = None, ()
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if key in kind.model_fields:
+            annotation, marks = kind.model_fields[key].annotation, tuple(kind.model_fields[key].metadata)
+    elif typing.get_origin(kind) is dict:
+        annotation = typing.get_args(kind)[1]
+    while typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        first, *more = typing.get_args(annotation)
+        marks += tuple(more) if typing.get_origin(annotation) is typing.Annotated else ()
+        annotation = first
+    if changed := next((mark.model for mark in marks if isinstance(mark, ChangesTo)), None):
+        annotation = changed
+    return annotation, next((mark for mark in marks if isinstance(mark, Merging)), NOTHING_SPECIAL)
 
 
 def nearest(word: str, known) -> str:
@@ -111,7 +126,7 @@ def raw_profile(name: str, _seen: tuple = ()) -> dict:
         raise ConfigError(f"{path}: `extends` goes round in a circle")
     data = read_yaml(path)
     parent = data.pop("extends", None)
-    data = merge(raw_profile(parent, (*_seen, path)), data) if parent else data
+    data = merge(raw_profile(parent, (*_seen, path)), data, Profile) if parent else data
     return {**data, "name": path.stem}
 
 
@@ -147,28 +162,15 @@ def overridden(data: dict, overrides: Iterable[str]) -> dict:
     return data
 
 
-COUNTS = {
-    "mixture",
-    "mixtures",
-    "questions",
-    "prompts",
-    "held_prompts",
-    "preference_prompts",
-    "tuning_questions",
-    "tries_limit",
-    "open_rows",
-    "public_pairs",
-}
-
-
-def limited(data: Any, limit: int, counting: bool = False) -> Any:
-    """A profile's data with no count of rows, questions or prompts above `limit` (multiples of a source count as more).
-
-    counting: whether numbers here are such counts, as all are at or beneath a key of COUNTS.
-    """
+def limited(data: Any, limit: int, kind: Any, how: Merging = NOTHING_SPECIAL) -> Any:
+    """`data` of type `kind` with no count of rows, questions or prompts above `limit` (multiples of a source count as more)."""
     if isinstance(data, dict):
-        return {k: limited(v, limit, counting or k in COUNTS) for k, v in data.items()}
-    if counting and isinstance(data, int | float) and not isinstance(data, bool):
+        out = {}
+        for key, value in data.items():
+            below, inner = types_at(kind, key)
+            out[key] = limited(value, limit, below, Merging(rows=how.rows or inner.rows))
+        return out
+    if how.rows and isinstance(data, int | float) and not isinstance(data, bool):
         return limit if isinstance(data, float) else min(data or limit, limit)  # 0: all
     return data
 
@@ -179,29 +181,34 @@ def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = 
     source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
     profile = validate(Profile, data, source)
     if profile.limit:
-        profile = validate(Profile, limited(profile.model_dump(mode="json"), profile.limit), source)
+        profile = validate(Profile, limited(profile.model_dump(mode="json"), profile.limit, Profile), source)
     for arm in profile.usmle.arms:
         arm_config(profile, arm)  # an impossible arm should fail now, not an hour into the run
-    own = profile.ultramedical
-    for arm in own.preference_arms if own else ():
+    for arm in profile.ultramedical.preference.arms if profile.ultramedical else ():
         preference_config(profile, arm)
     return profile
 
 
+def changed(base: BaseModel, *changes: dict, where: str) -> Any:
+    """`base` with the changes merged into it one after the other, checked as its own type."""
+    data = base.model_dump(mode="json")
+    for change in changes:
+        data = merge(data, change, type(base))
+    return validate(type(base), data, where)
+
+
 def arm_config(profile: Profile, arm: str, **changes) -> TrainConfig:
     """The training configuration of one arm of notebook 11: `train`, the arm's changes, then `changes`."""
-    if arm not in profile.usmle.arms:
-        raise ConfigError(f"no arm {arm!r} in profile {profile.name!r}{nearest(arm, profile.usmle.arms)}")
-    data = merge(merge(profile.train.model_dump(mode="json"), profile.usmle.arms[arm]), changes)
-    return validate(TrainConfig, data, f"profile {profile.name!r}, usmle.arms.{arm}")
+    where = f"profile {profile.name!r}, usmle.arms"
+    known(arm, profile.usmle.arms, where)
+    return changed(profile.train, profile.usmle.arms[arm], changes, where=f"{where}.{arm}")
 
 
 def preference_config(profile: Profile, arm: str, **changes) -> PreferenceConfig:
-    """One arm of `ultramedical.preference_arms`: `preference`, the arm's changes, then `changes`."""
-    own = profile.ultramedical
-    known(arm, own.preference_arms, f"profile {profile.name!r}, ultramedical.preference_arms")
-    data = merge(merge(own.preference.model_dump(mode="json"), own.preference_arms[arm]), changes)
-    return validate(PreferenceConfig, data, f"profile {profile.name!r}, ultramedical.preference_arms.{arm}")
+    """One arm of `ultramedical.preference.arms`: `preference.train`, the arm's changes, then `changes`."""
+    section, where = profile.ultramedical.preference, f"profile {profile.name!r}, ultramedical.preference.arms"
+    known(arm, section.arms, where)
+    return changed(section.train, section.arms[arm], changes, where=f"{where}.{arm}")
 
 
 def validate(model: type[BaseModel], data: dict, source: str):

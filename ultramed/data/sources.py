@@ -7,12 +7,13 @@ error: papers' numbers are over known splits.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.ledger import write_lines
-from ultramed.core.schema import Profile, Strict
+from ultramed.core.profile import Profile
+from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, sha256, stage
 from ultramed.data import rows as canonical
 from ultramed.data.adapters import alpaca_row
@@ -31,6 +32,11 @@ def data_root() -> Path | None:
     if root and not Path(root).is_dir():
         raise ConfigError(f"ULTRAMED_DATA names {root!r}, which is not a folder")
     return Path(root) if root else None
+
+
+def names_in(sources: Iterable[str]) -> list[str]:
+    """Names of the data sets in 'dataset:subset[0:32]' and its like, each once, sorted."""
+    return sorted({source.partition(":")[0].partition("[")[0] for source in sources})
 
 
 def local_files(name: str) -> dict[str, Path]:

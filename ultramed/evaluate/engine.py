@@ -111,3 +111,10 @@ def weights(engine: Engine, what: str) -> Local:
         who = engine.config.url if isinstance(engine, Server) else "engine openvino"
         raise ConfigError(f"{what} needs the weights, and {who} gives replies only; use protocol=greedy")
     return engine
+
+
+def one_reply(model: Artifact, messages: list[dict], max_new_tokens: int) -> str:
+    """The greedy reply of weights on this machine to one conversation."""
+    local, replies = Local(model, models.template_of(model), budget=8192), []
+    local.replies([messages], Sampling(max_new_tokens), lambda _, made: replies.extend(made))
+    return replies[0].text

@@ -1,7 +1,6 @@
 """One answer out of N samples: vote, reward, or both; and accuracy as a function of N from one set of samples.
 
-Everything works on arrays of one row a question: `letters` (Q, N) of option letters ('' if unparsed), `rewards` (Q, N)
-floats, `gold` (Q,) letters. A selection returns (Q,) letters.
+A selection takes `letters` (Q, N) of option letters ('' if unparsed) and `rewards` (Q, N), and returns (Q,) letters.
 """
 
 import numpy as np
@@ -9,16 +8,8 @@ import pandas as pd
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
+from ultramed.evaluate.arms import Answers, Arms, artifacts_of
 from ultramed.evaluate.sample import read_feedback, read_samples
-
-
-def arrays(feedback: Artifact) -> dict[str, np.ndarray]:
-    """id, subset, concept, gold (Q,), letters and rewards (Q, N) of a reward model's feedback on samples."""
-    rows = read_feedback(feedback)
-    out = {k: np.array([r[k] for r in rows]) for k in ("id", "subset", "concept", "gold")}
-    out["letters"] = np.array([[c["letter"] or "" for c in r["candidates"]] for r in rows])
-    out["rewards"] = np.array([[c["score"] for c in r["candidates"]] for r in rows], dtype=float)
-    return out
 
 
 def weighted_vote(letters: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -62,26 +53,63 @@ def majority_of_bests(letters: np.ndarray, rewards: np.ndarray) -> np.ndarray:
 
 
 SELECTIONS = {
-    "self-consistency": majority,
-    "best of N by reward": best_of_n,
-    "reward-weighted vote": reward_vote,
-    "majority of the bests": majority_of_bests,
+    "self_consistency": majority,
+    "best_of_n": best_of_n,
+    "reward_weighted_vote": reward_vote,
+    "majority_of_the_bests": majority_of_bests,
 }
+SIZES = (1, 2, 3, 4, 6, 8, 10, 16, 32)  # samples a question at which curves have a point
 
 
-def as_answers(data: dict[str, np.ndarray], chosen: np.ndarray, like: pd.DataFrame) -> pd.DataFrame:
-    """Chosen letters as a table of answers, one row a question, comparable with the greedy answers `like`."""
-    made = pd.DataFrame({k: data[k] for k in ("id", "subset", "concept", "gold")}).assign(letter=chosen, strict=chosen != "")
-    made["correct"] = made.letter == made.gold
-    made["letter"] = made.letter.where(made.letter != "", None)
-    return made.assign(seed=like.seed.iloc[0])
+class Votes:
+    """Samples of every question, scored by a reward model or not, out of which one answer is chosen.
 
+    `source`: the artifacts of `samples` (name -> artifact), or one of `reward_feedback`. id, subset, concept, gold:
+    shape (Q,); letters (Q, N), '' where unparsed; rewards (Q, N), None without a reward model.
+    """
 
-def voted(sampled: dict[str, Artifact], like: pd.DataFrame) -> pd.DataFrame:
-    """Self-consistency of `samples` artifacts as a table of answers."""
-    rows = [row for artifact in sampled.values() for row in read_samples(artifact)]
-    data = {k: np.array([r[k] for r in rows]) for k in ("id", "subset", "concept", "gold")}
-    return as_answers(data, majority(np.array([[c["letter"] or "" for c in r["replies"]] for r in rows])), like)
+    def __init__(self, source: dict[str, Artifact] | Artifact):
+        self.artifacts = artifacts_of(source)
+        if isinstance(source, Artifact):
+            rows = [(row, row["candidates"]) for row in read_feedback(source)]
+            self.rewards = np.array([[c["score"] for c in candidates] for _, candidates in rows], dtype=float)
+        else:
+            rows = [(row, row["replies"]) for artifact in source.values() for row in read_samples(artifact)]
+            self.rewards = None
+        self.id, self.subset, self.concept, self.gold = (
+            np.array([row[key] for row, _ in rows]) for key in ("id", "subset", "concept", "gold")
+        )
+        self.letters = np.array([[c["letter"] or "" for c in candidates] for _, candidates in rows])
+
+    def select(self, name: str, like: Answers) -> Answers:
+        """One selection's answers, comparable with the greedy answers `like` to the same questions."""
+        chosen = SELECTIONS[name](self.letters, self.rewards)
+        frame = pd.DataFrame({"id": self.id, "subset": self.subset, "concept": self.concept, "gold": self.gold})
+        frame = frame.assign(letter=chosen, strict=chosen != "", correct=chosen == self.gold, seed=like.frame.seed.iloc[0])
+        frame["letter"] = frame.letter.where(frame.letter != "", None)
+        return Answers(frame, artifacts_of([like, self]))
+
+    def select_all(self, like: Answers) -> Arms:
+        """Answers of every selection."""
+        return Arms({name: self.select(name, like) for name in SELECTIONS})
+
+    @property
+    def sizes(self) -> list[int]:
+        return [n for n in SIZES if n <= self.letters.shape[1]]
+
+    def summary(self) -> str:
+        questions, samples = self.letters.shape
+        right, unread = (self.letters == self.gold[:, None]).mean(), (self.letters == "").mean()
+        return f"{questions} questions, {samples} samples each: {100 * right:.1f}% right, {100 * unread:.1f}% unparsed"
+
+    def curves(self) -> pd.DataFrame:
+        """Accuracy against N by selection; see `curves`."""
+        return curves(self.letters, self.rewards, self.gold, self.sizes)
+
+    def passes(self) -> pd.DataFrame:
+        """pass@N beside what guessing among four options reaches."""
+        rows = [{"N": n, "pass@N": pass_at(self.letters, self.gold, n), "pass@N of guessing": chance_at(n)} for n in self.sizes]
+        return pd.DataFrame(rows)
 
 
 def pass_at(letters: np.ndarray, gold: np.ndarray, n: int) -> float:
@@ -106,7 +134,7 @@ def curves(
     if max(sizes) > letters.shape[1]:
         raise ConfigError(f"a curve to N = {max(sizes)} needs as many samples; there are {letters.shape[1]}")
     rng, out = np.random.default_rng(seed), []
-    chosen = {k: f for k, f in SELECTIONS.items() if rewards is not None or k == "self-consistency"}
+    chosen = {k: f for k, f in SELECTIONS.items() if rewards is not None or k == "self_consistency"}
     for size in sizes:
         repeats = 1 if size == letters.shape[1] else draws
         hits = {name: np.zeros(len(gold)) for name in chosen}

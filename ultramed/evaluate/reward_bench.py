@@ -1,6 +1,7 @@
 """Reward models on pairs: Medical RewardBench out of held-out preferences, and anyone's pairs in RewardBench's format."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +12,10 @@ from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import ScoringConfig, Strict
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
+from ultramed.data.exam import is_sum
 from ultramed.data.messages import as_completion, names_option
 from ultramed.evaluate import stats
+from ultramed.evaluate.arms import Answers, percent
 from ultramed.evaluate.sample import read_feedback
 from ultramed.lm import models
 from ultramed.lm.device import free_memory
@@ -21,6 +24,18 @@ from ultramed.train.reward import load_reward, score_rows
 
 PAPER = {"easy": 238, "hard": 196, "length": 180, "human": 163}  # UltraMedical, section 3.3: pairs of its bench
 SECTIONS = ("chat", "chat_hard", "safety", "reasoning")  # RewardBench's; its score is the mean of the four
+
+
+TABLE4_COLUMNS = {  # 'bench: subset' of `by_bench` -> column of UltraMedical's Table 4
+    "medical: easy": "um_easy",
+    "medical: hard": "um_hard",
+    "medical: length": "um_length",
+    "medical: human": "um_human",
+    "general: chat": "rb_chat",
+    "general: chat_hard": "rb_chat_hard",
+    "general: safety": "rb_safety",
+    "general: reasoning": "rb_reasoning",
+}
 
 
 class BenchConfig(Strict):
@@ -45,7 +60,7 @@ def category(chosen: dict, rejected: dict) -> str:
 
 def section(row: dict) -> str:
     """RewardBench's section of a bundled general prompt: sums are reasoning, facts are chat."""
-    return "reasoning" if row["prompt"][-1]["content"].startswith("What is ") else "chat"
+    return "reasoning" if is_sum(row["prompt"][-1]["content"]) else "chat"
 
 
 @stage(version=2)
@@ -77,6 +92,13 @@ def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
     made = [row for name in sorted(found) for row in found[name]]
     canonical.write_rows(out / "pairs.parquet", made)
     return {"pairs": len(made), "categories": {k: len(v) for k, v in found.items()}, "row_ids": digest([r["id"] for r in made])}
+
+
+def composition(pairs: Artifact) -> pd.DataFrame:
+    """Pairs by category, the paper's and those of a bench."""
+    ours, total = pairs.metrics["categories"], sum(PAPER.values())
+    rows = [(name, n, n / total, ours.get(name, 0)) for name, n in PAPER.items()]
+    return pd.DataFrame(rows, columns=["category", "paper", "paper, share of all", "ours"])
 
 
 @stage(version=2, also=wording)
@@ -120,13 +142,32 @@ def _record(row: dict, chosen: float, rejected: float) -> dict:
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy by subset with a 95% interval clustered by prompt; a tie counts as wrong. The last row is the mean of subsets."""
-    out = []
+    rows = []
     for name, part in frame.groupby("subset", sort=False):
         e = stats.clustered(part.correct, part.concept)
-        out.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n})
-    out = pd.DataFrame(out)
-    mean = {"subset": "average", "accuracy": out.accuracy.mean(), "n": int(out.n.sum())}
-    return pd.concat([out, pd.DataFrame([mean])], ignore_index=True)
+        rows.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n})
+    found = pd.DataFrame(rows)
+    mean = {"subset": "average", "accuracy": found.accuracy.mean(), "n": int(found.n.sum())}
+    return pd.concat([found, pd.DataFrame([mean])], ignore_index=True)
+
+
+def by_bench(scores: Mapping[tuple[str, str], Answers]) -> pd.DataFrame:
+    """`table` of every (arm, bench): columns arm, bench, and those of `table`; subset is 'bench: subset'."""
+    parts = [table(answers.frame).assign(arm=arm, bench=bench) for (arm, bench), answers in scores.items()]
+    accuracy = pd.concat(parts, ignore_index=True)
+    columns = ["arm", "bench", "subset", "accuracy", "low", "high", "n"]
+    return accuracy.assign(subset=accuracy.bench + ": " + accuracy.subset)[columns]
+
+
+def wide(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """`by_bench` as a reader wants it: a row an arm; subsets with interval and n, averages last."""
+    average = accuracy.subset.str.endswith(": average")
+    interval = percent(accuracy).where(~average, (100 * accuracy.accuracy).round(1).astype(str))
+    named = accuracy.subset.where(average, accuracy.subset + " (n = " + accuracy.n.astype(str) + ")")
+    shown = accuracy.assign(score=interval, column=named, average=average)
+    order = list(dict.fromkeys(shown.sort_values("average", kind="stable").column))
+    made = shown.pivot_table(index="arm", columns="column", values="score", aggfunc="first", sort=False)
+    return made[order].reset_index().rename_axis(columns=None)
 
 
 def length_correlation(frame: pd.DataFrame) -> float:

@@ -1,19 +1,23 @@
 """Intervals and paired tests. Every accuracy has its n and a 95% interval; every 'A beats B' is a paired test."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import stats
 
+BLOCK = 250  # bootstrap draws at a time, so that large test sets fit into memory
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A proportion with its 95% interval; n counts all questions, unparsed ones included (they are wrong)."""
+    """A mean with its 95% interval and standard error; n counts all questions, unparsed ones included (they are wrong)."""
 
     value: float
     low: float
     high: float
     n: int
+    se: float = float("nan")
 
     def __str__(self):
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
@@ -29,68 +33,128 @@ def wilson(correct, level: float = 0.95) -> Estimate:
         raise ValueError("an accuracy over no questions has no value")
     test = stats.binomtest(int(x.sum()), len(x))
     low, high = test.proportion_ci(level, method="wilson")
-    return Estimate(float(x.mean()), float(low), float(high), len(x))
+    return Estimate(float(x.mean()), float(low), float(high), len(x), float(x.std() / len(x) ** 0.5))
 
 
-def clustered(values, clusters, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
-    """Percentile bootstrap of a mean, drawing whole clusters.
+def numbered(labels) -> np.ndarray:
+    """Labels (n,) as whole numbers from 0 on."""
+    return np.unique(np.asarray(labels), return_inverse=True)[1]
 
-    values: shape (n,); clusters: a label each. For questions that share a concept, or replicates of one question.
+
+def bootstrap_means(values, clusters, seeds=None, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Means of `draws` resampled data sets, shape (draws,).
+
+    values, clusters, seeds: shape (n,). Whole clusters (questions about one concept) are drawn with replacement. With
+    several training seeds the seeds are drawn as well, each row counting as often as its seed times its cluster was
+    drawn (the pigeonhole bootstrap, Owen 2007): then the interval covers other seeds, too, not only other questions.
     """
-    x, labels = np.asarray(values, dtype=float), np.unique(np.asarray(clusters), return_inverse=True)[1]
-    total = np.bincount(labels, weights=x)
-    count = np.bincount(labels)
-    rng = np.random.default_rng(seed)
-    pick = rng.integers(0, len(total), size=(draws, len(total)))
-    means = total[pick].sum(1) / count[pick].sum(1)
+    x, cluster = np.asarray(values, dtype=float), numbered(clusters)
+    replicate = np.zeros(len(x), dtype=int) if seeds is None else numbered(seeds)
+    rng, cluster_count, seed_count = np.random.default_rng(seed), cluster.max() + 1, replicate.max() + 1
+    cell, cell_of = np.unique(replicate * cluster_count + cluster, return_inverse=True)
+    total, count = np.bincount(cell_of, weights=x), np.bincount(cell_of)
+    cell_seed, cell_cluster = np.divmod(cell, cluster_count)
+    out = []
+    for size in _blocks(draws):
+        weight = _times_drawn(rng, size, cluster_count)[:, cell_cluster]
+        if seed_count > 1:
+            weight = weight * _times_drawn(rng, size, seed_count)[:, cell_seed]
+        out.append((weight @ total) / (weight @ count))
+    return np.concatenate(out)
+
+
+def _blocks(draws: int) -> Iterator[int]:
+    for start in range(0, draws, BLOCK):
+        yield min(BLOCK, draws - start)
+
+
+def _times_drawn(rng: np.random.Generator, draws: int, count: int) -> np.ndarray:
+    """How often each of `count` things was drawn in `count` draws with replacement, shape (draws, count)."""
+    pick = rng.integers(0, count, size=(draws, count))
+    offset = np.arange(draws)[:, None] * count
+    return np.bincount((pick + offset).ravel(), minlength=draws * count).reshape(draws, count)
+
+
+def clustered(values, clusters, seeds=None, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
+    """A mean with its percentile interval by `bootstrap_means`; the standard error is the spread of the means."""
+    x = np.asarray(values, dtype=float)
+    means = bootstrap_means(x, clusters, seeds, draws, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(x.mean()), float(low), float(high), len(x))
+    return Estimate(float(x.mean()), float(low), float(high), len(x), float(means.std(ddof=1)))
+
+
+def difference(a, b, clusters=None, seeds=None, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Mean of a - b over pairs with its bootstrap interval (over clusters and seeds where given); n counts the pairs."""
+    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    return clustered(d, np.arange(len(d)) if clusters is None else clusters, seeds, draws=draws, seed=seed)
 
 
 def mcnemar(a, b) -> float:
-    """Exact two-sided McNemar test of paired 0/1 values, shape (n,): binomial on the discordant pairs.
+    """Exact two-sided McNemar test of paired 0/1 values, shape (n,); 1.0 if no pair differs.
 
-    1.0 if no pair differs. Worked by hand: 10 pairs only A right, 2 only B right: 2 * P(X <= 2 | 12, 1/2) = 0.0386.
+    Worked by hand: 10 pairs only A right, 2 only B right: 2 * P(X <= 2 | 12, 1/2) = 0.0386. Raises ValueError for
+    arrays of different lengths.
     """
+    from statsmodels.stats.contingency_tables import mcnemar as test
+
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if a.shape != b.shape:
         raise ValueError(f"paired values must be as many: {a.shape} and {b.shape}")
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return 1.0 if only_a + only_b == 0 else float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+    table = [[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]]
+    return float(test(table, exact=True).pvalue) if (a != b).any() else 1.0
 
 
-def difference(a, b, clusters=None, draws: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of a - b over pairs with its bootstrap interval (by cluster where given); n counts the pairs."""
-    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return clustered(d, np.arange(len(d)) if clusters is None else clusters, draws=draws, seed=seed)
-
-
-def sign_flip(a, b, clusters, draws: int = 20000, seed: int = 0) -> float:
+def sign_flip(a, b, clusters, seeds=None, draws: int = 20000, seed: int = 0) -> float:
     """Two-sided permutation test that the mean of a - b is zero, flipping the sign of whole clusters together.
 
-    McNemar's test treats pairs as independent; this one holds when several questions share a concept. Smallest
-    possible p: 1 / (draws + 1).
+    McNemar's test treats pairs as independent; this one holds when several questions share a concept. With several
+    seeds each draw is shifted by how far the mean of resampled seeds lies from the mean of all, so that a difference
+    which one lucky seed explains is no evidence. Smallest possible p: 1 / (draws + 1).
     """
-    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    labels = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    total = np.bincount(labels, weights=d)
+    d, cluster = np.asarray(a, dtype=float) - np.asarray(b, dtype=float), numbered(clusters)
+    total = np.bincount(cluster, weights=d)
     total = total[total != 0]
-    rng = np.random.default_rng(seed)
-    hits = 0
+    rng, hits = np.random.default_rng(seed), 0
+    shift = _seed_shifts(d, seeds, draws, seed)
     for start in range(0, draws, 1000):
-        signs = rng.choice([-1.0, 1.0], size=(min(1000, draws - start), len(total)))
-        hits += int((np.abs(signs @ total) >= abs(total.sum()) - 1e-9).sum())
+        size = min(1000, draws - start)
+        signs = rng.choice([-1.0, 1.0], size=(size, len(total)))
+        hits += int((np.abs(signs @ total + shift[start : start + size]) >= abs(d.sum()) - 1e-9).sum())
     return (hits + 1) / (draws + 1)
+
+
+def _seed_shifts(d: np.ndarray, seeds, draws: int, seed: int) -> np.ndarray:
+    """Sum of d over resampled seeds less the sum over all, with a random sign, shape (draws,); zeros for one seed."""
+    replicate = np.zeros(len(d), dtype=int) if seeds is None else numbered(seeds)
+    if replicate.max() == 0:
+        return np.zeros(draws)
+    rng = np.random.default_rng((seed, 1))
+    total, count = np.bincount(replicate, weights=d), np.bincount(replicate)
+    weight = _times_drawn(rng, draws, len(total))
+    means = (weight @ total) / (weight @ count)
+    return len(d) * (means - d.mean()) * rng.choice([-1.0, 1.0], size=draws)
+
+
+def not_below(value: float, se: float, bound: float) -> float:
+    """One-sided p of the null hypothesis that the mean is at most `bound`, from its standard error (normal)."""
+    return float(stats.norm.sf((value - bound) / se)) if se > 0 else float(value <= bound)
+
+
+def equivalence(value: float, se: float, margin: float) -> float:
+    """p of the two one-sided tests that the mean lies within `margin` of zero (Schuirmann 1987): the larger of the two."""
+    return max(not_below(value, se, -margin), not_below(-value, se, -margin))
+
+
+def detectable(se: float, power: float = 0.8, level: float = 0.05) -> float:
+    """Smallest true difference that a two-sided test at `level` finds with probability `power`: 2.8 standard errors."""
+    return float((stats.norm.isf(level / 2) + stats.norm.isf(1 - power)) * se)
 
 
 def holm(pvalues: list[float]) -> list[float]:
     """Holm's step-down adjustment, in the order given. Worked by hand: [0.01, 0.04, 0.03] -> [0.03, 0.06, 0.06]."""
-    order = np.argsort(pvalues)
-    adjusted, running = np.empty(len(pvalues)), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, (len(pvalues) - rank) * pvalues[i])
-        adjusted[i] = min(1.0, running)
-    return adjusted.tolist()
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(pvalues, method="holm")[1].tolist() if len(pvalues) else []
 
 
 def krippendorff(ratings, level: str = "nominal") -> float:

@@ -1,49 +1,40 @@
-"""What the papers printed: every published cell, with its source."""
+"""What the papers printed: every published cell, with its source (tables/*.csv; tables.yaml says how they are read)."""
 
 from functools import cache
 from importlib.resources import files
 from io import StringIO
 
 import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict
 
-# table -> (citation, columns that name a row, notebook that holds ours against it)
-TABLES = {
-    "medalpaca_meadow": ("MedAlpaca (arXiv 2304.08247), data overview in its repository", ["name"], "10_medalpaca_meadow"),
-    "medalpaca_usmle": ("MedAlpaca (arXiv 2304.08247), main table", ["model", "size", "method"], "11_medalpaca_usmle"),
-    "medalpaca_cost": (
-        "MedAlpaca repository, README",
-        ["model", "train_8bit", "lora", "fp16", "bf16", "gradient_checkpointing"],
-        "12_medalpaca_cost",
-    ),
-    "ultramedical_table1": (
-        "UltraMedical (arXiv 2406.03949), Table 1",
-        ["category", "dataset", "synthetic"],
-        "20_ultramedical_collection",
-    ),
-    "ultramedical_table2": ("UltraMedical (arXiv 2406.03949), Table 2", ["segment", "model"], "22_ultramedical_main"),
-    "ultramedical_general": (
-        "UltraMedical (arXiv 2406.03949), general-domain table",
-        ["model", "benchmark", "metric"],
-        "23_ultramedical_mixture",
-    ),
-    "ultramedical_table4": ("UltraMedical (arXiv 2406.03949), Table 4", ["reward_model"], "24_ultramedical_reward"),
-    "ultramedical_rerank": ("UltraMedical (arXiv 2406.03949), re-ranking", ["policy", "selection"], "25_ultramedical_rerank"),
-    "ultramedical_medqa_timeline": (
-        "UltraMedical repository, MedQA figure (dates read off the axis)",
-        ["model", "released", "access"],
-        "22_ultramedical_main",
-    ),
-    "ultramedical_third_party": (
-        "other papers' measurements, as listed by a leaderboard",
-        ["task", "dataset", "metric"],
-        "30_external_benchmarks",
-    ),
-}
+FOLDER = files("ultramed.papers")
+
+
+class PublishedTable(BaseModel):
+    """How one CSV is read; see tables.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    keys: list[str]
+    notebook: str
+    scale: float | None = None
+    ours: dict[str, list[str]] = {}
+
+    def label(self, row: pd.Series) -> str:
+        """Name of a row: 'MedAlpaca 7b / 7b / full'."""
+        return " / ".join(str(row[key]) for key in self.keys)
+
+    def can_be_ours(self, row: pd.Series) -> bool:
+        return not self.ours or any(row[column] in values for column, values in self.ours.items())
+
+
+TABLES = {name: PublishedTable(**entry) for name, entry in yaml.safe_load(FOLDER.joinpath("tables.yaml").read_text()).items()}
 
 
 @cache
 def _text(name: str) -> str:
-    return files("ultramed.papers").joinpath("tables", f"{name}.csv").read_text()
+    return FOLDER.joinpath("tables", f"{name}.csv").read_text()
 
 
 def table(name: str) -> pd.DataFrame:
@@ -53,19 +44,30 @@ def table(name: str) -> pd.DataFrame:
     return pd.read_csv(StringIO(_text(name)))
 
 
-def cells() -> list[dict]:
-    """Every published number: id, source, statement, published value, and the notebook that it belongs to.
+def cells(name: str = "") -> list[dict]:
+    """Every published number (of one table): id, source, statement, published value, row, column, notebook, and whether
+    it is `context`, a number about other people's models.
 
     A value that is text in the source ('OOM', '92 (test only)') is kept as text; an empty cell is no cell.
     """
     out = []
-    for name, (source, keys, notebook) in TABLES.items():
-        frame = table(name)
+    for key, spec in TABLES.items() if not name else [(name, TABLES[name])]:
+        frame = table(key)
         for _, row in frame.iterrows():
-            label = " / ".join(str(row[k]) for k in keys)
-            for column in frame.columns.difference(keys, sort=False):
+            label, ours = spec.label(row), spec.can_be_ours(row)
+            for column in frame.columns.difference(spec.keys, sort=False):
                 if pd.notna(row[column]):
                     value = row[column].item() if hasattr(row[column], "item") else row[column]
-                    cell = {"id": f"{name}:{label}:{column}", "kind": "cell", "source": source}
-                    out.append({**cell, "statement": f"{label}: {column}", "published": value, "notebook": notebook})
+                    out.append(
+                        {
+                            "id": f"{key}:{label}:{column}",
+                            "source": spec.source,
+                            "statement": f"{label}: {column}",
+                            "published": value,
+                            "row": label,
+                            "column": column,
+                            "notebook": spec.notebook,
+                            "context": not ours,
+                        }
+                    )
     return out

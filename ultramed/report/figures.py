@@ -1,6 +1,7 @@
 """Figures as PNG and SVG with provenance; one look for all of them."""
 
 import re
+import textwrap
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ import seaborn as sns
 from IPython.display import Image
 
 from ultramed.core.store import Artifact, canonical, write_json
+from ultramed.evaluate.arms import label
 from ultramed.report.scorecard import folder
 from ultramed.report.tables import provenance
 
@@ -33,22 +35,25 @@ def save_figure(fig, name: str, *, profile: str, caption: str, artifacts: list[A
     return Image(filename=str(base / f"{name}.png"), width=width, alt=caption)
 
 
-def intervals(frame: pd.DataFrame, *, row: str, facet: str, hue: str, chance: float | None = CHANCE, xlabel: str = "accuracy"):
-    """Dots with 95% intervals. frame: columns `row`, `facet`, `hue`, accuracy, low, high (fractions)."""
+def intervals(frame: pd.DataFrame, *, row: str, facet: str, hue: str | None = None, chance: float | None = CHANCE):
+    """Dots with 95% intervals. frame: columns `row`, `facet`, `hue` (if any), accuracy, low, high (fractions)."""
+    if hue is None:
+        frame, hue = frame.assign(hue="accuracy"), "hue"
+    frame = frame.assign(**{row: frame[row].map(label)})
     facets, rows, hues = (list(dict.fromkeys(frame[c])) for c in (facet, row, hue))
     size = (3.1 * len(facets) + 1.2, 0.42 * len(rows) * max(1, 0.6 * len(hues)) + 1.4)
     fig, axes = plt.subplots(1, len(facets), figsize=size, sharey=True, sharex=True, squeeze=False)
     colors = sns.color_palette("colorblind", len(hues))
     for ax, part in zip(axes[0], facets, strict=True):
-        for h, (label, color) in enumerate(zip(hues, colors, strict=True)):
-            sub = frame[(frame[facet] == part) & (frame[hue] == label)]
+        for h, (name, color) in enumerate(zip(hues, colors, strict=True)):
+            sub = frame[(frame[facet] == part) & (frame[hue] == name)]
             y = [rows.index(r) + 0.22 * (h - (len(hues) - 1) / 2) for r in sub[row]]
             error = [(sub.accuracy - sub.low) * 100, (sub.high - sub.accuracy) * 100]
-            ax.errorbar(sub.accuracy * 100, y, xerr=error, fmt="o", ms=5, capsize=2, lw=1.4, color=color, label=label)
+            ax.errorbar(sub.accuracy * 100, y, xerr=error, fmt="o", ms=5, capsize=2, lw=1.4, color=color, label=name)
         if chance is not None:
             ax.axvline(100 * chance, color="0.4", ls=":", lw=1.2, label="chance")
         ax.set_title(part)
-        ax.set_xlabel(f"{xlabel} (%), 95% interval")
+        ax.set_xlabel("accuracy (%), 95% interval")
         ax.set_yticks(range(len(rows)), rows)
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][-1].get_legend_handles_labels()
@@ -73,8 +78,10 @@ def tuning(frame: pd.DataFrame, *, best: dict[str, float], paper: float):
     return fig
 
 
-def curves(frame: pd.DataFrame):
-    """Training loss by step. frame: arm, seed, step, loss; thin lines are seeds, thick ones their mean."""
+def curves(parts: list[pd.DataFrame]):
+    """Training loss by step. parts: arm, seed, step, loss; thin lines are seeds, thick ones their mean."""
+    frame = pd.concat(parts)
+    frame = frame.assign(arm=frame.arm.map(label))
     fig, ax = plt.subplots(figsize=(6.4, 3.6))
     for (arm, part), color in zip(frame.groupby("arm", sort=False), sns.color_palette("colorblind", 10), strict=False):
         for _, one in part.groupby("seed"):
@@ -86,26 +93,50 @@ def curves(frame: pd.DataFrame):
     return fig
 
 
-def verdicts(counts: pd.DataFrame):
-    """Stacked bars of verdict counts. counts: a row a table, a column a verdict."""
-    order = [v for v in ("reproduced", "differs in scale", "not reproduced", "not run") if v in counts]
-    colors = {"reproduced": "#2a9d5c", "differs in scale": "#d6a12b", "not reproduced": "#c8553d", "not run": "#c9ced6"}
-    fig, ax = plt.subplots(figsize=(7, 0.36 * len(counts) + 1.2))
-    counts[order].iloc[::-1].plot.barh(stacked=True, ax=ax, color=[colors[v] for v in order], width=0.75)
-    ax.set(xlabel="published cells", ylabel="")
-    ax.legend(frameon=False, loc="lower right")
+VERDICTS = {  # colour and shape, so that neither alone carries the meaning
+    "reproduced": ("#1b7f4b", "o"),
+    "contradicted": ("#b8321f", "X"),
+    "inconclusive": ("#8a6d1a", "s"),
+}
+
+
+def forest(claims: pd.DataFrame):
+    """Difference A - B of every tested claim with its 95% interval, the published difference, and the verdict.
+
+    claims: columns statement, difference, interval, published_difference, verdict (points). One column of text above each
+    interval, so that it can be read on a phone.
+    """
+    claims = claims.reset_index(drop=True)
+    fig, ax = plt.subplots(figsize=(5.4, 0.74 * len(claims) + 1.4))
+    ax.axvline(0, color="0.35", lw=1)
+    for y, row in claims.iterrows():
+        color, marker = VERDICTS[row.verdict]
+        low, high = row.interval
+        ax.plot([low, high], [y, y], color=color, lw=2.2, solid_capstyle="butt")
+        ax.plot(row.difference, y, marker, color=color, ms=8, mec="white", mew=0.8)
+        if pd.notna(row.published_difference):
+            ax.plot(row.published_difference, y, "D", color="0.15", ms=6, mfc="none", mew=1.4)
+        text = textwrap.fill(f"{row.statement}", 64)
+        ax.text(0, y - 0.3, text, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8.5, linespacing=1.05)
+    ax.set(ylim=(len(claims) - 0.4, -0.95), yticks=[], xlabel="difference A - B, points, 95% interval")
+    handles = [plt.Line2D([], [], color=c, marker=m, lw=2.2, ms=8, label=name) for name, (c, m) in VERDICTS.items()]
+    handles.append(plt.Line2D([], [], color="0.15", marker="D", mfc="none", lw=0, label="published difference"))
+    fig.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.0))
+    ax.grid(axis="y", visible=False)
+    sns.despine(fig, left=True)
+    fig.tight_layout(rect=(0, 0.6 / (0.74 * len(claims) + 1.4), 1, 1))
     return fig
 
 
-def lines(frame: pd.DataFrame, *, x: str, hue: str, xlabel: str, marks: dict[str, pd.DataFrame] | None = None):
-    """Accuracy against `x` with a 95% band, a line a `hue`. `marks`: name -> frame (x, accuracy) drawn dotted in grey."""
+def lines(frame: pd.DataFrame, *, x: str, hue: str, xlabel: str, levels: dict[str, float] | None = None):
+    """Accuracy against `x` with a 95% band, a line a `hue`. `levels`: name -> accuracy, drawn dotted in grey."""
     fig, ax = plt.subplots(figsize=(6.6, 4.0))
     for (name, part), color in zip(frame.groupby(hue, sort=False), sns.color_palette("colorblind", 10), strict=False):
         part = part.sort_values(x)
-        ax.plot(part[x], 100 * part.accuracy, marker="o", ms=4, color=color, label=name)
+        ax.plot(part[x], 100 * part.accuracy, marker="o", ms=4, color=color, label=label(name))
         ax.fill_between(part[x], 100 * part.low, 100 * part.high, color=color, alpha=0.12, lw=0)
-    for name, part in (marks or {}).items():
-        ax.plot(part[x], 100 * part.accuracy, color="0.45", ls=":", lw=1.4, label=name)
+    for name, accuracy in (levels or {}).items():
+        ax.axhline(100 * accuracy, color="0.45", ls=":", lw=1.4, label=name)
     ax.set(xlabel=xlabel, ylabel="accuracy (%), 95% band")
     ax.legend(frameon=False, fontsize=9)
     return fig

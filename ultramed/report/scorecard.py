@@ -1,42 +1,68 @@
-"""The scorecard: every claim and every published cell, with ours beside it and a verdict."""
+"""The scorecard: every claim of the papers and every published cell, with ours beside it and a verdict."""
 
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from pydantic import model_validator
 
 from ultramed.core.config import home
 from ultramed.core.schema import Strict
 from ultramed.core.store import environment, write_json
+from ultramed.evaluate import stats
+from ultramed.evaluate.arms import Comparison
 from ultramed.papers import published
+from ultramed.papers.claims import Claim, claims
 
-Verdict = Literal["reproduced", "not reproduced", "differs in scale", "not run"]
+Verdict = Literal[
+    "reproduced",
+    "contradicted",
+    "inconclusive",  # of claims: neither the one nor the other
+    "not reproduced",  # of cells at the paper's own scale
+    "differs in scale",  # of cells: another model or other questions, so that the numbers cannot be compared
+    "context",  # of cells about other people's models
+    "not run",
+    "no verdict",  # of diagnostics, which the papers do not claim
+]
 
 
 class Entry(Strict):
-    """One line of the scorecard. `ours` and `interval` are in the unit of `published`."""
+    """One line of the scorecard. `ours`, `interval`, `difference`, `se` and `detectable` are in the unit of `published`;
+    a claim's are of the difference A - B.
+
+    p: raw, of the claim's own test; p_holm: corrected over all tested claims of the paper. detectable: the smallest true
+    difference that this run would have found in four of five cases. holds_published: whether the interval holds the
+    published difference.
+    """
 
     id: str
-    kind: Literal["claim", "cell"]
+    kind: Literal["claim", "cell", "diagnostic"]
     source: str
     statement: str
+    notebook: str
+    test: str | None = None
     published: Any = None
+    published_difference: float | None = None
     ours: Any = None
+    difference: float | None = None
     n: int | None = None
     interval: tuple[float, float] | None = None
+    se: float | None = None
     p: float | None = None
+    p_holm: float | None = None
+    detectable: float | None = None
+    holds_published: bool | None = None
     verdict: Verdict
     reason: str | None = None
     protocol: str | None = None
     command: str | None = None
-    notebook: str
 
     @model_validator(mode="after")
     def _complete(self):
         if self.verdict == "not run" and not self.reason:
             raise ValueError(f"{self.id}: 'not run' needs a reason")
-        if self.verdict in ("reproduced", "not reproduced") and self.ours is None:
+        if self.verdict in ("reproduced", "not reproduced", "contradicted", "inconclusive") and self.ours is None:
             raise ValueError(f"{self.id}: a verdict on a number needs the number")
         return self
 
@@ -47,52 +73,139 @@ def folder(profile: str) -> Path:
 
 
 def record(profile: str, notebook: str, entries: list[dict]) -> list[Entry]:
-    """Check a notebook's entries and write them to `figures/<profile>/entries/<notebook>.json`."""
+    """Check entries of a notebook and add them to `figures/<profile>/entries/<notebook>.json`; newer ones replace older
+    ones of the same id. Raises ValueError for an id that stands twice among them."""
     command = f"ultramed run {notebook[:2]} --profile {profile}"
     checked = [Entry(**{"notebook": notebook, "command": command, **e}) for e in entries]
     ids = [e.id for e in checked]
     if len(set(ids)) < len(ids):
         raise ValueError(f"{notebook}: scorecard ids occur twice: {sorted({i for i in ids if ids.count(i) > 1})}")
-    payload = {"entries": [e.model_dump() for e in checked], "git": environment()["git"]}
-    write_json(folder(profile) / "entries" / f"{notebook}.json", payload)
+    path = folder(profile) / "entries" / f"{notebook}.json"
+    before = json.loads(path.read_text())["entries"] if path.exists() else []
+    kept = [entry for entry in before if entry["id"] not in ids]
+    payload = {"entries": [*kept, *(e.model_dump() for e in checked)], "git": environment()["git"]}
+    write_json(path, payload)
     return checked
 
 
-def claim_verdict(difference, p: float, alpha: float = 0.05) -> Verdict:
-    """'reproduced' if the difference points the claimed way (positive) and its paired test says so."""
-    return "reproduced" if difference > 0 and p < alpha else "not reproduced"
+def forget(profile: str, notebook: str) -> None:
+    """Drop what an earlier run of the notebook recorded: a claim that it no longer tests must not stay."""
+    (folder(profile) / "entries" / f"{notebook}.json").unlink(missing_ok=True)
 
 
-def paired_claim(name: str, statement: str, pair, *, source: str, protocol: str, published=None, verdict=None) -> dict:
-    """Entry of a claim 'A beats B' from a paired comparison: `pair` has a, b, difference, low, high, n and p (fractions).
+def claim_p(claim: Claim, pair: Comparison) -> float:
+    """Raw p of the claim's own test: of no difference (`beats`), of non-equivalence (`level`), of inferiority."""
+    if claim.kind == "beats":
+        return pair.p
+    margin = claim.margin / 100
+    return (
+        stats.equivalence(pair.difference, pair.se, margin)
+        if claim.kind == "level"
+        else stats.not_below(pair.difference, pair.se, -margin)
+    )
 
-    The interval is that of the difference, in points. `verdict` overrides `claim_verdict`, for claims of equality.
-    """
+
+def claim_entry(claim: Claim, pair: Comparison, protocol: str) -> dict:
+    """Entry of a tested claim. Its verdict is of the uncorrected p until `build` corrects it over the paper."""
+    difference, low, high, se = (100 * x for x in (pair.difference, pair.low, pair.high, pair.se))
+    p, published_difference = claim_p(claim, pair), claim.published_difference
     return {
-        "id": name,
-        "kind": "claim",
-        "source": source,
-        "statement": statement,
-        "published": published,
-        "ours": f"{100 * pair['a']:.1f}% against {100 * pair['b']:.1f}%, difference {100 * pair['difference']:+.1f} points",
-        "n": int(pair["n"]),
-        "interval": (100 * pair["low"], 100 * pair["high"]),
-        "p": float(pair["p"]),
+        **_claim_facts(claim),
+        "ours": f"{100 * pair.a:.1f}% against {100 * pair.b:.1f}%, difference {difference:+.1f} points",
+        "difference": difference,
+        "n": pair.n,
+        "interval": (low, high),
+        "se": se,
+        "p": p,
+        "detectable": stats.detectable(se),
+        "holds_published": None if published_difference is None else low <= published_difference <= high,
+        "verdict": claim.decide(low, high, p),
         "protocol": protocol,
-        "verdict": verdict or claim_verdict(pair["difference"], pair["p"]),
     }
 
 
+def _claim_facts(claim: Claim) -> dict:
+    source = {"MedAlpaca": "MedAlpaca (arXiv 2304.08247)", "UltraMedical": "UltraMedical (arXiv 2406.03949)"}[claim.paper]
+    return {
+        "id": claim.id,
+        "kind": "claim",
+        "source": f"{source}, {claim.place}",
+        "statement": claim.sentence,
+        "notebook": claim.notebook,
+        "test": claim.kind,
+        "published": claim.published,
+        "published_difference": claim.published_difference,
+    }
+
+
+def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str) -> dict:
+    """Entry of a comparison that the papers do not make: shown with its interval, without a verdict."""
+    difference, low, high, se = (100 * x for x in (pair.difference, pair.low, pair.high, pair.se))
+    return {
+        "id": f"diagnostic:{name}",
+        "kind": "diagnostic",
+        "source": "this repository",
+        "statement": statement,
+        "ours": f"{100 * pair.a:.1f}% against {100 * pair.b:.1f}%, difference {difference:+.1f} points",
+        "difference": difference,
+        "n": pair.n,
+        "interval": (low, high),
+        "se": se,
+        "p": pair.p,
+        "detectable": stats.detectable(se),
+        "verdict": "no verdict",
+        "protocol": protocol,
+    }
+
+
+def shown(entries: list[Entry]) -> pd.DataFrame:
+    """Claims or diagnostics as a table: what each says, ours, n, interval, and what the run could have seen."""
+    rows = []
+    for e in entries:
+        row = {"statement": e.statement, "published": e.published, "ours": e.ours, "n": e.n}
+        row["interval"] = f"{e.interval[0]:.1f} to {e.interval[1]:.1f}" if e.interval else None
+        row |= {"se": _short(e.se), "detectable": _short(e.detectable), "p": e.p, "corrected p": e.p_holm}
+        row |= {"holds the published": _yes_no(e.holds_published), "verdict": e.verdict}
+        rows.append(row)
+    return pd.DataFrame(rows).dropna(axis="columns", how="all")
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def _yes_no(value: bool | None) -> str | None:
+    return None if value is None else "yes" if value else "no"
+
+
 def build(profile: str) -> list[Entry]:
-    """All entries: what the notebooks recorded, then every published cell that none of them speaks of, as not run."""
+    """All entries: what the notebooks recorded, with claims corrected over their paper; then the claims and the published
+    cells that none of them speaks of. Writes `scorecard.json`."""
     entries: dict[str, Entry] = {}
     for path in sorted((folder(profile) / "entries").glob("*.json")):
         for raw in json.loads(path.read_text())["entries"]:
             entries[raw["id"]] = Entry(**raw)
+    _correct(entries)
+    for claim in claims():
+        if claim.id not in entries:
+            reason = f"needs {claim.needs}" if claim.needs else f"profile {profile} has no run of it"
+            entries[claim.id] = Entry(**_claim_facts(claim), verdict="not run", reason=reason)
     for cell in published.cells():
         if cell["id"] not in entries:
-            here = (home() / "notebooks" / f"{cell['notebook']}.ipynb").exists()
-            missing = f"profile {profile} has no run of this cell" if here else f"{cell['notebook']} is not there yet"
-            entries[cell["id"]] = Entry(**cell, verdict="not run", reason=missing)
+            facts = {key: cell[key] for key in ("id", "source", "statement", "published", "notebook")}
+            verdict = "context" if cell["context"] else "not run"
+            reason = None if cell["context"] else f"profile {profile} has no run of this cell"
+            entries[cell["id"]] = Entry(**facts, kind="cell", verdict=verdict, reason=reason)
     write_json(folder(profile) / "scorecard.json", [e.model_dump() for e in entries.values()])
     return list(entries.values())
+
+
+def _correct(entries: dict[str, Entry]) -> None:
+    """Holm's correction over the tested claims of each paper, over all notebooks, and the verdicts that follow."""
+    for paper in ("MedAlpaca", "UltraMedical"):
+        tested = [claim for claim in claims() if claim.paper == paper and claim.id in entries]
+        corrected = stats.holm([entries[claim.id].p for claim in tested])
+        for claim, p in zip(tested, corrected, strict=True):
+            entry = entries[claim.id]
+            verdict = claim.decide(*entry.interval, p)
+            entries[claim.id] = entry.model_copy(update={"p_holm": p, "verdict": verdict})

@@ -59,6 +59,7 @@ def write_report(profile: str) -> Path:
         profile=profile,
         claims=[e for e in entries if e["kind"] == "claim"],
         cells=[e for e in entries if e["kind"] == "cell"],
+        diagnostics=[e for e in entries if e["kind"] == "diagnostic"],
         records=_records(profile),
         notebooks=export_notebooks(profile),
         verdicts=verdicts,

@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from ultramed.core.config import merge, validate
+from ultramed.core.config import changed, validate
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.ledger import Ledger
-from ultramed.core.schema import Profile, Strict, TrainConfig
+from ultramed.core.profile import Profile
+from ultramed.core.schema import Strict, TrainConfig
 from ultramed.core.store import Artifact, find, stage, write_json
 from ultramed.lm import models
 from ultramed.lm.device import free_memory, placement, quietly
@@ -23,6 +24,12 @@ from ultramed.train.weights import load_for_training
 
 log = logging.getLogger(__name__)
 UNTIMED = 2  # steps; the optimiser has its states in the second
+LLAMA_7B = shape_of("huggyllama/llama-7b")
+PUBLISHED_ARMS = {  # arm -> row of MedAlpaca's cost table
+    "8-bit LoRA": "LLaMA 7b / True / True / True / False / False",
+    "LoRA": "LLaMA 7b / False / True / True / False / False",
+    "full, checkpointing": "LLaMA 7b / False / False / False / True / True",
+}
 CPU_PARAMETERS = 1e9  # a step of a larger model takes minutes on a CPU, where it fits at all
 
 
@@ -50,10 +57,7 @@ def cost_config(profile: Profile) -> CostConfig:
     if placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
         log.warning("no GPU: %.1f billion parameters are not measured here, a small shape is", shape.parameters / 1e9)
         shape = shape_of("small")
-    arms = {
-        name: validate(TrainConfig, merge(profile.train.model_dump(mode="json"), c), f"cost.arms.{name}")
-        for name, c in own.arms.items()
-    }
+    arms = {name: changed(profile.train, change, where=f"cost.arms.{name}") for name, change in own.arms.items()}
     return CostConfig(shape=shape, arms=arms, rows=own.rows, length=own.length, steps=own.steps)
 
 
@@ -252,6 +256,13 @@ def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.
             }
         )
     return pd.DataFrame(out).round({"tokens/s": 0}).astype({"tokens/s": "Int64"})
+
+
+def as_cells(measured: pd.DataFrame) -> pd.DataFrame:
+    """`table` as cells of MedAlpaca's cost table: arm, subset (vram_gb, minutes_per_epoch), value."""
+    columns = {"peak GB": "vram_gb", "minutes an epoch": "minutes_per_epoch"}
+    long = measured.rename(columns=columns).melt("arm", list(columns.values()), var_name="subset", value_name="value")
+    return long.round(2)
 
 
 if __name__ == "__main__":

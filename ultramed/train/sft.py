@@ -14,7 +14,7 @@ from ultramed.lm import models
 from ultramed.lm.batches import batches
 from ultramed.lm.device import free_memory, placement
 from ultramed.lm.templates import Template, wording
-from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint
+from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint, preview
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
 from ultramed.train.weights import load_for_training
@@ -169,3 +169,10 @@ def sft(
         "device": place.device,
         "dtype": str(place.dtype),
     }
+
+
+def preview_rows(data: Artifact, model: Artifact, config: TrainConfig, limit: int = 1):
+    """The first rows of a mixture as the trainer sees them: tokens that carry the loss in blue. An IPython object."""
+    tokenizer = models.load_tokenizer(model)
+    rows = canonical.read_instructions(data / "rows.parquet")[:limit]
+    return preview(encode_rows(rows, tokenizer, models.template_of(model), config)[0], tokenizer, limit)

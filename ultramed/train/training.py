@@ -10,6 +10,7 @@ import types
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from ultramed.core.errors import StoreError
@@ -328,3 +329,8 @@ class _Interruptible(launch.StopSignals):
     def __exit__(self, *_):
         if not launch.worker():
             super().__exit__()
+
+
+def training_log(model: Artifact, column: str = "loss") -> pd.DataFrame:
+    """The steps of a training run (`log.jsonl`) at which `column` was written."""
+    return pd.read_json(model / "log.jsonl", lines=True).dropna(subset=column)

@@ -1,0 +1,214 @@
+"""A profile: every parameter of the book, in sections. Read from params/*.yaml by core/config.py."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from ultramed.core.schema import (
+    BuildConfig,
+    CheckConfig,
+    Counts,
+    EvalConfig,
+    ExamConfig,
+    Merging,
+    Method,
+    ModelConfig,
+    PreferenceConfig,
+    QuestionCounts,
+    RewardConfig,
+    Rows,
+    SampleConfig,
+    Strict,
+    TrainConfig,
+)
+
+Domain = Literal["medical", "general"]
+
+
+@dataclass(frozen=True)
+class ChangesTo:
+    """A dictionary of changes to another configuration, whose types say how they are merged."""
+
+    model: type[BaseModel]
+
+
+ChangesToTrain = Annotated[dict[str, Any], ChangesTo(TrainConfig)]
+ChangesToPreference = Annotated[dict[str, Any], ChangesTo(PreferenceConfig)]
+QuestionsByDomain = Annotated[dict[Domain, QuestionCounts], Merging(replaced=True)]
+
+
+class UsmleConfig(Strict):
+    """Notebook 11: arms, seeds, learning rates and how many questions of which source each seed is examined on."""
+
+    questions: QuestionCounts  # question source -> questions a seed (disjoint between seeds where there are enough)
+    seeds: list[int] = Field(min_length=1)
+    arms: dict[str, ChangesToTrain]
+    grid: dict[Method, list[float]]  # learning rates tried, per method; as many for each
+    tuning_fraction: float = Field(1.0, gt=0, le=1)  # part of the rows a tuning run sees
+    dev_sources: list[str] = Field(min_length=1)  # where the loss that chooses a learning rate is measured
+    tuning_questions: Rows = Field(100, ge=1)  # dev questions of each of them
+    paper_learning_rate: float = 2e-5  # MedAlpaca's one rate for all arms
+    paper_rate_arms: list[str] | None = None  # arms that are run at it, too; None: all that differ in method
+    arm_seeds: dict[str, int] = Field({})  # seeds of an arm, where fewer than all do
+    letter_seeds: int = Field(3, ge=0)  # seeds of the letter-first arms
+    letter_arms: list[str] = Field([])
+    tries_limit: Rows = Field(0, ge=0)  # questions a subset under MedAlpaca's 5-try protocol; 0: all of the seed's
+    published_size: str = "7b"  # rows of the published table that ours stand beside
+    same_scale: bool = False  # whether model and questions are the paper's, so that cells may be compared as numbers
+
+    @model_validator(mode="after")
+    def _fair(self):
+        sizes = {k: len(v) for k, v in self.grid.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"every method must be tuned over as many learning rates as the others, got {sizes}")
+        for name in ("letter_arms", "paper_rate_arms"):
+            unknown = set(getattr(self, name) or ()) - set(self.arms)
+            if unknown:
+                raise ValueError(f"{name} names {sorted(unknown)}, which arms does not have: {sorted(self.arms)}")
+        return self
+
+
+# -------------------------------------------------------------------------------------------------------- UltraMedical
+
+
+class PoolMember(Strict):
+    """Who gives candidates: 'base', the name of a mixture (its SFT policy), 'reference' (the gold answer), or 'guess'."""
+
+    policy: str
+    temperature: float = Field(1.0, gt=0)
+    n: int = Field(2, ge=1)
+
+
+class QuestionsSection(Strict):
+    """The test questions of notebooks 22 to 26. `skip`: how many of every subset are left to other notebooks."""
+
+    questions: QuestionsByDomain
+    skip: int = Field(0, ge=0)
+
+
+class SftSection(Strict):
+    """Supervised policies. `mixtures` has ultramed, ultramix and what notebook 23 adds; `train`: changes to `train`."""
+
+    mixtures: Annotated[dict[str, Counts], Merging(replaced=True)]
+    train: ChangesToTrain = Field({})
+
+
+class CandidatesSection(Strict):
+    """Who gives candidates for which prompts, and when two of them count as tied."""
+
+    pool: list[PoolMember] = Field(min_length=1)
+    prompts: QuestionsByDomain  # whose candidates are ranked for training
+    held_prompts: QuestionsByDomain  # for the reward benches, and to choose the best policy by
+    margin: float = Field(0.0, ge=0)  # score difference below which two candidates are tied
+
+
+class PreferenceSection(Strict):
+    """Preference learning. `prompts`: how many of each domain are used, all where nothing is said."""
+
+    train: PreferenceConfig
+    arms: dict[str, ChangesToPreference]
+    prompts: Annotated[dict[Domain, int], Merging(rows=True)] = Field({})
+
+
+class RewardSection(Strict):
+    """Reward models. `arms`: arm -> the domains whose pairs it sees."""
+
+    train: RewardConfig
+    arms: dict[str, list[Domain]]
+    start: str = "base"  # what they start from: 'base', or a mixture's SFT policy
+    pairs_per_prompt: int = Field(28, ge=1)  # C(8, 2) at most
+    public_pairs: Rows = Field(100, ge=1)  # pairs a section of the public data that notebook 24 adds where it is at hand
+
+
+class RerankSection(Strict):
+    """Re-ranking and the ensemble: samples of every test question, and the arm of `reward.arms` that scores them."""
+
+    n: int = Field(10, ge=2)
+    reward_arm: str = "medical"
+
+
+class IterativeSection(Strict):
+    """Rounds of sample, rank with the reward model, train (the paper ran one)."""
+
+    rounds: int = Field(1, ge=1)
+    prompts: QuestionCounts  # fresh ones each round: source -> count
+    n: int = Field(4, ge=2)  # samples a prompt
+    arms: list[str]  # of preference.arms
+    reference: Literal["last", "initial"] = "last"  # the policy as the round starts, or the SFT policy
+    stop: bool = True  # when the reward rises while accuracy falls
+    train: ChangesToPreference = Field({})  # changes to the arm, such as a smaller learning rate
+
+
+class UltraMedicalConfig(Strict):
+    """Notebooks 20 to 27. Sources are 'dataset:subset'."""
+
+    seed: int = 0
+    test: QuestionsSection
+    sft: SftSection
+    candidates: CandidatesSection
+    sample: SampleConfig
+    preference: PreferenceSection
+    reward: RewardSection
+    rerank: RerankSection = RerankSection()
+    iterative: IterativeSection
+    published_size: Literal["8B", "70B"] = "8B"  # rows of the published tables that ours stand beside
+    same_scale: bool = False  # whether models and data are the paper's, so that cells may be compared as numbers
+
+    @model_validator(mode="after")
+    def _known(self):
+        known = {"base", "reference", "guess", *self.sft.mixtures}
+        for name, wanted, have in (
+            ("candidates.pool", {member.policy for member in self.candidates.pool}, known),
+            ("sft.mixtures: needs ultramed and ultramix", {"ultramed", "ultramix"}, set(self.sft.mixtures)),
+            ("reward.start", {self.reward.start}, known - {"reference", "guess"}),
+            ("rerank.reward_arm", {self.rerank.reward_arm}, set(self.reward.arms)),
+            ("iterative.arms", set(self.iterative.arms), set(self.preference.arms)),
+        ):
+            if wanted - have:
+                raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")
+        return self
+
+
+class CollectionConfig(Strict):
+    """Notebook 20. Names are of data sets, or ours where the value says what is taken ('exam:open'); what is not at hand
+    is left out and listed."""
+
+    sources: dict[str, str | None]  # None leaves one out that a profile beneath names
+    tests: list[str]  # data sets whose test side must not be in the collection
+    check: CheckConfig = CheckConfig()
+    build: BuildConfig = BuildConfig()
+    score: list[str] = Field([])  # sources that a language model (`judge`) scores first, because they come without scores
+    planted: int = Field(300, ge=3)  # perturbed test questions, to see what the checks find
+    map_rows: int = Field(1200, ge=20)  # rows of the topic map, drawn evenly from the sources
+    clusters: int = Field(12, ge=2)
+
+
+class CostSection(Strict):
+    """Notebook 12: what training costs at a shape. `shape`: a model whose shape is known, or sizes (train/estimate.py);
+    `rows` rows of `length` tokens are one step, `epoch_rows` an epoch."""
+
+    shape: str | dict[str, int | bool]
+    epoch_rows: int = Field(6000, ge=1)
+    rows: int = Field(8, ge=1)
+    length: int = Field(256, ge=8)
+    steps: int = Field(6, ge=3)  # the first two are not timed
+    arms: dict[str, ChangesToTrain]
+
+
+class Profile(Strict):
+    name: str
+    description: str
+    hardware: str
+    models: list[ModelConfig] = Field(min_length=1)
+    exam: ExamConfig = ExamConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    usmle: UsmleConfig
+    ultramedical: UltraMedicalConfig | None = None
+    collection: CollectionConfig | None = None
+    cost: CostSection | None = None
+    judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
+    limit: int = Field(0, ge=0)  # a quick look: no more rows, questions or prompts than this of any source; 0: as they are
+    open_rows: Rows = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)
+    open_tokens: int = Field(64, ge=1)  # longest reply in them; CURE-Med's own setting is 2,048

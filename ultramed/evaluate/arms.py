@@ -1,0 +1,186 @@
+"""Results of an experiment's arms, which carry the artifacts that they rest on, and paired comparisons between them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from ultramed.core.store import Artifact
+from ultramed.evaluate import stats
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One arm's answers: a row a question with id, subset, concept, gold, letter (None: unparsed), correct, strict, seed.
+
+    `artifacts` are those that the rows rest on: the model and what it answered.
+    """
+
+    frame: pd.DataFrame
+    artifacts: tuple[Artifact, ...] = ()
+
+    def only(self, rows: pd.Series) -> "Answers":
+        """The rows that a boolean column (n,) selects."""
+        return replace(self, frame=self.frame[rows])
+
+    def judged_by(self, column: str) -> "Answers":
+        """The same answers counted right where another 0/1 column says so, such as `strict` (the asked form)."""
+        return replace(self, frame=self.frame.assign(correct=self.frame[column]))
+
+    def assign(self, **columns) -> "Answers":
+        return replace(self, frame=self.frame.assign(**columns))
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.frame.correct.mean())
+
+
+def pooled(answers: Iterable[Answers]) -> Answers:
+    """Answers of several arms to the same questions as one, pairable with another pool in the same order.
+
+    A question keeps its concept, so that its copies stay together when whole concepts are resampled.
+    """
+    parts = list(answers)
+    frames = [part.frame.assign(id=f"{number}:" + part.frame.id.astype(str)) for number, part in enumerate(parts)]
+    return Answers(pd.concat(frames, ignore_index=True), artifacts_of(parts))
+
+
+def joined(answers: Iterable[Answers]) -> Answers:
+    """Answers to different questions, or of different seeds, one after the other."""
+    parts = list(answers)
+    return Answers(pd.concat([part.frame for part in parts], ignore_index=True), artifacts_of(parts))
+
+
+def artifacts_of(source) -> tuple[Artifact, ...]:
+    """Every artifact that a result rests on, each once: of an artifact, of anything with `artifacts`, or of many of them."""
+    if isinstance(source, Artifact):
+        return (source,)
+    if hasattr(source, "artifacts"):
+        return tuple(source.artifacts)
+    parts = source.values() if isinstance(source, Mapping) else source
+    return tuple(dict.fromkeys(art for part in parts for art in artifacts_of(part)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B."""
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    se: float
+    n: int
+    seeds: int
+    mcnemar: float
+    clustered: float
+
+    @property
+    def p(self) -> float:
+        """Of no difference: the larger of McNemar's and the clustered one, because questions about one concept are not
+        independent, and McNemar's test takes them as such."""
+        return max(self.mcnemar, self.clustered)
+
+    def row(self) -> dict:
+        """As tables show it."""
+        names = ("a", "b", "difference", "low", "high", "n", "mcnemar", "clustered", "p")
+        return {name: getattr(self, name) for name in names}
+
+
+def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
+    """Paired comparison of two arms, over concepts and, where there are several, seeds. Raises ValueError for nothing in
+    common."""
+    left, right = (x.frame if isinstance(x, Answers) else x for x in (a, b))
+    both = left.merge(right, on=["id", "seed"], suffixes=("_a", "_b"), validate="one_to_one")
+    if both.empty:
+        raise ValueError("the two arms have no question in common")
+    given = (both.correct_a, both.correct_b, both.concept_a, both.seed)
+    d = stats.difference(*given)
+    return Comparison(
+        a=float(both.correct_a.mean()),
+        b=float(both.correct_b.mean()),
+        difference=d.value,
+        low=d.low,
+        high=d.high,
+        se=d.se,
+        n=len(both),
+        seeds=both.seed.nunique(),
+        mcnemar=stats.mcnemar(*given[:2]),
+        clustered=stats.sign_flip(*given),
+    )
+
+
+class Arms(dict[str, Answers]):
+    """Arms of one experiment by key. What a table calls them is said at the table."""
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        return artifacts_of(dict(self))
+
+    def accuracy(self, index: str = "arm") -> pd.DataFrame:
+        """Accuracy with a 95% interval of every arm, by subset and over all ('all'): columns `index`, subset, accuracy,
+        low, high, n, unparsed, well_formed, seeds, seed_sd (of the seeds' accuracies, where there are several)."""
+        rows = []
+        for name, arm in self.items():
+            subsets = {subset: part for subset, part in arm.frame.groupby("subset", sort=False)}
+            for subset, part in {**subsets, "all": arm.frame}.items():
+                rows.append({index: name, "subset": subset, **accuracy_row(part)})
+        return pd.DataFrame(rows)
+
+    def compare(self, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+        """Every (A, B): columns A, B and those of `Comparison.row`."""
+        return pd.DataFrame([{"A": a, "B": b, **compare(self[a], self[b]).row()} for a, b in pairs])
+
+
+def accuracy_row(frame: pd.DataFrame) -> dict:
+    """Accuracy of answers, its interval over concepts and seeds, and the outcomes beside it."""
+    e, by_seed = stats.clustered(frame.correct, frame.concept, frame.seed), frame.groupby("seed").correct.mean()
+    return {
+        "accuracy": e.value,
+        "low": e.low,
+        "high": e.high,
+        "n": e.n,
+        "unparsed": int(frame.letter.isna().sum()),
+        "well_formed": float(frame.strict.mean()),
+        "seeds": len(by_seed),
+        "seed_sd": float(by_seed.std()) if len(by_seed) > 1 else None,
+    }
+
+
+SPELLING = {
+    "ultramed": "UltraMed",
+    "ultramix": "UltraMix",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "nca": "NCA",
+    "lora": "LoRA",
+    "8bit": "8-bit",
+}
+
+
+def label(key: str) -> str:
+    """What tables and figures call an arm: 'ultramed_sft' is 'UltraMed SFT'."""
+    return " ".join(SPELLING.get(word, word) for word in key.split("_"))
+
+
+def wide(accuracy: pd.DataFrame, index: str = "arm", more: tuple[str, ...] = ("n", "unparsed", "well_formed")) -> pd.DataFrame:
+    """`Arms.accuracy` as a reader wants it: a row an arm by its label, '48.7 [45.4, 51.9]' a subset, and the
+    columns `more` over all."""
+    accuracy = accuracy.assign(**{index: accuracy[index].map(label)})
+    cells = accuracy.assign(score=percent(accuracy))
+    table = cells.pivot_table(index=index, columns="subset", values="score", aggfunc="first", sort=False)
+    overall = accuracy[accuracy.subset == "all"].set_index(index)
+    return table.join(overall[list(more)]).reset_index()
+
+
+def percent(frame: pd.DataFrame, value: str = "accuracy") -> pd.Series:
+    """'48.7 [45.4, 51.9]' of the columns value, low, high (fractions)."""
+    numbers = zip(frame[value], frame.low, frame.high, strict=True)
+    return pd.Series([f"{100 * v:.1f} [{100 * lo:.1f}, {100 * hi:.1f}]" for v, lo, hi in numbers], index=frame.index)
+
+
+def better(arms: Mapping[str, Answers]) -> str:
+    """Key of the arm with the highest accuracy, the first of equals."""
+    return max(arms, key=lambda name: arms[name].accuracy)
