@@ -35,20 +35,20 @@ def smoke(places):
 
 
 @pytest.fixture(scope="session")
-def bench(smoke):
+def medalpaca(smoke):
     """The tiny model of the smoke profile."""
     from ultramed.core.log import quiet_libraries
-    from ultramed.experiments.medalpaca import Bench
+    from ultramed.experiments.medalpaca import MedAlpaca
 
     quiet_libraries()
-    return Bench.of(smoke, smoke.models[0])
+    return MedAlpaca.of(smoke)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(bench):
+def tokenizer(medalpaca):
     from ultramed.lm.models import load_tokenizer
 
-    return load_tokenizer(bench.model)
+    return load_tokenizer(medalpaca.base)
 
 
 @pytest.fixture(scope="session")

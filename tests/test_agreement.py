@@ -62,10 +62,10 @@ def test_variants_that_mean_nothing(text):
         agreement.settings(EvalConfig(), text)
 
 
-def test_batch_sizes_and_engines_agree_on_the_tiny_model(bench, exam):
+def test_batch_sizes_and_engines_agree_on_the_tiny_model(medalpaca, exam):
     config = EvalConfig(max_new_tokens=6)
     given = {
-        "model": bench.train("full", learning_rate=1e-2, epochs=4),
+        "model": medalpaca.train_arm("full", learning_rate=1e-2, epochs=4),
         "questions": exam,
         "select": SELECT,
         "dtype": "float32",
@@ -88,11 +88,11 @@ def told(engine, conversations, sampling, rngs=None) -> list:
     return [made[i] for i in range(len(conversations))]
 
 
-def test_openvino_says_what_transformers_says(bench, asked, tmp_path):
+def test_openvino_says_what_transformers_says(medalpaca, asked, tmp_path):
     pytest.importorskip("openvino_genai")
     template = TEMPLATES["chat"]
-    ours = Local(bench.model, template, 4096, torch.float32)
-    theirs = open_engine(bench.model, template, tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
+    ours = Local(medalpaca.base, template, 4096, torch.float32)
+    theirs = open_engine(medalpaca.base, template, tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
     assert list(tmp_path.iterdir()) == []
     sampling = Sampling(12)
     one, two = told(ours, asked, sampling), told(theirs, asked, sampling)
@@ -101,12 +101,12 @@ def test_openvino_says_what_transformers_says(bench, asked, tmp_path):
     with pytest.raises(ConfigError, match="needs the weights, and engine openvino"):
         weights(theirs, "a likelihood")
     with pytest.raises(ConfigError, match="needs engine transformers"):
-        open_engine(bench.model, template, tmp_path, budget=4096, quantize="8bit", engine="openvino")
+        open_engine(medalpaca.base, template, tmp_path, budget=4096, quantize="8bit", engine="openvino")
 
 
-def test_openvino_samples_from_the_items_own_seeds(bench, asked, tmp_path):
+def test_openvino_samples_from_the_items_own_seeds(medalpaca, asked, tmp_path):
     pytest.importorskip("openvino_genai")
-    engine = open_engine(bench.model, TEMPLATES["chat"], tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
+    engine = open_engine(medalpaca.base, TEMPLATES["chat"], tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
     sampling = Sampling(8, temperature=1.0, top_k=0, top_p=0.9)
 
     def draw(conversations, names):
@@ -117,16 +117,16 @@ def test_openvino_samples_from_the_items_own_seeds(bench, asked, tmp_path):
     assert draw(asked[:1] * 6, range(6)) == whole[:6], "not on what else is asked"
 
 
-def test_samples_through_openvino(bench, exam):
+def test_samples_through_openvino(medalpaca, exam):
     pytest.importorskip("openvino_genai")
     config = SampleConfig(n=3, max_new_tokens=6, engine="openvino")
-    rows = read_samples(samples(config, model=bench.model, questions=exam, select={"step1": [0, 4]}))
+    rows = read_samples(samples(config, model=medalpaca.base, questions=exam, select={"step1": [0, 4]}))
     assert [len(row["replies"]) for row in rows] == [3] * 4
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
-def test_a_gguf_file_is_the_same_model(bench, tmp_path, dtype):
-    tokenizer, net = models.load_tokenizer(bench.model), models.load(bench.model, dtype=torch.float32, device="cpu")
+def test_a_gguf_file_is_the_same_model(medalpaca, tmp_path, dtype):
+    tokenizer, net = models.load_tokenizer(medalpaca.base), models.load(medalpaca.base, dtype=torch.float32, device="cpu")
     write_gguf(net, tokenizer, tmp_path / "m.gguf", dtype)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = torch.arange(5, 45)[None]
@@ -139,9 +139,9 @@ def test_a_gguf_file_is_the_same_model(bench, tmp_path, dtype):
     assert again.chat_template == tokenizer.chat_template
 
 
-def test_llama_cpp_says_what_transformers_says(bench, tmp_path):
+def test_llama_cpp_says_what_transformers_says(medalpaca, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python compiles llama.cpp")
-    policy = bench.train("full", learning_rate=1e-2, epochs=4)
+    policy = medalpaca.train_arm("full", learning_rate=1e-2, epochs=4)
     tokenizer, net = models.load_tokenizer(policy), models.load(policy, dtype=torch.float32, device="cpu")
     write_gguf(net, tokenizer, tmp_path / "m.gguf", "f32")
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, logits_all=True, verbose=False)
@@ -161,8 +161,8 @@ def test_llama_cpp_says_what_transformers_says(bench, tmp_path):
         assert told == tokenizer.decode(reply, skip_special_tokens=True)
 
 
-def test_what_gguf_does_not_hold(bench, tmp_path):
-    tokenizer, net = models.load_tokenizer(bench.model), models.load(bench.model, dtype=torch.float32)
+def test_what_gguf_does_not_hold(medalpaca, tmp_path):
+    tokenizer, net = models.load_tokenizer(medalpaca.base), models.load(medalpaca.base, dtype=torch.float32)
 
     class Other(type(net)):
         pass
@@ -171,10 +171,10 @@ def test_what_gguf_does_not_hold(bench, tmp_path):
     with pytest.raises(ConfigError, match="this is Other: use"):
         write_gguf(net, tokenizer, tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match="merge the adapter"):
-        export(bench.train("lora"), tmp_path / "x", gguf=True)
+        export(medalpaca.train_arm("lora"), tmp_path / "x", gguf=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_with_gguf(bench, tmp_path):
-    made = export(bench.train("lora", learning_rate=1e-2), tmp_path / "x", merge=True, gguf=True)
+def test_an_export_with_gguf(medalpaca, tmp_path):
+    made = export(medalpaca.train_arm("lora", learning_rate=1e-2), tmp_path / "x", merge=True, gguf=True)
     assert {"model.gguf", "model.safetensors"} <= set(made["files"])

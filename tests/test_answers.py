@@ -9,9 +9,9 @@ from ultramed.evaluate.accuracy import answers, read_answers
 
 
 @pytest.mark.parametrize("protocol", accuracy.ASK)
-def test_outcomes_add_up(bench, exam, protocol):
+def test_outcomes_add_up(medalpaca, exam, protocol):
     config = EvalConfig(protocol=protocol, answer_form="letter_first", max_new_tokens=5, tries=2)
-    art = answers(config, model=bench.model, questions=exam, select={"step1": [0, 10], "step2": [3, 8]})
+    art = answers(config, model=medalpaca.base, questions=exam, select={"step1": [0, 10], "step2": [3, 8]})
     frame, m = read_answers(art), art.metrics
     assert (m["n"], m["correct"] + m["wrong"] + m["unparsed"]) == (15, 15)
     assert m["accuracy"] == frame.correct.mean()
@@ -21,7 +21,7 @@ def test_outcomes_add_up(bench, exam, protocol):
         assert (frame[frame.tries < 2].rule == "letter: text").all()
 
 
-def test_an_interrupted_evaluation_asks_only_what_is_left(bench, exam, fresh_store, monkeypatch):
+def test_an_interrupted_evaluation_asks_only_what_is_left(medalpaca, exam, fresh_store, monkeypatch):
     config = EvalConfig(protocol="greedy", max_new_tokens=3, batch_tokens=256)
     real, asked = engine.generate, []
 
@@ -36,20 +36,20 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(bench, exam, fresh_sto
 
     monkeypatch.setattr(engine, "generate", break_after_three)
     with pytest.raises(KeyboardInterrupt):
-        answers(config, model=bench.model, questions=exam)
+        answers(config, model=medalpaca.base, questions=exam)
     monkeypatch.undo()
     monkeypatch.setenv("ULTRAMED_STORE", str(fresh_store))
     counted = []
     monkeypatch.setattr(engine, "generate", lambda *a, **k: (counted.append(len(a[2])), real(*a, **k))[1])
-    art = answers(config, model=bench.model, questions=exam)
+    art = answers(config, model=medalpaca.base, questions=exam)
     assert counted == [180 - len(asked)]
     frame = read_answers(art)
     assert len(frame) == frame.id.nunique() == 180
 
 
-def test_a_slice_beyond_the_end_is_an_error(bench, exam):
+def test_a_slice_beyond_the_end_is_an_error(medalpaca, exam):
     with pytest.raises(ValueError, match="questions 0 to 999 of 'step1' asked for, but it has 60"):
-        answers(EvalConfig(), model=bench.model, questions=exam, select={"step1": [0, 999]})
+        answers(EvalConfig(), model=medalpaca.base, questions=exam, select={"step1": [0, 999]})
 
 
 @pytest.mark.parametrize(

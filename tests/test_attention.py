@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ultramed.core.schema import ModelConfig, OptimConfig
 from ultramed.lm import models
 from ultramed.lm.attention import BLOCK, NAME, SHORT, causal, masked
-from ultramed.lm.batches import trees
+from ultramed.lm.batches import pack_shared_prefixes
 from ultramed.train.weights import load_for_training
 
 
@@ -52,7 +52,7 @@ def test_a_model_gives_the_same_logits_with_it_with_padding_cache_and_gradients(
 def test_training_attention_has_the_gradients_of_scaled_dot_product_attention(tree):
     length, mask = 24, None
     if tree:
-        packed = trees([([1, 2, 3], [4, 5]), ([1, 2, 3], [6]), ([7, 8], [9] * 15)], pad=0)
+        packed = pack_shared_prefixes([([1, 2, 3], [4, 5]), ([1, 2, 3], [6]), ([7, 8], [9] * 15)], pad=0)
         length, mask = packed.input_ids.shape[1], packed.attention_mask
     q, k, v = (torch.randn(2, h, length, 16, requires_grad=True) for h in (6, 2, 2))
     want = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)

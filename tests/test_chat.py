@@ -13,9 +13,9 @@ from ultramed.core.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def talker(bench):
+def talker(medalpaca):
     """The tiny random model, kept to whole words."""
-    made = chat.Talker(bench.model, max_new_tokens=24)
+    made = chat.Talker(medalpaca.base, max_new_tokens=24)
     texts = [made.tokenizer.decode([i]) for i in range(len(made.tokenizer))]
     made.net.generation_config.suppress_tokens = [
         i for i, text in enumerate(texts) if not (text[:1] == " " and text[1:].isalpha())
@@ -49,9 +49,9 @@ def test_a_reply_comes_in_pieces_and_is_what_generate_gives(talker):
 
 
 @pytest.fixture
-def endless(bench, monkeypatch):
+def endless(medalpaca, monkeypatch):
     """A model that never ends by itself, and the number of tokens that it was asked for so far."""
-    talker, steps = chat.Talker(bench.model, max_new_tokens=400, temperature=1.0), []
+    talker, steps = chat.Talker(medalpaca.base, max_new_tokens=400, temperature=1.0), []
     monkeypatch.setattr(talker.net.generation_config, "eos_token_id", None)
 
     def step(*_):

@@ -40,8 +40,8 @@ def test_doctor_names_device_and_profiles():
     assert "laptop" in done.stdout
 
 
-def test_eval_of_ones_own_questions(bench, questions, tmp_path):
-    done = ultramed("eval", "--model", f"base_model/{bench.model.key}", "--questions", questions, "--out", tmp_path / "out")
+def test_eval_of_ones_own_questions(medalpaca, questions, tmp_path):
+    done = ultramed("eval", "--model", f"base_model/{medalpaca.base.key}", "--questions", questions, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "n = 30, likelihood" in done.stdout
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -57,11 +57,11 @@ def test_eval_of_ones_own_questions(bench, questions, tmp_path):
         ({"options": {"A": "x"}}, "row 3 (q2): options: "),
     ],
 )
-def test_a_bad_question_row(bench, questions, tmp_path, change, message):
+def test_a_bad_question_row(medalpaca, questions, tmp_path, change, message):
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     rows[2].update(change)
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = ultramed("eval", "--model", bench.model.key, "--questions", questions, "--out", tmp_path / "out")
+    done = ultramed("eval", "--model", medalpaca.base.key, "--questions", questions, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -95,14 +95,14 @@ def test_an_empty_question_file(tmp_path):
     assert (done.returncode, "has no rows" in done.stderr) == (2, True)
 
 
-def test_store_commands(bench):
-    assert bench.model.key in ultramed("store", "ls").stdout
-    assert "base_model" in ultramed("store", "show", bench.model.key).stdout
-    assert "fine" in ultramed("store", "verify", bench.model.key).stdout
+def test_store_commands(medalpaca):
+    assert medalpaca.base.key in ultramed("store", "ls").stdout
+    assert "base_model" in ultramed("store", "show", medalpaca.base.key).stdout
+    assert "fine" in ultramed("store", "verify", medalpaca.base.key).stdout
     assert ultramed("store", "gc", "--dry-run").returncode == 0
 
 
-def test_ctrl_c_during_an_evaluation_loses_nothing(bench, questions, tmp_path):
+def test_ctrl_c_during_an_evaluation_loses_nothing(medalpaca, questions, tmp_path):
     """Stopped after some answers; the second call asks the rest, and every question is answered once."""
     questions.write_text("".join(json.dumps({**QUESTION, "id": f"q{i}"}) + "\n" for i in range(3000)))
     store = tmp_path / "store"
@@ -145,8 +145,8 @@ def test_a_store_on_a_full_disk(questions, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_chat_answers(bench):
-    command = [sys.executable, "-m", "ultramed", "chat", f"base_model/{bench.model.key}", "--max-new-tokens", "5"]
+def test_chat_answers(medalpaca):
+    command = [sys.executable, "-m", "ultramed", "chat", f"base_model/{medalpaca.base.key}", "--max-new-tokens", "5"]
     done = subprocess.run(command, input="hello\n\n", capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "no medical advice" in done.stdout

@@ -5,8 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultramed.book.sweep import SweepConfig, _profile
-from ultramed.core.config import apply_override, arm_config, load_profile, merge, parse_override, profiles, read_yaml, validate
+from ultramed.core.config import (
+    apply_override,
+    arm_config,
+    load_profile,
+    merge,
+    parse_override,
+    profiles,
+    read_yaml,
+    resolved_values,
+    validate,
+)
 from ultramed.core.errors import ConfigError
+from ultramed.core.profile import ChangesToTrain, Profile, UltraMedicalConfig
+from ultramed.core.schema import TrainConfig
 
 PARAMS = sorted((REPO / "params").glob("*.yaml"))
 SWEEPS = sorted((REPO / "params" / "sweeps").glob("*.yaml"))
@@ -71,8 +83,15 @@ def test_overrides_reach_values_lists_and_numbers_in_scientific_notation():
 
 
 def test_a_mixture_is_replaced_not_merged():
-    assert merge({"mixture": {"a": 1}}, {"mixture": {"b": 2}}) == {"mixture": {"b": 2}}
-    assert merge({"sft": {"learning_rate": 1}, "x": 1}, {"sft": {}}) == {"sft": {}, "x": 1}
+    assert merge({"mixture": {"a": 1}}, {"mixture": {"b": 2}}, TrainConfig) == {"mixture": {"b": 2}}
+    assert merge({"lora": {"r": 1}}, {"lora": {"alpha": 2}}, TrainConfig) == {"lora": {"r": 1, "alpha": 2}}
+    arms = merge({"full": {"mixture": {"a": 1}, "epochs": 2}}, {"full": {"mixture": {"b": 2}}}, dict[str, ChangesToTrain])
+    assert arms == {"full": {"mixture": {"b": 2}, "epochs": 2}}, "also in what an arm changes"
+    questions = {"test": {"questions": {"medical": {"a": 1}, "general": {"c": 3}}}}
+    merged = merge(questions, {"test": {"questions": {"medical": {"b": 2}}}}, UltraMedicalConfig)
+    assert merged == {"test": {"questions": {"medical": {"b": 2}}}}
+    assert merge({"sft": {"learning_rate": 1}, "x": 1}, {"sft": {}}, None) == {"sft": {}, "x": 1}
+    assert merge({"cost": {"rows": 1}}, {"cost": None}, Profile) == {}
     assert list(arm_config(load_profile("laptop"), "alpaca").mixture) == ["exam:general"]
 
 
@@ -116,18 +135,41 @@ def test_limit_caps_every_count_and_nothing_else():
     whole, small = load_profile("gpu"), load_profile("gpu", ["limit=10"])
     assert set(small.train.mixture.values()) == {10}
     assert set(small.usmle.questions.values()) == {10}
-    assert {n for counts in small.ultramedical.mixtures.values() for n in counts.values()} == {10}
-    assert {n for spec in small.ultramedical.questions.values() for n in spec.values()} == {10}
-    assert {n for spec in small.ultramedical.prompts.values() for n in spec.values()} == {10}
+    assert {n for counts in small.ultramedical.sft.mixtures.values() for n in counts.values()} == {10}
+    assert {n for spec in small.ultramedical.test.questions.values() for n in spec.values()} == {10}
+    assert {n for spec in small.ultramedical.candidates.prompts.values() for n in spec.values()} == {10}
     assert small.ultramedical.iterative.prompts == {"medqa:medqa": 10}
     assert set(small.usmle.arms["alpaca"]["mixture"].values()) == {10}
     assert (small.usmle.tuning_questions, small.usmle.tries_limit, small.open_rows) == (10, 10, 10)
-    assert small.ultramedical.public_pairs == 10, "a default, too"
+    assert small.ultramedical.reward.public_pairs == 10, "a default, too"
     for kept in ("train.max_length", "train.epochs", "usmle.seeds", "usmle.grid", "ultramedical.sample.n", "exam", "cost"):
         one, two = whole, small
         for part in kept.split("."):
             one, two = getattr(one, part), getattr(two, part)
         assert one == two, kept
     paper = load_profile("paper-8b", ["limit=10"])  # multiples of a source, and 'all' as 0 or nothing, are limited, too
-    assert paper.ultramedical.mixtures["ultramed"] == {"ultramedical": 10}
+    assert paper.ultramedical.sft.mixtures["ultramed"] == {"ultramedical": 10}
     assert load_profile("gpu", ["limit=100000"]).usmle.questions == whole.usmle.questions
+
+
+def test_every_value_says_who_set_it():
+    rows = {
+        key: (value, place)
+        for key, value, place in resolved_values("smoke", ["train.epochs=3", "cost.arms.full={optim: adamw_8bit}"])
+    }
+    lines = {name: (REPO / "params" / f"{name}.yaml").read_text().splitlines() for name in ("smoke", "laptop")}
+
+    def line(place: str) -> str:
+        file, _, number = place.rpartition(":")
+        return lines[file.removeprefix("params/").removesuffix(".yaml")][int(number) - 1]
+
+    assert rows["train.epochs"] == (3.0, "--set train.epochs=3")
+    assert rows["cost.arms.full.optim"] == ("adamw_8bit", "--set cost.arms.full={optim: adamw_8bit}")
+    assert rows["train.save_steps"] == (0, "default")
+    value, place = rows["ultramedical.rerank.n"]
+    assert value == 4
+    assert "rerank: {n: 4}" in line(place)
+    value, place = rows["ultramedical.preference.train.beta"]
+    assert place.startswith("params/laptop.yaml:")
+    assert "beta: 0.1" in line(place)
+    assert len(rows) > 200

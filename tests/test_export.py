@@ -18,13 +18,13 @@ MESSAGES = [{"role": "system", "content": "Answer: text (letter)."}, {"role": "u
 
 
 @pytest.fixture(scope="module")
-def full(bench):
-    return bench.train("full", seed=0)
+def full(medalpaca):
+    return medalpaca.train_arm("full", seed=0)
 
 
 @pytest.fixture(scope="module")
-def adapter(bench):
-    return bench.train("lora", seed=0)
+def adapter(medalpaca):
+    return medalpaca.train_arm("lora", seed=0)
 
 
 def logits(net, tokenizer):
@@ -33,7 +33,7 @@ def logits(net, tokenizer):
         return net(input_ids=ids).logits.float()
 
 
-def test_a_whole_model_with_its_card_and_results(full, bench, exam, tmp_path):
+def test_a_whole_model_with_its_card_and_results(full, medalpaca, exam, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     answers(EvalConfig(protocol="likelihood"), model=full, questions=exam, select={"step1": [0, 8]})
@@ -64,7 +64,7 @@ def test_a_whole_model_with_its_card_and_results(full, bench, exam, tmp_path):
         export(full, tmp_path / "n", merge=True)
 
 
-def test_an_adapter_and_its_merged_model_agree(adapter, bench, tmp_path):
+def test_an_adapter_and_its_merged_model_agree(adapter, medalpaca, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +72,7 @@ def test_an_adapter_and_its_merged_model_agree(adapter, bench, tmp_path):
     export(adapter, tmp_path / "m", merge=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    base = models.load(bench.model, dtype=torch.float32, device="cpu")
+    base = models.load(medalpaca.base, dtype=torch.float32, device="cpu")
     before = logits(base, tokenizer)
     apart = PeftModel.from_pretrained(base, tmp_path / "a").eval()
     close = (logits(merged, tokenizer) - logits(apart, tokenizer)).abs().max()
@@ -82,9 +82,9 @@ def test_an_adapter_and_its_merged_model_agree(adapter, bench, tmp_path):
     assert str(tmp_path) not in (tmp_path / "a" / "adapter_config.json").read_text()
 
 
-def test_only_what_was_trained_here(bench, tmp_path):
+def test_only_what_was_trained_here(medalpaca, tmp_path):
     with pytest.raises(ConfigError, match="was not trained here"):
-        export(bench.model, tmp_path / "m")
+        export(medalpaca.base, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

@@ -13,8 +13,8 @@ from ultramed.lm import models
 
 
 @pytest.fixture(scope="module")
-def net(bench):
-    return models.load(bench.model, dtype=torch.float32)
+def net(medalpaca):
+    return models.load(medalpaca.base, dtype=torch.float32)
 
 
 PROMPTS = [[5, 9, 300, 41], [77], list(range(100, 130)), [1, 2, 3], list(range(40, 55))]

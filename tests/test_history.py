@@ -46,7 +46,7 @@ def test_a_case_becomes_statements():
     ],
 )
 def test_the_script_gives_the_statement_a_question_is_about(question, told):
-    found = Script([case()], near=0.2).about("a", question)
+    found = Script([case()], near=0.2).statement_about("a", question)
     assert (None if found is None else facts(CASE)[found]) == told
 
 
@@ -94,7 +94,7 @@ def test_scores_by_hand():
     assert {k: e.value for k, e in scores.items()} == {"precision": 0.25, "coverage": 0.25, "top1": 0.5, "top5": 1.0}
 
 
-def test_a_history_is_taken_and_goes_on_where_it_stopped(bench, monkeypatch):
+def test_a_history_is_taken_and_goes_on_where_it_stopped(medalpaca, monkeypatch):
     data = given(rows=[case("a"), case("b")], side="test")
     config = HistoryConfig(questions=2, max_new_tokens=6)
     whole, real, calls = Script.about, history.open_engine, []
@@ -107,7 +107,7 @@ def test_a_history_is_taken_and_goes_on_where_it_stopped(bench, monkeypatch):
 
     monkeypatch.setattr(Script, "about", broken)
     with pytest.raises(KeyboardInterrupt):
-        histories(config, model=bench.model, data=data)
+        histories(config, model=medalpaca.base, data=data)
     monkeypatch.setattr(Script, "about", whole)
     asked = []
 
@@ -118,7 +118,7 @@ def test_a_history_is_taken_and_goes_on_where_it_stopped(bench, monkeypatch):
         return engine
 
     monkeypatch.setattr(history, "open_engine", counting)
-    made = histories(config, model=bench.model, data=data)
+    made = histories(config, model=medalpaca.base, data=data)
     assert asked == [3, 5]  # the first turn, of one message, was not asked again
     frame = history.read_histories(made)
     assert [len(q) for q in frame.questions] == [2, 2]
@@ -126,11 +126,11 @@ def test_a_history_is_taken_and_goes_on_where_it_stopped(bench, monkeypatch):
     assert made.metrics == {"cases": 2, "patient": "script"}
 
 
-def test_a_model_behind_a_url_can_play_the_patient(bench):
+def test_a_model_behind_a_url_can_play_the_patient(medalpaca):
     data = given(rows=[case("a")], side="test")
     with Faulty(answer=lambda body: "I do not smoke, no smoking ever.") as server:
         config = HistoryConfig(questions=2, max_new_tokens=6, patient=server.config())
-        frame = history.read_histories(histories(config, model=bench.model, data=data))
+        frame = history.read_histories(histories(config, model=medalpaca.base, data=data))
         assert all("No smoking" in b["messages"][0]["content"] for b in server.bodies)
         assert "Acute Bronchitis" not in str(server.bodies)
     assert [[facts(CASE)[i] for i in row] for row in frame.found] == [["No smoking", "No smoking"]]

@@ -26,7 +26,7 @@ def test_pairs_follow_the_expert(data, bench):
     assert all(p["meta"]["chosen_score"] > p["meta"]["rejected_score"] for p in pairs)
     assert {p["subset"] for p in pairs} == {"human"}
     setting = RewardConfig(learning_rate=1e-3, global_batch_size=5, max_length=256)
-    assert reward(setting, model=bench.model, pairs=made).metrics["prompts"] <= 25
+    assert reward(setting, model=bench.base, pairs=made).metrics["prompts"] <= 25
 
 
 def test_public_pairs_have_rewardbench_sections(data):

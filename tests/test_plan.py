@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ultramed.book.plan import plan, rows_of
+from ultramed.book.plan import Hardware, plan
 from ultramed.core.config import load_profile, profiles
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
 from ultramed.core.schema import TrainConfig
+from ultramed.experiments.jobs import rows_of
 from ultramed.train.cost import CostConfig, cost, random_model, table
 from ultramed.train.estimate import SHAPES, Shape, flops_per_token, memory, shape_of
 
@@ -112,25 +113,25 @@ def test_an_arm_that_the_kernel_kills_is_out_of_memory_and_the_next_ones_run(mon
 @pytest.mark.parametrize("name", profiles())
 def test_every_profile_has_a_plan(name, monkeypatch):
     monkeypatch.delenv("ULTRAMED_DATA", raising=False)
-    found = plan(load_profile(name), gpus=8)
-    assert {r.notebook for r in found.runs} >= {"11", "21", "22", "24", "25", "26"}
-    assert all(r.rows > 0 and r.tokens > 0 and r.gib > 0 and r.hours > 0 for r in found.runs)
-    assert bool(found.missing) == (name not in ("smoke", "laptop"))
+    made = plan(load_profile(name), Hardware(gpus=8))
+    assert {cost.job.notebook for cost in made.costs} >= {"11", "21", "22", "24", "25", "26"}
+    assert all(c.job.rows > 0 and c.tokens > 0 and c.gib > 0 and c.hours > 0 for c in made.costs)
+    assert bool(made.missing) == (name not in ("smoke", "laptop"))
 
 
 def test_what_does_not_fit_is_said():
-    assert not any("memory for" in m for m in plan(load_profile("paper-8b"), gpus=8).missing)
-    (tight,) = {m.partition(":")[0] for m in plan(load_profile("medalpaca-13b"), gpus=2).missing if "memory for alpaca" in m}
-    assert tight == "memory for alpaca"
+    assert not any("memory for" in m for m in plan(load_profile("paper-8b"), Hardware(gpus=8)).missing)
+    tight = [m for m in plan(load_profile("medalpaca-13b"), Hardware(gpus=2)).missing if m.startswith("memory for alpaca")]
+    assert len(tight) == 1, "once, however many runs it is"
 
 
 def test_the_papers_rows_and_rates():
-    found = {r.what: r for r in plan(load_profile("paper-8b")).runs}
-    assert found["SFT ultramed"].rows == 409593  # the paper: 410K
-    assert found["SFT ultramix"].rows == 599593  # and 190K more
-    assert found["dpo on ultramed"].rows == 5000
-    own = load_profile("paper-8b").ultramedical
-    assert (own.sft, own.iterative.changes, own.preference.learning_rate) == ({}, {}, 3e-7)
+    rows = {cost.job.what: cost.job.rows for cost in plan(load_profile("paper-8b")).costs}
+    assert rows["SFT ultramed"] == 409593  # the paper: 410K
+    assert rows["SFT ultramix"] == 599593  # and 190K more
+    assert rows["dpo on ultramed"] == 5000
+    section = load_profile("paper-8b").ultramedical
+    assert (section.sft.train, section.iterative.train, section.preference.train.learning_rate) == ({}, {}, 3e-7)
 
 
 def test_what_cannot_be_planned():

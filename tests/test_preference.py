@@ -15,27 +15,27 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.schema import PreferenceConfig
 from ultramed.data.rows import BadRow, read_pairs
 from ultramed.evaluate.sample import read_feedback
-from ultramed.experiments.ultramedical import Suite
+from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm import models
-from ultramed.lm.batches import trees
+from ultramed.lm.batches import pack_shared_prefixes
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
 from ultramed.lm.tokens import TemplateError, encode_row, lint
-from ultramed.train import losses, training
+from ultramed.train import losses, trl_adapter
 from ultramed.train.preference import encode_pairs, unpair
 from ultramed.train.reward import PairCollator, load_reward, score_rows
 
 
 @pytest.fixture(scope="module")
-def suite(places):
+def experiment(places):
     from ultramed.core.log import quiet_libraries
 
     quiet_libraries()
-    return Suite.of(load_profile("smoke"))
+    return UltraMedical.of(load_profile("smoke"))
 
 
 @pytest.fixture(scope="module")
-def rows(suite):
-    return read_pairs(suite.pairs("best_random") / "pairs.parquet")
+def rows(experiment):
+    return read_pairs(experiment.make_pairs("best_random") / "pairs.parquet")
 
 
 def sigmoid(x):
@@ -63,7 +63,7 @@ def test_bradley_terry_by_hand():
     assert losses.bradley_terry(chosen, rejected, 0.1).item() == pytest.approx(want + 0.1 * 2.5, abs=1e-6)
 
 
-def test_pairs_are_tokenised_once_and_end_with_eos(suite, rows, tokenizer):
+def test_pairs_are_tokenised_once_and_end_with_eos(experiment, rows, tokenizer):
     encoded, counts = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)
     assert counts["dropped"] == 0
     for row, e in zip(rows, encoded, strict=True):
@@ -75,7 +75,7 @@ def test_pairs_are_tokenised_once_and_end_with_eos(suite, rows, tokenizer):
         encode_pairs(rows, tokenizer, TEMPLATES["chat"], short - 30)
 
 
-def test_the_released_template_is_malformed_and_only_it_passes(suite, rows, tokenizer):
+def test_the_released_template_is_malformed_and_only_it_passes(experiment, rows, tokenizer):
     header = role_header(tokenizer)
     made = encode_pairs(rows[:1], tokenizer, TEMPLATES[RELEASED], 256)[0][0]
     text = tokenizer.decode(made["prompt_ids"] + made["chosen_ids"])
@@ -97,9 +97,9 @@ def test_unpaired_rows_borrow_the_reply_of_another_prompt(rows, tokenizer):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "nca", "kto_pair", "kto"])
-def test_every_loss_starts_where_policy_is_reference_and_moves(suite, loss):
+def test_every_loss_starts_where_policy_is_reference_and_moves(experiment, loss):
     """With policy = reference all log-ratios are zero: the first step's loss is known exactly."""
-    art = suite.prefer("ultramed", "dpo", loss=loss, learning_rate=1e-3)
+    art = experiment.train_preference("ultramed", "dpo", loss=loss, learning_rate=1e-3)
     log = [json.loads(line) for line in (art / "log.jsonl").read_text().splitlines()]
     first = next(e for e in log if "loss" in e)
     want = {"dpo": np.log(2), "ipo": 25.0, "nca": 2 * np.log(2), "kto_pair": 0.5, "kto": 0.5}[loss]
@@ -108,16 +108,16 @@ def test_every_loss_starts_where_policy_is_reference_and_moves(suite, loss):
     assert models.card(art)["loss"] == loss
 
 
-def test_training_raises_the_margin(suite):
-    art = suite.prefer("ultramed", "dpo", learning_rate=3e-3, epochs=6)
+def test_training_raises_the_margin(experiment):
+    art = experiment.train_preference("ultramed", "dpo", learning_rate=3e-3, epochs=6)
     log = [json.loads(line) for line in (art / "log.jsonl").read_text().splitlines()]
     margins = [e["rewards/margins"] for e in log if "rewards/margins" in e]
     assert margins[0] == pytest.approx(0, abs=5e-3)
     assert margins[-1] > 0.05
 
 
-def test_an_adapter_is_its_own_reference(suite):
-    art = suite.prefer("ultramed", "dpo", method="lora", learning_rate=1e-2)
+def test_an_adapter_is_its_own_reference(experiment):
+    art = experiment.train_preference("ultramed", "dpo", method="lora", learning_rate=1e-2)
     assert models.card(art)["kind"] == "adapter"
     assert art.metrics["train_loss"] < np.log(2) + 0.05
 
@@ -136,7 +136,7 @@ def test_unknown_losses_and_impossible_configurations_are_refused():
 
 def test_a_batch_reads_prompt_and_replies_once():
     """Two replies behind prompt [1, 7]; a second row for what would make it too long; a third for another prompt."""
-    packed = trees([([1, 7], [2, 3]), ([1, 7], [4]), ([9], [5]), ([1, 7], [6, 6])], pad=0, limit=5)
+    packed = pack_shared_prefixes([([1, 7], [2, 3]), ([1, 7], [4]), ([9], [5]), ([1, 7], [6, 6])], pad=0, limit=5)
     assert packed.input_ids.tolist() == [[1, 7, 2, 3, 4], [1, 7, 6, 6, 0], [9, 5, 0, 0, 0]]
     assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 2]
     assert packed.attention_mask[0, 0].int().tolist() == [
@@ -155,7 +155,7 @@ def test_a_batch_reads_prompt_and_replies_once():
 
 
 def test_what_all_prompts_begin_with_stands_once_in_a_row():
-    packed = trees([([5, 1], [2]), ([5, 3], [4]), ([5], [6])], pad=0)
+    packed = pack_shared_prefixes([([5, 1], [2]), ([5, 3], [4]), ([5], [6])], pad=0)
     assert packed.input_ids.tolist() == [[5, 1, 2, 3, 4, 6]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 1, 2, 1]]
     assert packed.attention_mask[0, 0].int().tolist() == [
@@ -174,7 +174,7 @@ TOKENS = st.lists(st.integers(1, 4), min_size=1, max_size=6)
 
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=8), st.integers(4, 40))
 def test_every_sequence_is_found_whole_in_its_row_and_sees_only_itself(sequences, limit):
-    packed = trees(sequences, pad=0, limit=limit)
+    packed = pack_shared_prefixes(sequences, pad=0, limit=limit)
     for (prompt, reply), row, columns in zip(sequences, packed.rows, packed.columns, strict=True):
         seen = packed.attention_mask[row, 0, columns[-1]].nonzero()[:, 0]
         assert packed.input_ids[row, seen].tolist() == prompt + reply
@@ -182,7 +182,7 @@ def test_every_sequence_is_found_whole_in_its_row_and_sees_only_itself(sequences
         assert packed.input_ids[row, columns].tolist() == [prompt[-1], *reply]
 
 
-def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokenizer):
+def test_sharing_a_prompt_changes_neither_loss_nor_gradient(experiment, rows, tokenizer):
     """DPO's head over a batch of pairs against the same model's plain logits, row by row."""
     from trl.trainer.utils import add_fused_lm_head
 
@@ -191,7 +191,7 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokeniz
     width = max(len(p) + len(r) for p, r in both)
     ids = torch.tensor([p + r + [tokenizer.pad_token_id] * (width - len(p) - len(r)) for p, r in both])
     labels = torch.tensor([[-100] * len(p) + r + [-100] * (width - len(p) - len(r)) for p, r in both])
-    net = models.load(suite.base, dtype=torch.float32)
+    net = models.load(experiment.base, dtype=torch.float32)
     plain = net(input_ids=ids).logits[:, :-1].log_softmax(-1)
     mask = labels[:, 1:] != -100
     want = plain.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * mask
@@ -199,7 +199,7 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokeniz
     grads = {n: p.grad.clone() for n, p in net.named_parameters()}
     net.zero_grad()
     add_fused_lm_head(net)
-    training.labelled_head(net)
+    trl_adapter.score_labelled_tokens_only(net)
     got = net(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     assert torch.allclose(got, want, atol=1e-4)
     got.sum().backward()
@@ -207,17 +207,19 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(suite, rows, tokeniz
         assert torch.allclose(p.grad, grads[name], atol=2e-3, rtol=1e-3), name
 
 
-def test_rewards_do_not_depend_on_batch_or_padding(suite, tokenizer):
-    net = load_reward(suite.reward("medical"))
+def test_rewards_do_not_depend_on_batch_or_padding(experiment, tokenizer):
+    net = load_reward(experiment.train_reward_model("medical"))
     net.float()
-    candidates = [(r["prompt"], c["text"]) for r in read_feedback(suite.feedback("medical"))[:6] for c in r["candidates"][:3]]
+    candidates = [
+        (r["prompt"], c["text"]) for r in read_feedback(experiment.rank_candidates("medical"))[:6] for c in r["candidates"][:3]
+    ]
     rows = [{"prompt": p, "completion": [{"role": "assistant", "content": t}]} for p, t in candidates]
     together = score_rows(net, tokenizer, rows, TEMPLATES["chat"], budget=10**6)
     alone = [score_rows(net, tokenizer, [row], TEMPLATES["chat"])[0] for row in rows]
     assert together == pytest.approx(alone, abs=1e-5)
     from transformers import AutoModelForSequenceClassification
 
-    art = suite.reward("medical")
+    art = experiment.train_reward_model("medical")
     plain = AutoModelForSequenceClassification.from_pretrained(
         art.path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -227,16 +229,16 @@ def test_rewards_do_not_depend_on_batch_or_padding(suite, tokenizer):
     assert alone[0] == pytest.approx(want, abs=1e-5), "what anyone else's loader gives"
 
 
-def test_a_reward_model_learns_its_pairs(suite):
-    art = suite.reward("medical", learning_rate=1e-2, epochs=8)
+def test_a_reward_model_learns_its_pairs(experiment):
+    art = experiment.train_reward_model("medical", learning_rate=1e-2, epochs=8)
     log = [json.loads(line) for line in (art / "log.jsonl").read_text().splitlines()]
     accuracy = [e["accuracy"] for e in log if "accuracy" in e]
     assert np.mean(accuracy[-3:]) > 0.8
     with pytest.raises(ConfigError, match="not a reward model"):
-        load_reward(suite.base)
+        load_reward(experiment.base)
 
 
-def test_reward_from_the_command_line_scores_anyones_pairs(suite, tmp_path):
+def test_reward_from_the_command_line_scores_anyones_pairs(experiment, tmp_path):
     rows = [
         {"id": i, "subset": "mine", "prompt": f"What is {i} + 1?", "chosen": str(i + 1), "rejected": "no idea"}
         for i in range(5)
@@ -247,7 +249,7 @@ def test_reward_from_the_command_line_scores_anyones_pairs(suite, tmp_path):
         command = [
             "reward",
             "--model",
-            suite.reward(arm).key,
+            experiment.train_reward_model(arm).key,
             "--pairs",
             str(tmp_path / "pairs.jsonl"),
             "--out",

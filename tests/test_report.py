@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from ultramed.core.config import home
+from ultramed.core.errors import ConfigError
 from ultramed.papers import published
 from ultramed.report import scorecard, tables
 from ultramed.report.site import write_report
@@ -43,26 +44,6 @@ def test_entries_are_checked():
         scorecard.record("t", "11_x", [_entry(), _entry()])
 
 
-def test_a_claim_is_reproduced_only_in_its_direction_and_beyond_chance():
-    assert scorecard.claim_verdict(0.1, 0.01) == "reproduced"
-    assert scorecard.claim_verdict(-0.1, 0.01) == "not reproduced"
-    assert scorecard.claim_verdict(0.1, 0.2) == "not reproduced"
-
-
-def test_the_scorecard_holds_every_claim_and_every_published_cell():
-    scorecard.record("cards", "11_x", [_entry()])
-    cell = published.cells()[0]
-    scorecard.record("cards", "10_x", [{**cell, "ours": 1, "verdict": "differs in scale"}])
-    entries = {e.id: e for e in scorecard.build("cards")}
-    assert len(entries) == len(published.cells()) + 1
-    assert entries[cell["id"]].verdict == "differs in scale"
-    missing = entries["ultramedical_table4:UltraMedRM-8B:um_easy"]
-    assert (missing.verdict, missing.published) == ("not run", 94.12)
-    assert missing.reason
-    on_disk = json.loads((home() / "figures" / "cards" / "scorecard.json").read_text())
-    assert {e["id"] for e in on_disk} == set(entries)
-
-
 FRAME = pd.DataFrame({"arm": ["full", "LoRA & co"], "accuracy": [0.51234, float("nan")], "n": [720, 0]})
 
 
@@ -89,5 +70,5 @@ def test_the_report_is_one_page_that_needs_no_other_file_or_host():
     assert "LoRA &amp; co" in page
     assert 'src="http' not in page
     assert "<script" not in page
-    with pytest.raises(FileNotFoundError, match="nothing has run"):
+    with pytest.raises(ConfigError, match="nothing has run"):
         write_report("never")

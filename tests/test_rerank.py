@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ultramed.core.errors import ConfigError
 from ultramed.evaluate import rerank
 
 LETTERS = np.array([list("ABBA"), ["", "C", "", ""], ["", "", "", ""], list("DDDA")])
@@ -42,10 +43,10 @@ def test_the_curve_ends_at_the_whole_set_and_begins_at_the_mean_sample():
     letters, gold = rng.choice(list("ABCD"), (200, 6)), rng.choice(list("ABCD"), 200)
     made = rerank.curves(letters, rng.random((200, 6)), gold, [1, 3, 6], draws=200)
     at = made.set_index(["selection", "n"])
-    assert at.loc[("self-consistency", 6), "accuracy"] == (rerank.majority(letters) == gold).mean()
-    assert at.loc[("self-consistency", 1), "accuracy"] == pytest.approx((letters == gold[:, None]).mean(), abs=0.02)
+    assert at.loc[("self_consistency", 6), "accuracy"] == (rerank.majority(letters) == gold).mean()
+    assert at.loc[("self_consistency", 1), "accuracy"] == pytest.approx((letters == gold[:, None]).mean(), abs=0.02)
     assert ((made.low <= made.accuracy) & (made.accuracy <= made.high)).all()
-    with pytest.raises(ValueError, match="N = 7"):
+    with pytest.raises(ConfigError, match="N = 7"):
         rerank.curves(letters, None, gold, [7])
 
 

@@ -17,20 +17,20 @@ CONFIG = SampleConfig(n=4, max_new_tokens=5, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
-def made(bench, exam):
-    return samples(CONFIG, model=bench.model, questions=exam, select={"step1": [0, 6]})
+def made(medalpaca, exam):
+    return samples(CONFIG, model=medalpaca.base, questions=exam, select={"step1": [0, 6]})
 
 
-def test_the_first_samples_of_many_are_those_of_few(bench, exam, made):
-    few = samples(CONFIG.model_copy(update={"n": 2}), model=bench.model, questions=exam, select={"step1": [0, 6]})
+def test_the_first_samples_of_many_are_those_of_few(medalpaca, exam, made):
+    few = samples(CONFIG.model_copy(update={"n": 2}), model=medalpaca.base, questions=exam, select={"step1": [0, 6]})
     for a, b in zip(read_samples(few), read_samples(made), strict=True):
         assert [r["text"] for r in a["replies"]] == [r["text"] for r in b["replies"][:2]]
     assert made.metrics["samples"] == 24
     assert len({r["text"] for row in read_samples(made) for r in row["replies"]}) > 12, "samples differ"
 
 
-def test_sharing_the_prompt_and_batching_change_no_reply(bench, tokenizer):
-    net = models.load(bench.model, dtype=torch.float32)
+def test_sharing_the_prompt_and_batching_change_no_reply(medalpaca, tokenizer):
+    net = models.load(medalpaca.base, dtype=torch.float32)
     prompts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("what is a", "the finding of", "name")]
     repeated = [p for p in prompts for _ in range(3)]
     sampling = Sampling(8, temperature=1.0, top_k=0)
@@ -46,8 +46,8 @@ def test_sharing_the_prompt_and_batching_change_no_reply(bench, tokenizer):
     assert together == alone
 
 
-def test_a_reply_ends_at_its_stop(bench, tokenizer):
-    net = models.load(bench.model, dtype=torch.float32)
+def test_a_reply_ends_at_its_stop(medalpaca, tokenizer):
+    net = models.load(medalpaca.base, dtype=torch.float32)
     prompt = tokenizer("what is a", add_special_tokens=False)["input_ids"]
     whole = generate(net, tokenizer, [prompt], Sampling(12))[0]
     stop = re.escape(whole.text[3:5])
@@ -57,10 +57,10 @@ def test_a_reply_ends_at_its_stop(bench, tokenizer):
     assert cut.text == whole.text[: re.search(stop, whole.text).end()]
 
 
-def test_an_interrupted_run_goes_on(bench, exam, fresh_store, monkeypatch):
+def test_an_interrupted_run_goes_on(medalpaca, exam, fresh_store, monkeypatch):
     from ultramed.evaluate import engine as module
 
-    own = {"model": models.base_model(bench.config), "select": {"step1": [0, 6]}}
+    own = {"model": models.base_model(medalpaca.config), "select": {"step1": [0, 6]}}
     from ultramed.core.config import load_profile
     from ultramed.data.sources import dataset
 

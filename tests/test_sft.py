@@ -21,7 +21,8 @@ from ultramed.lm import models
 from ultramed.lm.device import Placement
 from ultramed.lm.templates import TEMPLATES
 from ultramed.train.sft import Collator, encode_rows, parts, sft
-from ultramed.train.training import batch_plan, labelled_head
+from ultramed.train.training import batch_plan
+from ultramed.train.trl_adapter import score_labelled_tokens_only
 from ultramed.train.weights import load_for_training
 
 
@@ -31,8 +32,8 @@ def config(smoke):
 
 
 @pytest.fixture(scope="module")
-def rows(bench, config):
-    return bench.rows(config)
+def rows(medalpaca, config):
+    return medalpaca.training_rows(config)
 
 
 def weights(artifact) -> dict:
@@ -64,22 +65,22 @@ def test_parts_hold_every_row_once_and_nothing_but_padding_is_cut(lengths, budge
             assert (row == label).sum() == lengths[label] - lengths[label] // 2
 
 
-def test_full_training_moves_every_tensor_and_lowers_the_loss(bench, config):
-    made = bench.train("full", learning_rate=1e-2, epochs=4)
+def test_full_training_moves_every_tensor_and_lowers_the_loss(medalpaca, config):
+    made = medalpaca.train_arm("full", learning_rate=1e-2, epochs=4)
     assert made.metrics["tensors_moved"][0] == made.metrics["tensors_moved"][1]
     log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
     losses = [e["loss"] for e in log if "loss" in e]
     assert len(losses) == made.metrics["steps"] == 12
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    before, after = weights(bench.model), weights(made)
+    before, after = weights(medalpaca.base), weights(made)
     assert set(before) == set(after)
     assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_8bit"])
-def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(bench, method):
-    before = (bench.model / "manifest.json").read_text()
-    made = bench.train(method, learning_rate=1e-2)
+def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(medalpaca, method):
+    before = (medalpaca.base / "manifest.json").read_text()
+    made = medalpaca.train_arm(method, learning_rate=1e-2)
     assert made.metrics["tensors_moved"] == [8, 8]
     about = json.loads((made / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == "tiny:llama"
@@ -88,23 +89,23 @@ def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(bench, me
         "kind": "adapter",
         "template": "chat",
         "method": method,
-        "base": bench.model.key,
+        "base": medalpaca.base.key,
         "name": "tiny:llama",
     }
-    assert (bench.model / "manifest.json").read_text() == before
+    assert (medalpaca.base / "manifest.json").read_text() == before
     assert {m["stage"] for m in made.lineage()} == {"sft", "base_model", "mixture", "exam"}
     assert all("lora_" in k for k in weights(made))
 
 
 @pytest.mark.parametrize("on_inputs", [False, True])
-def test_our_loss_is_trls_loss(bench, config, rows, tokenizer, on_inputs):
+def test_our_loss_is_trls_loss(medalpaca, config, rows, tokenizer, on_inputs):
     """The mean over trained tokens of minus log p, as a plain forward pass over all logits gives it."""
     config = config.model_copy(update={"train_on_inputs": on_inputs})
     from trl import SFTConfig, SFTTrainer
 
     data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config)
     batch = Collator(tokenizer.pad_token_id)(data[:4])
-    net = load_for_training(bench.model, config).eval()
+    net = load_for_training(medalpaca.base, config).eval()
     logits = net(input_ids=batch["input_ids"]).logits[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     from datasets import Dataset
@@ -119,14 +120,14 @@ def test_our_loss_is_trls_loss(bench, config, rows, tokenizer, on_inputs):
     )
     trainer = SFTTrainer(net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer)
     assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "TRL's own head"
-    labelled_head(net)
+    score_labelled_tokens_only(net)
     assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "ours"
 
 
-def test_padding_and_neighbours_do_not_change_a_rows_loss(bench, config, rows, tokenizer):
+def test_padding_and_neighbours_do_not_change_a_rows_loss(medalpaca, config, rows, tokenizer):
     data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config)
     data = sorted(data, key=lambda r: r["length"])
-    net, collate = models.load(bench.model, dtype=torch.float32), Collator(tokenizer.pad_token_id)
+    net, collate = models.load(medalpaca.base, dtype=torch.float32), Collator(tokenizer.pad_token_id)
 
     def loss_of_first(batch_rows):
         batch = collate(batch_rows)
@@ -137,18 +138,18 @@ def test_padding_and_neighbours_do_not_change_a_rows_loss(bench, config, rows, t
     assert loss_of_first([data[0], data[-1], data[-2]]) == pytest.approx(loss_of_first([data[0]]), abs=1e-5)
 
 
-def test_accumulated_micro_batches_are_one_batch(bench, monkeypatch):
+def test_accumulated_micro_batches_are_one_batch(medalpaca, monkeypatch):
     """Same rows, same steps: one batch of 8 and the same rows in several smaller ones end with the same weights."""
     monkeypatch.setattr(models, "placement", lambda dtype="auto": Placement("cpu", torch.float32, "test"))
-    one = bench.train("full", learning_rate=1e-3, micro_batch_tokens=4096)
-    four = bench.train("full", learning_rate=1e-3, micro_batch_tokens=300)
+    one = medalpaca.train_arm("full", learning_rate=1e-3, micro_batch_tokens=4096)
+    four = medalpaca.train_arm("full", learning_rate=1e-3, micro_batch_tokens=300)
     assert one.metrics["micro_batches"] == one.metrics["steps"]
     assert four.metrics["micro_batches"] > 2 * four.metrics["steps"]
     a, b = weights(one), weights(four)
     assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 1e-4
 
 
-def test_training_that_moves_nothing_is_an_error(bench, config, monkeypatch):
+def test_training_that_moves_nothing_is_an_error(medalpaca, config, monkeypatch):
     real = load_for_training
 
     def frozen(*args, **kwargs):
@@ -159,33 +160,33 @@ def test_training_that_moves_nothing_is_an_error(bench, config, monkeypatch):
 
     monkeypatch.setattr(models, "load_for_training", frozen)
     with pytest.raises(StoreError, match="changed none"):
-        bench.train("full", learning_rate=3e-3, seed=2)
+        medalpaca.train_arm("full", learning_rate=3e-3, seed=2)
 
 
-def test_nothing_fits(bench, config):
+def test_nothing_fits(medalpaca, config):
     with pytest.raises(ConfigError, match="max_length 8"):
-        sft(config.model_copy(update={"max_length": 8}), model=bench.model, data=bench.rows(config))
+        sft(config.model_copy(update={"max_length": 8}), model=medalpaca.base, data=medalpaca.training_rows(config))
 
 
 RUN = """
 import sys
 from ultramed.core.config import load_profile
 from ultramed.core.log import quiet_libraries
-from ultramed.experiments.medalpaca import Bench
+from ultramed.experiments.medalpaca import MedAlpaca
 quiet_libraries()
 p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
-Bench.of(p, p.models[0]).train(sys.argv[1], learning_rate=1e-3)
+MedAlpaca.of(p).train_arm(sys.argv[1], learning_rate=1e-3)
 """
 
 
 @pytest.mark.parametrize(("method", "how"), [("full", signal.SIGKILL), ("lora", signal.SIGINT)])
-def test_killed_half_way_and_run_again_ends_with_the_same_weights(bench, tmp_path, monkeypatch, method, how):
+def test_killed_half_way_and_run_again_ends_with_the_same_weights(medalpaca, tmp_path, monkeypatch, method, how):
     """SIGINT saves a checkpoint first; SIGKILL leaves the last of those made every two steps."""
     from ultramed.core.config import load_profile
-    from ultramed.experiments.medalpaca import Bench
+    from ultramed.experiments.medalpaca import MedAlpaca
 
     p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
-    whole = Bench.of(p, p.models[0]).train(method, learning_rate=1e-3)
+    whole = MedAlpaca.of(p).train_arm(method, learning_rate=1e-3)
     env = {**os.environ, "ULTRAMED_STORE": str(tmp_path)}
     command = [sys.executable, "-c", RUN, method]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
@@ -199,7 +200,7 @@ def test_killed_half_way_and_run_again_ends_with_the_same_weights(bench, tmp_pat
     assert process.returncode != 0
     assert not list(tmp_path.glob("sft/[!.]*")), "nothing half-trained is published"
     monkeypatch.setenv("ULTRAMED_STORE", str(tmp_path))
-    again = Bench.of(p, p.models[0]).train(method, learning_rate=1e-3)
+    again = MedAlpaca.of(p).train_arm(method, learning_rate=1e-3)
     assert again.metrics["tokens_per_second"] is None, "it went on from a checkpoint"
     assert again.key == whole.key
     assert again.path != whole.path

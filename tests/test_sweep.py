@@ -5,7 +5,7 @@ from rich.console import Console
 from ultramed.book.sweep import run_sweep
 from ultramed.core.config import home
 from ultramed.core.errors import ConfigError
-from ultramed.experiments.medalpaca import Bench
+from ultramed.experiments.medalpaca import MedAlpaca
 
 SWEEP = """
 profile: smoke
@@ -29,20 +29,20 @@ def test_one_row_a_run_and_the_second_time_is_free(file, monkeypatch):
     assert len(table) == 4
     assert set(table.state) == {"done"}
     assert table.trainable.nunique() == 2
-    monkeypatch.setattr("ultramed.train.weights.load_for_training", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("ultramed.train.sft.load_for_training", lambda *a, **k: pytest.fail("trained again"))
     assert run_sweep(file, Console(quiet=True))
 
 
 def test_a_failed_point_does_not_stop_the_others_and_is_tried_again(file, monkeypatch):
     file.write_text(SWEEP.replace("1e-3", "3e-3"))
-    real = Bench.train
+    real = MedAlpaca.train_arm
 
-    def breaks(self, arm, **changes):
+    def breaks(self, arm, seed, **changes):
         if self.profile.train.lora.r == 4:
             raise RuntimeError("on purpose")
-        return real(self, arm, **changes)
+        return real(self, arm, seed, **changes)
 
-    monkeypatch.setattr(Bench, "train", breaks)
+    monkeypatch.setattr(MedAlpaca, "train_arm", breaks)
     assert not run_sweep(file, Console(quiet=True))
     table = pd.read_csv(home() / "figures" / "smoke" / "tables" / "sweep_ranks.csv")
     assert sorted(table.state) == ["done", "done", "failed", "failed"]
@@ -52,6 +52,6 @@ def test_a_failed_point_does_not_stop_the_others_and_is_tried_again(file, monkey
 
 def test_a_typo_in_a_sweep_costs_nothing(file, monkeypatch):
     file.write_text(SWEEP.replace("lora.r", "lora.rnak"))
-    monkeypatch.setattr(Bench, "of", lambda *a: pytest.fail("something ran"))
+    monkeypatch.setattr(MedAlpaca, "of", lambda *a: pytest.fail("something ran"))
     with pytest.raises(ConfigError, match=r"unknown key 'train\.lora\.rnak'"):
         run_sweep(file, Console(quiet=True))

@@ -18,7 +18,7 @@ from ultramed.data.sources import dataset
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.agreement import flips
 from ultramed.evaluate.sample import samples
-from ultramed.experiments.medalpaca import Bench
+from ultramed.experiments.medalpaca import MedAlpaca
 
 WAYS = {
     "transformers, bf16": ("transformers", "bfloat16"),
@@ -35,7 +35,7 @@ def main():
     given = parser.parse_args()
     quiet_libraries()
     profile = config.load_profile("laptop")
-    policy, exam = Bench.of(profile, profile.models[0]).train("full", seed=0), dataset(profile, "exam")
+    policy, exam = MedAlpaca.of(profile).train("full", seed=0), dataset(profile, "exam")
     about = {"model": policy, "questions": exam}
     each = given.questions // 3
     sample = profile.ultramedical.sample.model_copy(update={"n": given.samples})

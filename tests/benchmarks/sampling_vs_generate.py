@@ -21,7 +21,7 @@ from ultramed.data.messages import question_prompt
 from ultramed.data.rows import read_questions
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.stats import clustered
-from ultramed.experiments.ultramedical import Suite
+from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm import models
 from ultramed.lm.parsing import parse
 from ultramed.lm.templates import TEMPLATES
@@ -34,10 +34,10 @@ parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64], help="
 args = parser.parse_args()
 quiet_libraries()
 profile = load_profile("laptop")
-suite = Suite.of(profile)
-model = models.resolve(args.model) if args.model else suite.sft("ultramix")
+experiment = UltraMedical.of(profile)
+model = models.resolve(args.model) if args.model else experiment.train_sft("ultramix")
 rows = []
-for questions, side, select in suite.test_prompts("medical"):
+for questions, side, select in experiment.test_prompts("medical"):
     rows += [r for r in read_questions(questions / f"{side}.parquet") if r["subset"] in select]
 rows = rows[:: max(1, len(rows) // args.questions)][: args.questions]
 tokenizer, net, own = models.load_tokenizer(model), models.load(model), profile.ultramedical.sample

@@ -63,18 +63,18 @@ def _entails(name: str, question: str, answer: str, statement: str, config: LLMC
 @stage(version=1, also=wording)
 def kqa_labels(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
     """`labels.jsonl`: question, kind, statement and label of every K-QA statement, for replies to K-QA's questions."""
-    asked, about = [], []
+    asked, metadata = [], []
     for row in read_replies(replies).itertuples():
         for kind in ("must_have", "nice_to_have"):
             for number, statement in enumerate(row.meta[kind]):
                 name, question = f"{row.id}/{kind}/{number}", row.prompt[-1]["content"]
                 asked.append(_entails(name, question, row.reply, statement, config))
-                about.append({"question": row.id, "kind": kind, "statement": statement})
+                metadata.append({"question": row.id, "kind": kind, "statement": statement})
     made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="K-QA statements")
     labels = [answer["value"]["label"] if answer["value"] else None for answer in made]
     write_lines(
         out / "labels.jsonl",
-        ({"id": m["id"], **what, "label": label} for m, what, label in zip(made, about, labels, strict=True)),
+        ({"id": m["id"], **what, "label": label} for m, what, label in zip(made, metadata, labels, strict=True)),
     )
     return {"statements": len(made), "unread": labels.count(None)}
 
@@ -138,7 +138,7 @@ def judge_labels(out: Path, config: LLMConfig) -> dict:
 @stage(version=1, also=wording)
 def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
     """`grades.jsonl`: a score from 1 to 10 for every turn of every reply (MT-Bench; the second turn sees the first)."""
-    asked, about = [], []
+    asked, metadata = [], []
     for row in read_replies(replies).itertuples():
         turns = list(row.meta.get("turns") or [row.prompt[-1]["content"]])
         told = f"\nA good answer is: {row.reference}" if config.see_reference and row.reference else ""
@@ -148,11 +148,11 @@ def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
                 for asked_for, reply in zip(turns[: number + 1], row.replies[: number + 1], strict=True)
             )
             asked.append(request(f"{row.id}#{number}", MT_BENCH.format(reference=told), talk, config))
-            about.append({"question": row.id, "turn": number + 1, "category": row.meta.get("category", "all")})
+            metadata.append({"question": row.id, "turn": number + 1, "category": row.meta.get("category", "all")})
     made = ask(config.server, asked, out / "requests.jsonl", schema=Grade, desc="grades")
     given = [answer["value"]["score"] if answer["value"] else None for answer in made]
     write_lines(
-        out / "grades.jsonl", ({"id": m["id"], **what, "score": s} for m, what, s in zip(made, about, given, strict=True))
+        out / "grades.jsonl", ({"id": m["id"], **what, "score": s} for m, what, s in zip(made, metadata, given, strict=True))
     )
     scores = [s for s in given if s is not None]
     return {"turns": len(made), "unread": len(made) - len(scores), "mean": sum(scores) / len(scores) if scores else None}

@@ -129,5 +129,7 @@ def pairs_shown(artifact: Artifact, count: int = 6) -> pd.DataFrame:
     """The first pairs with scores and models, to be looked at."""
     rows = canonical.read_pairs(artifact / "pairs.parquet")[:count]
     texts = [{side: row[side][0]["content"] for side in ("chosen", "rejected")} for row in rows]
-    about = ("chosen_score", "rejected_score", "chosen_model", "rejected_model")
-    return pd.DataFrame([{**text, **{key: row["meta"][key] for key in about}} for text, row in zip(texts, rows, strict=True)])
+    metadata = ("chosen_score", "rejected_score", "chosen_model", "rejected_model")
+    return pd.DataFrame(
+        [{**text, **{key: row["meta"][key] for key in metadata}} for text, row in zip(texts, rows, strict=True)]
+    )

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from ultramed.core.config import home, load_profile, nearest
 from ultramed.core.errors import ConfigError
-from ultramed.core.progress import FILE
+from ultramed.core.progress import FILE, MINUTE, duration
 from ultramed.core.store import digest, environment, write_json
 from ultramed.report.scorecard import folder
 
@@ -101,18 +102,19 @@ def run(
             raise ConfigError(f"{path.name} lacks the parameters {sorted(unknown)}")
         todo.append(Job(path.stem, path, folder(profile) / "notebooks" / path.name, parameters))
     first, last = [j for j in todo if not j.name.startswith(LAST)], [j for j in todo if j.name.startswith(LAST)]
-    started = time.monotonic()
-    with Live(console=console, refresh_per_second=2, transient=True) as live:
+    started, show = time.monotonic(), _Terminal if console.is_terminal else _Lines
+    with show(console, todo, profile) as watch:
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             waiting = [pool.submit(_run_one, job, force) for job in first]
             while not all(f.done() for f in waiting):
-                live.update(_table(todo, profile))
+                watch.tick()
                 time.sleep(0.3)
             for future in waiting:
                 future.result()
         ran = any(j.state == "done" for j in first)
         for job in last:  # its input is not in its key, so it runs again whenever another notebook did
-            _run_one(job, force or ran, lambda: live.update(_table(todo, profile)))
+            _run_one(job, force or ran, watch.tick)
+        watch.tick()
     console.print(_table(todo, profile))
     failed = [j for j in todo if j.state == "failed"]
     for job in failed:
@@ -121,6 +123,81 @@ def run(
         f"{len(todo) - len(failed)} of {len(todo)} notebooks fine, {time.monotonic() - started:.0f} s", highlight=False
     )
     return not failed
+
+
+class _Terminal:
+    """A table that is drawn anew."""
+
+    def __init__(self, console: Console, todo: list[Job], profile: str):
+        self.todo, self.profile = todo, profile
+        self.live = Live(console=console, refresh_per_second=2, transient=True)
+
+    def __enter__(self):
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.live.__exit__(*error)
+
+    def tick(self) -> None:
+        self.live.update(_table(self.todo, self.profile))
+
+
+class _Lines:
+    """For logs: a line when a notebook begins and ends, and one a minute with what it does and what the rest may take."""
+
+    def __init__(self, console: Console, todo: list[Job], profile: str):
+        self.console, self.todo, self.rest = console, todo, Rest(todo, profile)
+        self.seen, self.told = {job.name: "waiting" for job in todo}, time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def tick(self) -> None:
+        for job in self.todo:
+            if job.state != self.seen[job.name]:
+                self.seen[job.name] = job.state
+                self.say(job, duration(job.seconds) if job.state in ("done", "failed") else "")
+        if time.monotonic() - self.told > MINUTE:
+            for job in self.todo:
+                if job.state == "running":
+                    self.say(job, f"{duration(job.seconds)}; {job.note or 'starting'}")
+
+    def say(self, job: Job, more: str) -> None:
+        self.told, ended = time.monotonic(), sum(j.state in ("done", "skipped", "failed") for j in self.todo)
+        left = self.rest.seconds()
+        whole = f"{ended} of {len(self.todo)} notebooks" + (f", about {duration(left)} left" if left else "")
+        line = f"{datetime.now():%H:%M:%S} {job.name} {job.state}{', ' if more else ''}{more} ({whole})"
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+class Rest:
+    """About how long the rest of a book takes: what the notebooks took when they were last executed at this profile (the
+    committed copies know, too), corrected by how this run compares with that so far."""
+
+    def __init__(self, todo: list[Job], profile: str):
+        self.todo = todo
+        self.known = {job.name: _took(job.target) for job in todo}
+
+    def seconds(self) -> float | None:
+        """None where nothing is known of what is left."""
+        ended = [job for job in self.todo if job.state == "done" and self.known[job.name]]
+        left = [job for job in self.todo if job.state in ("waiting", "running")]
+        if not left or not all(self.known[job.name] for job in left):
+            return None
+        pace = sum(job.seconds for job in ended) / sum(self.known[job.name] for job in ended) if ended else 1.0
+        return sum(max(0.0, pace * self.known[job.name] - job.seconds) for job in left)
+
+
+def _took(path: Path) -> float | None:
+    """Seconds that an executed notebook took, by papermill's own record."""
+    try:
+        return json.loads(path.read_text())["metadata"]["papermill"]["duration"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _table(todo: list[Job], profile: str) -> Table:

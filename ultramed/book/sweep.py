@@ -180,10 +180,10 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
         if seed not in profile.usmle.seeds:
             raise ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
         return profile
-    own = profile.ultramedical
-    if own is None:
+    section = profile.ultramedical
+    if section is None:
         raise ConfigError(f"profile {sweep.profile!r} has no section `ultramedical`")
-    arms = {"preference": own.preference.arms, "reward": own.reward.arms}.get(sweep.experiment, [sweep.arm])
+    arms = {"preference": section.preference.arms, "reward": section.reward.arms}.get(sweep.experiment, [sweep.arm])
     config.known(sweep.arm, arms, f"profile {sweep.profile!r}")
-    config.known(sweep.mix, own.sft.mixtures, f"profile {sweep.profile!r}, ultramedical.sft.mixtures")
+    config.known(sweep.mix, section.sft.mixtures, f"profile {sweep.profile!r}, ultramedical.sft.mixtures")
     return profile

@@ -43,10 +43,10 @@ def _told(art: store.Artifact, out: Path) -> None:
 def annotate_score(data: RowsOption, server: ServerOption, out: OutOption, overrides: MoreOption = []) -> None:  # noqa: B006
     """Complexity of every instruction, 1 to 10: `scores.jsonl`."""
     from ultramed.annotate.judge import LLMConfig, complexity
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
 
     setting = _setting(LLMConfig, server, overrides)
-    _told(complexity(setting, data=own(data, side="train")), out)
+    _told(complexity(setting, data=user_file(data, side="train")), out)
 
 
 @annotate_app.command("feedback")
@@ -60,10 +60,10 @@ def annotate_feedback(
 ) -> None:
     """Scores and ranks of every prompt's candidates, shown in a shuffled order: `feedback.jsonl`."""
     from ultramed.annotate.judge import LLMConfig, llm_feedback
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
 
     setting = _setting(LLMConfig, server, overrides)
-    _told(llm_feedback(setting, candidates=own(data, "candidates")), out)
+    _told(llm_feedback(setting, candidates=user_file(data, "candidates")), out)
 
 
 @annotate_app.command("compare")
@@ -75,10 +75,10 @@ def annotate_compare(
 ) -> None:
     """Which of two replies is better, judged in both orders: `verdicts.jsonl`."""
     from ultramed.annotate.judge import LLMConfig, pairwise
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
 
     setting = _setting(LLMConfig, server, overrides)
-    _told(pairwise(setting, pairs=own(pairs, "pairs", "pairs")), out)
+    _told(pairwise(setting, pairs=user_file(pairs, "pairs", "pairs")), out)
 
 
 @annotate_app.command("write")
@@ -97,8 +97,8 @@ def annotate_write(
 ) -> None:
     """New training rows: `train.parquet`, and `rejected.jsonl` with what failed and why."""
     from ultramed.annotate.synthesize import STAGES, SynthesisConfig
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
 
     config.known(what, STAGES, "what can be written")
     setting = _setting(SynthesisConfig, server, overrides)
-    _told(STAGES[what](setting, data=own(data, side="train")), out)
+    _told(STAGES[what](setting, data=user_file(data, side="train")), out)

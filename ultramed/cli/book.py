@@ -1,5 +1,6 @@
 """Command line of the book: what this machine can do, notebooks, sweeps, the report."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from ultramed.cli.common import ProcessesOption, ProfileOption, SetOption, console
 from ultramed.core import config, store
+from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile
 
 book_app = typer.Typer(pretty_exceptions_enable=False)
@@ -89,6 +91,21 @@ def doctor(
     resolved = config.load_profile(profile)
     if gpus:
         _plan(resolved, gpus, tflops, row_tokens)
+
+
+@book_app.command("profile")
+def show_profile(
+    name: Annotated[str, typer.Argument(help="A file of params/, without .yaml, or a path to one.")] = "laptop",
+    overrides: SetOption = [],  # noqa: B006
+    only: Annotated[str, typer.Option(help="Only keys that begin so, such as ultramedical.preference.")] = "",
+) -> None:
+    """Every resolved value of a profile, and the file and line that set it."""
+    rows = [row for row in config.resolved_values(name, overrides) if row[0].startswith(only)]
+    if not rows:
+        raise ConfigError(f"no key of profile {name!r} begins with {only!r}")
+    width = min(60, max(len(key) for key, _, _ in rows))
+    for key, value, place in rows:
+        console.print(f"{key:<{width}}  {json.dumps(value)}  [dim]{place}[/]", highlight=False, soft_wrap=True)
 
 
 @book_app.command()

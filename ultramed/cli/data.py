@@ -21,7 +21,7 @@ def data_list() -> None:
     table = Table()
     for column in ("name", "kind", "sides", "at hand", "licence"):
         table.add_column(column)
-    table.add_row("exam", "questions", "train 18000, dev 900, test 3000 (laptop)", "[green]bundled[/]", "see DATA_LICENSES.md")
+    table.add_row("exam", "questions", "train 18000, dev 900, test 3000 (laptop)", "[green]bundled[/]", "docs/DATA_LICENSES.md")
     for name, spec in SOURCES.items():
         local = local_files(name)
         sides = {s: n for s, (_, n) in spec.files.items()} or {s: h[-1] for s, h in spec.hub.items()}
@@ -80,10 +80,10 @@ def data_decontaminate(
 
     from ultramed.data import rows as canonical
     from ultramed.data.collection import contamination, read_report
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
 
     setting = config.validate(schema.CheckConfig, config.overridden({}, overrides), "check")
-    given = {"train": own(train, side="train"), "test": own(test)}
+    given = {"train": user_file(train, side="train"), "test": user_file(test)}
     found = contamination(setting, sources={"train": "train"}, tests=["test"], **given)
     publish(found, out)
     hit = set(pd.read_parquet(found / "hits.parquet").id)

@@ -44,7 +44,7 @@ def evaluate(
     import shutil
 
     from ultramed.core.log import quiet_libraries
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
     from ultramed.evaluate import stats
     from ultramed.evaluate.accuracy import answers, read_answers
     from ultramed.lm import models
@@ -53,7 +53,7 @@ def evaluate(
     given_template = _template(template)
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
     setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
-    asked = own(questions, "questions", limit=limit)
+    asked = user_file(questions, "questions", limit=limit)
     art = answers(setting, model=models.resolve(model), questions=asked, dtype=dtype, **given_template)
     frame = read_answers(art)
     e = stats.wilson(frame.correct)
@@ -92,7 +92,7 @@ def agreement(
     """Ask the same questions by several engines, dtypes, batch sizes: how many answers flip, and does the accuracy move?"""
     from ultramed.book.notebook import percent
     from ultramed.core.log import quiet_libraries
-    from ultramed.data.sources import own
+    from ultramed.data.sources import user_file
     from ultramed.evaluate import agreement as agree
     from ultramed.lm import models
 
@@ -101,7 +101,7 @@ def agreement(
     setting = config.validate(schema.EvalConfig, config.overridden({"answer_form": "letter_first"}, overrides), "eval")
     for text in ["", *variants]:
         agree.settings(setting, text)  # a slip should show before the first question is asked
-    given = {"model": models.resolve(model), "questions": own(questions, "questions", limit=limit), **given_template}
+    given = {"model": models.resolve(model), "questions": user_file(questions, "questions", limit=limit), **given_template}
     table = agree.flips({text or "as it is": agree.ask(setting, text, **given) for text in ["", *variants]})
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "agreement.csv", index=False)

@@ -117,17 +117,70 @@ _UniqueKeys.add_implicit_resolver(  # YAML 1.1 reads 2e-5 as text; everybody els
 )
 
 
-def raw_profile(name: str, _seen: tuple = ()) -> dict:
-    """The profile as a plain dictionary, its `extends` chain merged."""
+def profile_path(name: str) -> Path:
+    """Of a file of params/ by its name, or of a path. Raises ConfigError, with the nearest name, if there is none."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else home() / "params" / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"no profile {name!r} (looked for {path}){nearest(name, profiles())}")
+    return path
+
+
+def raw_profile(name: str, _seen: tuple = ()) -> dict:
+    """The profile as a plain dictionary, its `extends` chain merged."""
+    path = profile_path(name)
     if path in _seen:
         raise ConfigError(f"{path}: `extends` goes round in a circle")
     data = read_yaml(path)
     parent = data.pop("extends", None)
     data = merge(raw_profile(parent, (*_seen, path)), data, Profile) if parent else data
     return {**data, "name": path.stem}
+
+
+def chain(name: str) -> list[Path]:
+    """The profile's file and those it extends, the last ancestor first."""
+    path = profile_path(name)
+    parent = read_yaml(path).get("extends")
+    return [*(chain(parent) if parent else ()), path]
+
+
+def set_by(name: str) -> dict[str, str]:
+    """'train.epochs' -> 'params/gpu.yaml:9', for every key that a file of the profile's chain writes; the last one counts."""
+    places: dict[str, str] = {}
+
+    def visit(node: yaml.Node, key: str, file: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                visit(value, f"{key}.{name.value}".lstrip("."), file)
+            return
+        places[key] = f"{file}:{node.start_mark.line + 1}"
+        if isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                visit(value, f"{key}.{number}", file)
+
+    for path in chain(name):
+        visit(yaml.compose(path.read_text()), "", str(path.relative_to(home()) if path.is_relative_to(home()) else path))
+    return places
+
+
+def resolved_values(name: str, overrides: list[str] | tuple[str, ...] = ()) -> list[tuple[str, Any, str]]:
+    """Every value of a profile: (dotted key, value, where it was set: a file and line, an override, or the default)."""
+    places = set_by(name) | {".".join(parse_override(text)[0]): f"--set {text}" for text in overrides}
+    rows = []
+
+    def visit(value: Any, key: str, place: str) -> None:
+        place = places.get(key, place)
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                visit(inner, f"{key}.{name}".lstrip("."), place)
+        elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+            for number, inner in enumerate(value):
+                visit(inner, f"{key}.{number}", place)
+        else:
+            rows.append((key, value, place))
+
+    for key, value in load_profile(name, overrides).model_dump(mode="json").items():
+        visit(value, key, "default")
+    return rows
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

@@ -1,33 +1,53 @@
-"""Progress of long work: a bar in a terminal or notebook, or one line in a file that the batch runner watches."""
+"""Progress of long work: a bar in a terminal or notebook, a line a minute where there is none, or a file that the batch
+runner watches."""
 
 import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 FILE = "ULTRAMED_PROGRESS_FILE"
+MINUTE = 60.0  # seconds between two lines
 
 
 def bar(total: int, desc: str, unit: str, initial: int = 0):
-    """A tqdm bar, or the same interface writing to the file that the runner named (bars bloat executed notebooks)."""
-    if FILE in os.environ:
-        return _FileBar(Path(os.environ[FILE]), total, desc, unit, initial)
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, mininterval=1)
+    """Something with `update(n)`, `set_postfix_str` and `close`, to be used in a `with`."""
+    if FILE in os.environ:  # bars bloat executed notebooks
+        return _FileBar(total, desc, unit, initial, Path(os.environ[FILE]))
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=total, initial=initial, desc=desc, unit=unit, mininterval=1)
+    return _LineBar(total, desc, unit, initial)
 
 
-class _FileBar:
-    def __init__(self, path: Path, total: int, desc: str, unit: str, initial: int):
-        self.path, self.total, self.desc, self.unit, self.n = path, total, desc, unit, initial
-        self._shown = 0.0
+def duration(seconds: float) -> str:
+    """'40 s', '12 min' or '3 h 5 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Bar:
+    """Counts; how it is shown is for the subclasses to say."""
+
+    every = 0.3  # seconds between two showings
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int):
+        self.total, self.desc, self.unit, self.n = total, desc, unit, initial
+        self._first, self._begun, self._shown = initial, time.monotonic(), 0.0
         self._show()
 
     def _show(self):
-        if time.monotonic() - self._shown > 0.3 or self.n >= self.total:
-            self._shown = time.monotonic()
-            with contextlib.suppress(OSError):  # progress is a courtesy; a full disk is reported where it matters
-                self.path.write_text(f"{self.desc} {self.n}/{self.total} {self.unit}s")
+        now = time.monotonic()
+        if now - self._shown > self.every or self.n >= self.total:
+            self._shown = now
+            self.show()
+
+    def show(self):
+        """Show what has been counted."""
 
     def update(self, n: int = 1):
         self.n += n
@@ -37,10 +57,37 @@ class _FileBar:
         """Only a bar has room for it."""
 
     def close(self):
-        self._show()
+        """Nothing to end."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+class _FileBar(_Bar):
+    """One line in a file, written anew."""
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int, path: Path):
+        self.path = path
+        super().__init__(total, desc, unit, initial)
+
+    def show(self):
+        with contextlib.suppress(OSError):  # progress is a courtesy; a full disk is reported where it matters
+            self.path.write_text(f"{self.desc} {self.n}/{self.total} {self.unit}s")
+
+
+class _LineBar(_Bar):
+    """A line at the beginning, one a minute, and one at the end, for logs."""
+
+    every = MINUTE
+
+    def show(self):
+        spent, made = time.monotonic() - self._begun, self.n - self._first
+        line = f"{self.desc}: {self.n} of {self.total} {self.unit}s"
+        if made:
+            line += f", {duration(spent)}"
+            if self.n < self.total:
+                line += f", about {duration(spent / made * (self.total - self.n))} left"
+        print(line, file=sys.stderr, flush=True)

@@ -205,22 +205,22 @@ def collect(profile: Profile, scores: dict[str, Artifact] | None = None) -> Coll
 
     scores: source -> its complexity by a language model (annotate/llm.py), for sources that come without.
     """
-    own = profile.collection
-    if own is None:
+    section = profile.collection
+    if section is None:
         raise ConfigError(f"profile {profile.name!r} has no section `collection`")
 
     def there(name: str) -> bool:
         return name == "exam" or bool(local_files(name))
 
-    wanted = {name: what for name, what in own.sources.items() if what}
+    wanted = {name: what for name, what in section.sources.items() if what}
     sources = {name: what for name, what in wanted.items() if there(what.partition(":")[0])}
-    tests = [name for name in own.tests if there(name)]
+    tests = [name for name in section.tests if there(name)]
     data = {name: dataset(profile, name) for name in sorted({w.partition(":")[0] for w in sources.values()} | set(tests))}
-    checked = contamination(own.check, sources=sources, tests=tests, **data)
+    checked = contamination(section.check, sources=sources, tests=tests, **data)
     scored = {SCORES + name: art for name, art in (scores or {}).items() if name in sources}
     data |= scored
-    made = build(own.build, sources=sources, checked=checked, **data)
-    return Collected(sources, tests, sorted({*wanted, *own.tests} - {*sources, *tests}), data, checked, made)
+    made = build(section.build, sources=sources, checked=checked, **data)
+    return Collected(sources, tests, sorted({*wanted, *section.tests} - {*sources, *tests}), data, checked, made)
 
 
 REASONS = ("original", "low score", "contaminated", "duplicate", "near-duplicate", "retained")

@@ -228,8 +228,8 @@ def embedding_hits(
             for rule in rules:
                 near = close >= (cosine if rule == "cosine" else 1 - 0.05 / 2)  # unit vectors: |a - b|^2 = 2 - 2 cos
                 if rule == "ultramedical":
-                    own = np.array([max(1, len(t)) for t in part])[:, None]
-                    near &= np.abs(own - length) <= 0.2 * length
+                    lengths = np.array([max(1, len(t)) for t in part])[:, None]
+                    near &= np.abs(lengths - length) <= 0.2 * length
                 out += [Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(near), strict=True)]
             bar.update(len(part))
     return out

@@ -115,17 +115,17 @@ def dataset(profile: Profile, name: str) -> Artifact:
     return exam(profile.exam) if name == "exam" else source(SourceConfig(name=get(name).name))
 
 
-def own(path: Path, kind: str = "rows", side: str = "test", limit: int = 0) -> Artifact:
+def user_file(path: Path, kind: str = "rows", side: str = "test", limit: int = 0) -> Artifact:
     """Anyone's file as an artifact with `{side}.parquet` (candidates: `samples.jsonl`). kind: 'questions', 'rows' (any of
     questions, instructions, prompts), 'pairs' or 'candidates'. Raises BadRow, naming file, row and field, for a row that
     cannot be used."""
     if not Path(path).is_file():
         raise canonical.BadRow(f"{path}: no such file")
-    return _own(Path(path).resolve(), kind=kind, side=side, limit=limit)
+    return user_rows(Path(path).resolve(), kind=kind, side=side, limit=limit)
 
 
 @stage(version=2, also=lambda path: sha256(path))
-def _own(out: Path, path: Path, *, kind: str, side: str, limit: int) -> dict:
+def user_rows(out: Path, path: Path, *, kind: str, side: str, limit: int) -> dict:
     readers = {"questions": canonical.read_questions, "rows": read_any, "pairs": canonical.read_pairs, "candidates": read_any}
     rows = readers[kind](path)[: limit or None]
     if kind != "candidates":

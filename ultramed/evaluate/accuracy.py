@@ -7,17 +7,16 @@ import pandas as pd
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
-from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import EvalConfig
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
 from ultramed.data.messages import question_prompt
-from ultramed.evaluate.engine import open_engine, weights
+from ultramed.evaluate.engine import asking, weights
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.evaluate.stats import wilson
 from ultramed.lm import models
-from ultramed.lm.device import free_memory, placement
+from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse
 from ultramed.lm.templates import wording
 
@@ -47,27 +46,18 @@ def answers(
     with Ledger(out / "answers.jsonl", key="id") as ledger:
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
-            engine = open_engine(
-                model,
-                models.template_of(model, template),
-                out,
-                budget=config.batch_tokens,
-                dtype=place.dtype,
-                quantize=quantize,
-                engine=config.engine,
-            )
-            with progress_bar(len(rows), f"{config.protocol} answers", "question", initial=len(ledger)) as bar:
+            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "quantize": quantize, "engine": config.engine}
+            what = (len(rows), f"{config.protocol} answers", "question")
+            with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
                 ASK[config.protocol](engine, todo, config, ledger, bar)
-            del engine
-            free_memory()
         result = [ledger.rows[r["id"]] for r in rows]
-    about = {
+    metadata = {
         "protocol": config.protocol,
         "template": models.template_of(model, template).name,
         "dtype": str(place.dtype),
         "device": place.device,
     }
-    return {**summary(result), **about, "quantize": quantize}
+    return {**summary(result), **metadata, "quantize": quantize}
 
 
 def select_rows(rows: list[dict], select: dict | None) -> list[dict]:

@@ -16,7 +16,7 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.lm import models
 
-OWN = ("dtype", "quantize", "model")  # of a variant, beside every key of EvalConfig
+EXTRA_SETTINGS = ("dtype", "quantize", "model")  # of a variant, beside every key of EvalConfig
 
 
 def variant(text: str) -> dict[str, str]:
@@ -28,7 +28,7 @@ def variant(text: str) -> dict[str, str]:
             raise ConfigError(
                 f"variant {text!r}: wanted key=value pairs with commas between, such as dtype=float32,batch_tokens=256"
             )
-        known(key, [*OWN, *EvalConfig.model_fields], "settings of a variant")
+        known(key, [*EXTRA_SETTINGS, *EvalConfig.model_fields], "settings of a variant")
         out[key] = value
     return out
 
@@ -39,25 +39,25 @@ def settings(config: EvalConfig, text: str) -> tuple[EvalConfig, dict[str, str]]
     Raises ConfigError for anything impossible, so that a slip shows before the first question is asked.
     """
     change = variant(text) if text else {}
-    own = {key: change.pop(key) for key in OWN if key in change}
+    extra = {key: change.pop(key) for key in EXTRA_SETTINGS if key in change}
     setting = validate(
         EvalConfig, overridden(config.model_dump(), [f"{k}={v}" for k, v in change.items()]), f"variant {text!r}"
     )
-    known(own.get("dtype", "auto"), get_args(Dtype), "dtypes")
-    known(own.get("quantize", "8bit"), ("8bit", "4bit"), "quantisations")
-    if setting.engine != "transformers" and (setting.protocol != "greedy" or "quantize" in own):
+    known(extra.get("dtype", "auto"), get_args(Dtype), "dtypes")
+    known(extra.get("quantize", "8bit"), ("8bit", "4bit"), "quantisations")
+    if setting.engine != "transformers" and (setting.protocol != "greedy" or "quantize" in extra):
         raise ConfigError(
             f"variant {text!r}: engine {setting.engine} has the greedy protocol only, and no quantisation of its own"
         )
-    return setting, own
+    return setting, extra
 
 
 def ask(config: EvalConfig, text: str, *, model: Artifact, questions: Artifact, **given) -> pd.DataFrame:
     """Answers of one variant."""
-    setting, own = settings(config, text)
-    if "model" in own:
-        model = models.resolve(own.pop("model"))
-    return read_answers(answers(setting, model=model, questions=questions, **{**given, **own}))
+    setting, extra = settings(config, text)
+    if "model" in extra:
+        model = models.resolve(extra.pop("model"))
+    return read_answers(answers(setting, model=model, questions=questions, **{**given, **extra}))
 
 
 def flips(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:

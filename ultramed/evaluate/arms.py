@@ -97,6 +97,9 @@ def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
         raise ValueError("the two arms have no question in common")
     given = (both.correct_a, both.correct_b, both.concept_a, both.seed)
     d = stats.difference(*given)
+    if (both.correct_a == both.correct_b).all():  # a bootstrap of equal answers would be sure that nothing can differ
+        bound = min(1.0, 3 / len(both))  # the rule of three: 95% upper bound of a share that was never seen
+        d = replace(d, low=-bound, high=bound, se=bound / 2)
     return Comparison(
         a=float(both.correct_a.mean()),
         b=float(both.correct_b.mean()),

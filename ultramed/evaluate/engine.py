@@ -7,6 +7,7 @@ the weights themselves (likelihoods, words put into the model's mouth) only the 
 import json
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,10 +15,12 @@ import torch
 
 from ultramed.core.client import Request, ServerConfig, ask
 from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import Ledger
+from ultramed.core.progress import bar as progress_bar
 from ultramed.core.store import Artifact
 from ultramed.evaluate.generate import Reply, Sampling, generate
 from ultramed.lm import models
-from ultramed.lm.device import at_most_on_cpu
+from ultramed.lm.device import at_most_on_cpu, free_memory
 from ultramed.lm.templates import Template
 
 if TYPE_CHECKING:
@@ -91,11 +94,11 @@ def open_engine(
     engine: str = "transformers",
 ) -> "Local | Server | OpenVino":
     """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`."""
-    about = models.card(model)
-    if about["kind"] == "server":
+    metadata = models.card(model)
+    if metadata["kind"] == "server":
         if quantize:
-            raise ConfigError(f"{about['name']} is behind a URL: start the server with quantised weights instead")
-        return Server(ServerConfig(url=about["url"], model=about["model"]), out / "requests.jsonl")
+            raise ConfigError(f"{metadata['name']} is behind a URL: start the server with quantised weights instead")
+        return Server(ServerConfig(url=metadata["url"], model=metadata["model"]), out / "requests.jsonl")
     if engine == "transformers":
         return Local(model, template, budget, dtype, quantize)
     if quantize:
@@ -103,6 +106,19 @@ def open_engine(
     from ultramed.evaluate.openvino import OpenVino
 
     return OpenVino(model, template, out, "bf16" if dtype == torch.bfloat16 else "f32")
+
+
+@contextmanager
+def asking(ledger: Ledger, total: int, desc: str, unit: str, model: Artifact, template: str | None, out: Path, **options):
+    """(engine, bar) to ask for what a ledger still lacks of `total` items; afterwards the engine's memory is given back.
+
+    `template` and `options`: see `open_engine`.
+    """
+    engine = open_engine(model, models.template_of(model, template), out, **options)
+    with progress_bar(total, desc, unit, initial=len(ledger)) as bar:
+        yield engine, bar
+    del engine
+    free_memory()
 
 
 def weights(engine: Engine, what: str) -> Local:

@@ -157,8 +157,8 @@ def _nucleus(p: torch.Tensor, tokens: torch.Tensor, top_p: float, u: torch.Tenso
 
 def ends(model, tokenizer) -> set[int]:
     """Tokens at which a reply ends."""
-    own = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
+    end_tokens = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(end_tokens if isinstance(end_tokens, list | tuple) else [end_tokens])} - {None}
 
 
 def generate(

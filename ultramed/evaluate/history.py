@@ -14,17 +14,15 @@ from pydantic import Field
 
 from ultramed.core.client import Request, ServerConfig, ask
 from ultramed.core.ledger import Ledger, write_lines
-from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.dedupe import jaccard, normalise, tfidf_encoder
 from ultramed.data.messages import as_completion
 from ultramed.evaluate import stats
-from ultramed.evaluate.engine import open_engine
+from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling
-from ultramed.lm import models
-from ultramed.lm.device import free_memory, placement
+from ultramed.lm.device import placement
 
 OPENING = """\
 You are a doctor and take a patient's history. Ask one short question at a time about symptoms, past illnesses, family \
@@ -69,11 +67,11 @@ class Script:
 
     def __init__(self, cases: list[dict], near: float):
         self.facts = {c["id"]: facts(c["meta"]) for c in cases}
-        self.encode = tfidf_encoder([f for own in self.facts.values() for f in own])
-        self.vectors = {name: self.encode(own) for name, own in self.facts.items()}
+        self.encode = tfidf_encoder([f for statements in self.facts.values() for f in statements])
+        self.vectors = {name: self.encode(statements) for name, statements in self.facts.items()}
         self.near = near
 
-    def about(self, name: str, text: str) -> int | None:
+    def statement_about(self, name: str, text: str) -> int | None:
         """Index of the statement nearest to `text`, None if none is near."""
         if not self.facts[name] or not text:
             return None
@@ -92,32 +90,14 @@ def histories(
     with Ledger(out / "turns.jsonl") as ledger:
         for row in ledger.rows.values():
             talks[row["id"]].append(row)
-        engine = None
-        with progress_bar(len(cases) * (config.questions + 1), "histories", "turn", initial=len(ledger)) as bar:
-            for turn in range(config.questions + 1):
-                todo = [c for c in cases if len(talks[c["id"]]) == turn]
-                if not todo:
-                    continue
-                engine = engine or open_engine(
-                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=placement().dtype
-                )
-                said = {}
-
-                def done(batch, replies, todo=todo, said=said):
-                    said.update({todo[i]["id"]: r.text.strip() for i, r in zip(batch, replies, strict=True)})
-
-                asked = [conversation(c, talks[c["id"]], config.questions) for c in todo]
-                engine.replies(asked, Sampling(config.max_new_tokens if turn < config.questions else 96), done)
-                answers = _answers(todo, said, script, config, out / "patient.jsonl") if turn < config.questions else {}
-                for case in todo:
-                    name = case["id"]
-                    answer, found = answers.get(name, ("", None))
-                    row = {"key": f"{name}#{turn}", "id": name, "said": said[name], "answer": answer, "found": found}
-                    ledger.add(row)
-                    talks[name].append(row)
-                bar.update(len(todo))
-        del engine
-        free_memory()
+        total, opening = len(cases) * (config.questions + 1), {"budget": config.batch_tokens, "dtype": placement().dtype}
+        if len(ledger) < total:
+            with asking(ledger, total, "histories", "turn", model, template, out, **opening) as (engine, bar):
+                for turn in range(config.questions + 1):
+                    todo = [c for c in cases if len(talks[c["id"]]) == turn]
+                    if todo:
+                        _take_turn(engine, todo, turn, talks, script, config, out, ledger)
+                        bar.update(len(todo))
     write_lines(
         out / "histories.jsonl",
         (
@@ -136,6 +116,24 @@ def histories(
     return {"cases": len(cases), "patient": config.patient.model if config.patient else "script"}
 
 
+def _take_turn(engine, todo: list[dict], turn: int, talks: dict, script: "Script", config, out: Path, ledger: Ledger) -> None:
+    """One question (or, at the end, the diagnoses) of every case in `todo`, and the patient's answer."""
+    said, last = {}, turn == config.questions
+
+    def done(batch, replies):
+        said.update({todo[i]["id"]: reply.text.strip() for i, reply in zip(batch, replies, strict=True)})
+
+    asked = [conversation(case, talks[case["id"]], config.questions) for case in todo]
+    engine.replies(asked, Sampling(96 if last else config.max_new_tokens), done)
+    answers = {} if last else _answers(todo, said, script, config, out / "patient.jsonl")
+    for case in todo:
+        name = case["id"]
+        answer, found = answers.get(name, ("", None))
+        row = {"key": f"{name}#{turn}", "id": name, "said": said[name], "answer": answer, "found": found}
+        ledger.add(row)
+        talks[name].append(row)
+
+
 def conversation(case: dict, talk: list[dict], questions: int) -> list[dict]:
     """What the model sees before its next turn; the last one asks for diagnoses."""
     meta = case["meta"]
@@ -150,7 +148,7 @@ def conversation(case: dict, talk: list[dict], questions: int) -> list[dict]:
 def _answers(cases, said, script, config, path) -> dict[str, tuple[str, int | None]]:
     """(answer, statement it gives) of the patient of every case."""
     if config.patient is None:
-        found = {c["id"]: script.about(c["id"], said[c["id"]]) for c in cases}
+        found = {c["id"]: script.statement_about(c["id"], said[c["id"]]) for c in cases}
         return {name: (UNSURE if i is None else script.facts[name][i], i) for name, i in found.items()}
     requests = [
         Request(
@@ -164,7 +162,7 @@ def _answers(cases, said, script, config, path) -> dict[str, tuple[str, int | No
         for c in cases
     ]
     told = ask(config.patient, requests, path, desc="the patient")
-    return {row["id"]: (row["text"].strip(), script.about(row["id"], row["text"])) for row in told}
+    return {row["id"]: (row["text"].strip(), script.statement_about(row["id"], row["text"])) for row in told}
 
 
 def diagnoses(text: str) -> list[str]:

@@ -14,15 +14,13 @@ import pandas as pd
 from pydantic import Field
 
 from ultramed.core.ledger import Ledger, write_lines
-from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.evaluate import stats
-from ultramed.evaluate.engine import open_engine
+from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling, item_rng
-from ultramed.lm import models
-from ultramed.lm.device import free_memory, placement
+from ultramed.lm.device import placement
 from ultramed.lm.templates import wording
 
 
@@ -52,33 +50,30 @@ def replies(
     sampling = Sampling(config.max_new_tokens, config.temperature, 0, config.top_p, None, config.repetition_penalty)
     said: dict[str, list[str]] = {row["id"]: [] for row in rows}
     turns = {row["id"]: list((row.get("meta") or {}).get("turns", [])) if config.turns else [] for row in rows}
+    expected = {name: max(1, len(asked)) for name, asked in turns.items()}
     with Ledger(out / "turns.jsonl", key="key") as ledger:
         for key, entry in ledger.rows.items():
             said[key.rpartition("#")[0]].append(entry["reply"])
-        most = max((len(t) for t in turns.values()), default=0) or 1
-        engine = None
-        with progress_bar(sum(max(1, len(t)) for t in turns.values()), "replies", "reply", initial=len(ledger)) as bar:
-            for number in range(most):
-                todo = [r for r in rows if len(said[r["id"]]) == number < max(1, len(turns[r["id"]]))]
-                if not todo:
-                    continue
-                engine = engine or open_engine(
-                    model, models.template_of(model, template), out, budget=config.batch_tokens, dtype=placement().dtype
-                )
-                asked = [_conversation(r, turns[r["id"]], said[r["id"]]) for r in todo]
+        what, opening = (
+            (sum(expected.values()), "replies", "reply"),
+            {"budget": config.batch_tokens, "dtype": placement().dtype},
+        )
+        if len(ledger) < sum(expected.values()):
+            with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
+                for number in range(max(expected.values())):
+                    todo = [r for r in rows if len(said[r["id"]]) == number < expected[r["id"]]]
+                    conversations = [_conversation(r, turns[r["id"]], said[r["id"]]) for r in todo]
+                    rngs = [item_rng(config.seed, r["id"], number) for r in todo] if config.temperature else None
 
-                def done(batch, made, todo=todo, number=number):
-                    for i, reply in zip(batch, made, strict=True):
-                        said[todo[i]["id"]].append(reply.text.strip())
-                        ledger.add(
-                            {"key": f"{todo[i]['id']}#{number}", "reply": reply.text.strip(), "finished": reply.finished}
-                        )
-                    bar.update(len(batch))
+                    def done(batch, made, todo=todo, number=number):
+                        for i, reply in zip(batch, made, strict=True):
+                            name, text = todo[i]["id"], reply.text.strip()
+                            said[name].append(text)
+                            ledger.add({"key": f"{name}#{number}", "reply": text, "finished": reply.finished})
+                        bar.update(len(batch))
 
-                rngs = [item_rng(config.seed, r["id"], number) for r in todo] if config.temperature else None
-                engine.replies(asked, sampling, done, rngs)
-        del engine
-        free_memory()
+                    if todo:
+                        engine.replies(conversations, sampling, done, rngs)
         cut = sum(not entry["finished"] for entry in ledger.rows.values())
     write_lines(
         out / "replies.jsonl",

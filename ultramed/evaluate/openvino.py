@@ -1,4 +1,4 @@
-"""OpenVINO GenAI as an engine for CPUs: other kernels for the same weights, to check ours by (README, "Engines"; an extra
+"""OpenVINO GenAI as an engine for CPUs: other kernels for the same weights, to check ours by (docs/PERFORMANCE.md; an extra
 package). At these sizes it is no faster than our batching (tests/benchmarks/engines.py).
 
 The weights, adapter merged, go through a GGUF file; prompts go in as the token ids that every other engine gets.

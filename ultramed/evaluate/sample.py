@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 
 from ultramed.core.ledger import Ledger
-from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import SampleConfig
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.messages import answer_text, question_prompt
 from ultramed.evaluate.accuracy import select_rows
-from ultramed.evaluate.engine import open_engine
+from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling, item_rng
 from ultramed.lm import models
-from ultramed.lm.device import free_memory, placement
+from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse
 from ultramed.lm.templates import wording
 
@@ -40,18 +39,10 @@ def samples(
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
-            engine = open_engine(
-                model,
-                models.template_of(model, template),
-                out,
-                budget=config.batch_tokens,
-                dtype=place.dtype,
-                engine=config.engine,
-            )
-            with progress_bar(len(rows), f"{config.n} samples", "question", initial=len(ledger)) as bar:
+            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "engine": config.engine}
+            what = (len(rows), f"{config.n} samples", "question")
+            with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
                 _sample(engine, todo, config, ledger, bar)
-            del engine
-            free_memory()
         kept = list(ledger.rows.values())
     replies = [reply for row in kept for reply in row["replies"]]
     right = sum(reply["letter"] == row["gold"] for row in kept for reply in row["replies"])

@@ -1,4 +1,4 @@
-"""Batches by token budget; right padding, which causal attention needs no mask for; trees of sequences that begin alike."""
+"""Batches by token budget; right padding, which causal attention needs no mask for; sequences that begin alike in one row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +20,11 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 def common_prefix(rows: list[list[int]]) -> list[int]:
     """The tokens that all rows begin with."""
-    low, high = min(rows), max(rows)  # in the order of words; what these two share, all share
-    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))]
+    first, last = min(rows), max(rows)  # in the order of words: what these two share, all rows between them share
+    length = 0
+    while length < min(len(first), len(last)) and first[length] == last[length]:
+        length += 1
+    return first[:length]
 
 
 def right_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +35,7 @@ def right_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
 
 
 @dataclass(frozen=True)
-class Trees:
+class PackedPrefixes:
     """Sequences that begin alike in one row: what they share is read once, and none sees another.
 
     input_ids, position_ids: (B, T); attention_mask: (B, 1, T, T), True where a token may look. `rows[i]`, `columns[i]`:
@@ -51,19 +54,19 @@ class Trees:
         return {name: getattr(self, name) for name in names}
 
 
-class _Row:
-    """One row being filled: tokens, positions, and who may see them (prompt -1 is the root, reply 0 the prompt itself)."""
+ROOT, PROMPT = -1, 0  # numbers of the prompt and of the reply that stand for "what all prompts share" and "the prompt itself"
 
-    def __init__(self, root: tuple[int, ...]):
-        self.ids, self.positions, self.prompt, self.reply = (
-            list(root),
-            list(range(len(root))),
-            [-1] * len(root),
-            [0] * len(root),
-        )
+
+class _Row:
+    """One row being filled. Beside each token stands whose it is: the number of its prompt, and of its reply."""
+
+    def __init__(self, shared: tuple[int, ...]):
+        self.ids, self.positions = list(shared), list(range(len(shared)))
+        self.prompt, self.reply = [ROOT] * len(shared), [PROMPT] * len(shared)
         self.starts: dict[tuple, tuple[int, int]] = {}  # prompt -> (its number in the row, column of its last token)
 
     def add(self, tokens: tuple[int, ...], first: int, prompt: int, reply: int) -> list[int]:
+        """Append tokens at the positions from `first` on; their columns."""
         start = len(self.ids)
         self.ids += tokens
         self.positions += range(first, first + len(tokens))
@@ -72,7 +75,9 @@ class _Row:
         return list(range(start, len(self.ids)))
 
 
-def trees(sequences: list[tuple[list[int], list[int]]], pad: int, device="cpu", limit: int = 256) -> Trees:
+def pack_shared_prefixes(
+    sequences: list[tuple[list[int], list[int]]], pad: int, device="cpu", limit: int = 256
+) -> PackedPrefixes:
     """Pack (prompt, reply) token sequences into rows of at most `limit` tokens (or one sequence, if that is longer).
 
     Two levels are shared: what all prompts begin with stands once in every row, a prompt once before its replies. A
@@ -86,16 +91,16 @@ def trees(sequences: list[tuple[list[int], list[int]]], pad: int, device="cpu", 
     layout: list[_Row] = []
     rows, columns = [0] * len(sequences), [[] for _ in sequences]
     for prompt, members in groups.items():
-        own = prompt[len(shared) :]
+        rest = prompt[len(shared) :]
         for i in members:
             reply = tuple(sequences[i][1])
-            needed = len(reply) + (0 if layout and prompt in layout[-1].starts else len(own))
+            needed = len(reply) + (0 if layout and prompt in layout[-1].starts else len(rest))
             if not layout or (len(layout[-1].ids) > len(shared) and len(layout[-1].ids) + needed > limit):
                 layout.append(_Row(shared))
             row = layout[-1]
             if prompt not in row.starts:
                 number = len(row.starts)
-                at = row.add(own, len(shared), number, 0)
+                at = row.add(rest, len(shared), number, PROMPT)
                 row.starts[prompt] = number, (at or [len(shared) - 1])[-1]
             number, last = row.starts[prompt]
             rows[i] = len(layout) - 1
@@ -106,7 +111,9 @@ def trees(sequences: list[tuple[list[int], list[int]]], pad: int, device="cpu", 
         return torch.tensor([getattr(row, name) + [value] * (width - len(row.ids)) for row in layout], device=device)
 
     prompt, reply = fill("prompt", -2), fill("reply", 0)
-    same = (prompt[:, :, None] == prompt[:, None, :]) & ((reply[:, None, :] == 0) | (reply[:, :, None] == reply[:, None, :]))
-    seen = same | (prompt[:, None, :] == -1)
+    same = (prompt[:, :, None] == prompt[:, None, :]) & (
+        (reply[:, None, :] == PROMPT) | (reply[:, :, None] == reply[:, None, :])
+    )
+    seen = same | (prompt[:, None, :] == ROOT)
     mask = seen & torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return Trees(fill("ids", pad), fill("positions", 0), mask[:, None], rows, columns)
+    return PackedPrefixes(fill("ids", pad), fill("positions", 0), mask[:, None], rows, columns)

@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to reuse large blocks instead of handing each back to the kernel.
 
     Training on a CPU frees and asks for the same hundreds of megabytes at every step; with the default settings the
-    kernel zeroes those pages every time, which costs a quarter of the speed (README, "Speed on a CPU").
+    kernel zeroes those pages every time, which costs a quarter of the speed (docs/PERFORMANCE.md).
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -43,8 +43,14 @@ def base_model(out: Path, config: ModelConfig) -> dict:
 
     if config.name.startswith(("http://", "https://")):
         server = ServerConfig.of(config.name)
-        about = {"kind": "server", "name": config.name, "url": server.url, "model": server.model, "template": config.template}
-        write_json(out / "model.json", about)
+        metadata = {
+            "kind": "server",
+            "name": config.name,
+            "url": server.url,
+            "model": server.model,
+            "template": config.template,
+        }
+        write_json(out / "model.json", metadata)
         return {}
     if config.name == TINY:
         model, tokenizer = tiny_llama()
@@ -127,8 +133,8 @@ def template_of(model: Artifact, name: str | None = None) -> Template:
 
 def base_of(model: Artifact) -> Artifact:
     """The artifact itself if it is a whole model, else the one its adapter was trained on."""
-    about = card(model)
-    return base_of(find(about["base"])) if about["kind"] == "adapter" else model
+    metadata = card(model)
+    return base_of(find(metadata["base"])) if metadata["kind"] == "adapter" else model
 
 
 def resolve(name: str) -> Artifact:
@@ -141,11 +147,11 @@ def resolve(name: str) -> Artifact:
 
 def location(model: Artifact) -> dict:
     """Arguments of `from_pretrained` for the whole model under an artifact."""
-    about = card(base_of(model))
-    if about["kind"] == "server":
-        raise ConfigError(f"{about['name']} is a server: it can answer questions, but its weights are not at hand")
-    if about["kind"] == "reference":
-        return {"pretrained_model_name_or_path": about["name"], "revision": about["revision"]}
+    metadata = card(base_of(model))
+    if metadata["kind"] == "server":
+        raise ConfigError(f"{metadata['name']} is a server: it can answer questions, but its weights are not at hand")
+    if metadata["kind"] == "reference":
+        return {"pretrained_model_name_or_path": metadata["name"], "revision": metadata["revision"]}
     return {"pretrained_model_name_or_path": str(base_of(model).path)}
 
 
@@ -168,9 +174,9 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
 
     place = placement()
     dtype, device = dtype or place.dtype, device or place.device
-    about, extra = card(model), {}
+    metadata, extra = card(model), {}
     if quantize is not None:
-        if about["kind"] == "adapter":
+        if metadata["kind"] == "adapter":
             raise ConfigError("an adapter is evaluated merged into its 16-bit base; merging into 8 or 4 bits ruins it")
         extra["quantization_config"] = (
             BitsAndBytesConfig(load_in_8bit=True)
@@ -181,7 +187,7 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
         net = AutoModelForCausalLM.from_pretrained(
             **location(model), dtype=dtype, attn_implementation=attention_for(device), use_safetensors=True, **extra
         )
-    if about["kind"] == "adapter":
+    if metadata["kind"] == "adapter":
         net = merge_adapter(net, model.path)
         # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix
         # once for every row of the batch (3x slower generation). Nothing is trained here either way.

@@ -44,6 +44,16 @@ def table(name: str) -> pd.DataFrame:
     return pd.read_csv(StringIO(_text(name)))
 
 
+def _number(value):
+    """A plain number, also where a column is text because of one cell ('OOM'); other text stays text."""
+    value = value.item() if hasattr(value, "item") else value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() and "." not in str(value) else number
+
+
 def cells(name: str = "") -> list[dict]:
     """Every published number (of one table): id, source, statement, published value, row, column, notebook, and whether
     it is `context`, a number about other people's models.
@@ -57,7 +67,7 @@ def cells(name: str = "") -> list[dict]:
             label, ours = spec.label(row), spec.can_be_ours(row)
             for column in frame.columns.difference(spec.keys, sort=False):
                 if pd.notna(row[column]):
-                    value = row[column].item() if hasattr(row[column], "item") else row[column]
+                    value = _number(row[column])
                     out.append(
                         {
                             "id": f"{key}:{label}:{column}",

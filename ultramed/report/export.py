@@ -30,12 +30,12 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
     ConfigError for what was not trained here, for a folder that exists, for `merge` of a whole model, and for `gguf` of what
     is none.
     """
-    about = models.card(model)
+    metadata = models.card(model)
     if model.stage not in TRAINED:
-        raise ConfigError(f"{model.stage}/{model.key} was not trained here: take {about['name']} from where it came from")
-    if gguf and not (about["kind"] == "weights" or merge):
+        raise ConfigError(f"{model.stage}/{model.key} was not trained here: take {metadata['name']} from where it came from")
+    if gguf and not (metadata["kind"] == "weights" or merge):
         raise ConfigError("GGUF holds a whole language model: merge the adapter, and a reward model stays as it is")
-    if merge and about["kind"] != "adapter":
+    if merge and metadata["kind"] != "adapter":
         raise ConfigError(f"{model.stage}/{model.key} is a whole model: export it without --merge")
     if out.exists():
         raise ConfigError(f"{out} exists; give a new folder")
@@ -56,12 +56,12 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
     if gguf:
         with quietly():
             write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")
-    if about["kind"] != "reward":
+    if metadata["kind"] != "reward":
         _generation(tokenizer).save_pretrained(part)
     results = results_of(model)
     write_json(part / "results.json", lm_eval_shape(model, results))
     write_json(part / "lineage.json", [{k: v for k, v in m.items() if k != "files"} for m in model.lineage()])
-    kind = "adapter" if about["kind"] == "adapter" and not merge else about["kind"]
+    kind = "adapter" if metadata["kind"] == "adapter" and not merge else metadata["kind"]
     write_text(part / "README.md", card(model, kind, merge, results))
     part.rename(out)
     return {"files": sorted(p.name for p in out.iterdir()), "results": len(results), "bytes": store.size(out)}
@@ -132,7 +132,7 @@ def data_sets(model: Artifact) -> list[dict]:
     }
     exam = {
         "name": "bundled exam",
-        "licence": "HPO's and ICD-10-CM's own, see DATA_LICENSES.md of ultramed",
+        "licence": "HPO's and ICD-10-CM's own, see docs/DATA_LICENSES.md of ultramed",
         "cite": "Gargano et al. 2024; CDC/NCHS",
     }
     return [
@@ -143,23 +143,23 @@ def data_sets(model: Artifact) -> list[dict]:
 
 def card(model: Artifact, kind: str, merged: bool, results: list[dict]) -> str:
     """The model card, Markdown with the hub's front matter."""
-    about, manifest = models.card(model), model.manifest
+    metadata, manifest = models.card(model), model.manifest
     settings = {k: v for k, v in manifest["config"].items() if v not in (None, {}, []) and not isinstance(v, dict)}
     return _CARD.render(
-        name=f"{about['name'].split(':')[-1].split('/')[-1]}-{model.stage}-{model.key[:8]}",
-        base=about["name"],
+        name=f"{metadata['name'].split(':')[-1].split('/')[-1]}-{model.stage}-{model.key[:8]}",
+        base=metadata["name"],
         kind=kind,
         merged=merged,
         stage=model.stage,
         key=model.key,
-        method=about.get("method"),
-        template=about.get("template", "chat"),
+        method=metadata.get("method"),
+        template=metadata.get("template", "chat"),
         data=data_sets(model),
         settings=settings,
         trained=manifest["metrics"],
         results=results,
         version=version("ultramed"),
-        reward=about["kind"] == "reward",
+        reward=metadata["kind"] == "reward",
     )
 
 

@@ -22,12 +22,12 @@ def _records(profile: str) -> list[dict]:
     """Tables and figures in the order of their names, which begin with their notebook's number."""
     found = []
     for path in sorted([*folder(profile).glob("*.json"), *(folder(profile) / "tables").glob("*.json")], key=lambda p: p.stem):
-        about = json.loads(path.read_text())
-        if isinstance(about, dict) and about.get("kind") == "figure":
-            found.append({**about, "src": _image(path.with_suffix(".png"))})
-        elif isinstance(about, dict) and about.get("kind") == "table":
+        metadata = json.loads(path.read_text())
+        if isinstance(metadata, dict) and metadata.get("kind") == "figure":
+            found.append({**metadata, "src": _image(path.with_suffix(".png"))})
+        elif isinstance(metadata, dict) and metadata.get("kind") == "table":
             frame = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
-            found.append({**about, "columns": list(frame.columns), "rows": frame.values.tolist()})
+            found.append({**metadata, "columns": list(frame.columns), "rows": frame.values.tolist()})
     return found
 
 
@@ -42,8 +42,10 @@ def export_notebooks(profile: str) -> list[dict]:
         if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
             write_text(page, exporter.from_filename(str(path))[0])
         stamp = path.with_suffix(".json")
-        about = json.loads(stamp.read_text()) if stamp.exists() else {}
-        out.append({"name": path.stem, "href": f"notebooks/{page.name}", "seconds": about.get("seconds"), "failed": not about})
+        metadata = json.loads(stamp.read_text()) if stamp.exists() else {}
+        out.append(
+            {"name": path.stem, "href": f"notebooks/{page.name}", "seconds": metadata.get("seconds"), "failed": not metadata}
+        )
     return out
 
 

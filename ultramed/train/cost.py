@@ -50,15 +50,15 @@ class CostConfig(Strict):
 
 def cost_config(profile: Profile) -> CostConfig:
     """The section `cost` of a profile; on a CPU a small shape stands in for one of billions of parameters."""
-    own = profile.cost
-    if own is None:
+    section = profile.cost
+    if section is None:
         raise ConfigError(f"profile {profile.name!r} has no section `cost`")
-    shape = shape_of(own.shape) if isinstance(own.shape, str) else validate(Shape, own.shape, "cost.shape")
+    shape = shape_of(section.shape) if isinstance(section.shape, str) else validate(Shape, section.shape, "cost.shape")
     if placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
         log.warning("no GPU: %.1f billion parameters are not measured here, a small shape is", shape.parameters / 1e9)
         shape = shape_of("small")
-    arms = {name: changed(profile.train, change, where=f"cost.arms.{name}") for name, change in own.arms.items()}
-    return CostConfig(shape=shape, arms=arms, rows=own.rows, length=own.length, steps=own.steps)
+    arms = {name: changed(profile.train, change, where=f"cost.arms.{name}") for name, change in section.arms.items()}
+    return CostConfig(shape=shape, arms=arms, rows=section.rows, length=section.length, steps=section.steps)
 
 
 @stage(version=1)
@@ -218,7 +218,7 @@ def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int
         method = "full" if not row.lora else "lora_8bit" if row.train_8bit else "lora"
         checkpointing = bool(row.gradient_checkpointing)
         train = TrainConfig(mixture={"-": 1}, learning_rate=1e-4, method=method, gradient_checkpointing=checkpointing)
-        about = {
+        metadata = {
             "arm": method + ", checkpointing" * checkpointing,
             "numbers": "fp16" if row.fp16 else "bf16" if row.bf16 else "fp32",
         }
@@ -229,7 +229,7 @@ def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int
             / 1e9
             for n in rows
         }
-        out.append({**about, "published GB": row.vram_gb, **guesses})
+        out.append({**metadata, "published GB": row.vram_gb, **guesses})
     return pd.DataFrame(out)
 
 
@@ -237,9 +237,9 @@ def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.
     """One row an arm: measured and estimated peak in GB, tokens per second, minutes for `epoch_rows` rows, share of the
     device's peak."""
     out, device = [], placement().device
-    about = {"accumulation": 1, "labelled": config.rows * config.labels, "device": device}
+    metadata = {"accumulation": 1, "labelled": config.rows * config.labels, "device": device}
     for name, m in measured.metrics["arms"].items():
-        guess = memory(config.shape, config.arms[name], config.rows, config.length, **about)["total"] / 1e9
+        guess = memory(config.shape, config.arms[name], config.rows, config.length, **metadata)["total"] / 1e9
         state = m.get("failed", "measured")
         peak, speed = (m.get(key, float("nan")) for key in ("peak_bytes", "tokens_per_second"))
         out.append(

@@ -91,7 +91,7 @@ def sharded() -> bool:
     return worker() and os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def receives() -> bool:
+def awaits_weights() -> bool:
     """Whether this worker gets its part of the weights from the first one, which reads them."""
     return sharded() and not main_worker()
 
@@ -278,7 +278,7 @@ def agreed(value: int) -> int:
     return int(told.item())
 
 
-def whole(net) -> dict[str, torch.Tensor] | None:
+def gather_state_dict(net) -> dict[str, torch.Tensor] | None:
     """The model's state dict, gathered on the first worker; None on the others."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -295,7 +295,7 @@ def shard_frozen(net):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    weights = {} if receives() else net.state_dict()
+    weights = {} if awaits_weights() else net.state_dict()
     for layer in net.base_model.layers:
         fully_shard(layer)
     net = fully_shard(net)

@@ -1,6 +1,5 @@
 """Preference learning through TRL: DPO and its relatives on pairs, KTO on single replies, pairwise KTO as released."""
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from ultramed.data import rows as canonical
 from ultramed.lm import models
 from ultramed.lm.device import free_memory, placement
 from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
-from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint
-from ultramed.train import launch, losses, training
+from ultramed.lm.tokens import encode_row, lint
+from ultramed.train import launch, training
 from ultramed.train.launch import distributed
+from ultramed.train.trl_adapter import pairwise_kto_trainer, score_labelled_tokens_only, with_our_rows
 from ultramed.train.weights import blank, load_for_training
 
 
@@ -60,39 +60,6 @@ def unpair(rows: list[dict], shift: int) -> list[dict]:
     return [{**r, "KL_completion_ids": single[i - shift]["completion_ids"]} for i, r in enumerate(single)]
 
 
-@functools.cache
-def pairwise_kto() -> type:
-    """TRL's DPOTrainer with the loss it no longer has."""
-    from trl import DPOTrainer
-
-    class PairwiseKTOTrainer(DPOTrainer):
-        """Same batches, log-probabilities and metrics as DPO; only the loss differs (train/losses.py)."""
-
-        def _compute_loss(self, model, inputs, return_outputs):
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, LABEL_IGNORED)
-            given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-            given |= {"labels": labels, "use_cache": False, "fused_lm_head": True}
-            policy = model(**given).log_probs.sum(1)
-            with torch.no_grad():
-                if self.ref_model is None:  # an adapter's reference is the model without it
-                    with self.accelerator.unwrap_model(self.model).disable_adapter():
-                        reference = self.model(**given).log_probs.sum(1)
-                else:
-                    reference = self.ref_model(**given).log_probs.sum(1)
-            chosen, rejected = (policy - reference).chunk(2)
-            loss = losses.kto_pair(chosen, rejected, self.beta).mean()
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, ratio, logps in zip(("chosen", "rejected"), (chosen, rejected), policy.chunk(2), strict=True):
-                metrics[f"logps/{name}"].append(self.accelerator.gather(logps.detach()).mean().item())
-                metrics[f"rewards/{name}"].append(self.beta * self.accelerator.gather(ratio.detach()).mean().item())
-            margin = self.beta * self.accelerator.gather((chosen - rejected).detach())
-            metrics["rewards/margins"].append(margin.mean().item())
-            metrics["rewards/accuracies"].append((margin > 0).float().mean().item())
-            return (loss, None) if return_outputs else loss
-
-    return PairwiseKTOTrainer
-
-
 def _trainer(config: PreferenceConfig):
     """(trainer class, configuration class, its arguments) of a loss."""
     import trl
@@ -100,7 +67,7 @@ def _trainer(config: PreferenceConfig):
     if config.loss == "kto":
         return trl.KTOTrainer, trl.KTOConfig, {"beta": config.beta, "loss_type": "kto", "train_sampling_strategy": "sequential"}
     if config.loss == "kto_pair":
-        return pairwise_kto(), trl.DPOConfig, {"beta": config.beta}
+        return pairwise_kto_trainer(), trl.DPOConfig, {"beta": config.beta}
     name = {"dpo": "sigmoid", "nca": "nca_pair"}.get(config.loss, config.loss)
     return trl.DPOTrainer, trl.DPOConfig, {"beta": config.beta, "loss_type": [name]}
 
@@ -112,7 +79,7 @@ def _frozen(model: Artifact, config: PreferenceConfig):
     dtype = placement(config.dtype).dtype
     if not launch.sharded():
         return models.load(model, dtype=torch.float32 if config.method == "full" else dtype).requires_grad_(False)
-    if launch.receives():
+    if launch.awaits_weights():
         net = blank(AutoModelForCausalLM, model, dtype)
     else:
         net = models.load(model, dtype=dtype, device="cpu")
@@ -137,17 +104,17 @@ def preference(
     """
     from datasets import Dataset
 
-    own = models.template_of(model, template)
-    shape = TEMPLATES[RELEASED] if config.as_released else own
+    trained_with = models.template_of(model, template)
+    shape = TEMPLATES[RELEASED] if config.as_released else trained_with
     tokenizer = models.load_tokenizer(model)
     rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
     torch.manual_seed(config.seed)
-    net = load_for_training(model, config, empty=launch.receives())
+    net = load_for_training(model, config, empty=launch.awaits_weights())
     frozen = None
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
         frozen = _frozen(reference or model, config)
     longest = max(r["length"] for r in rows)
-    micro, accumulation = training.batch_plan(training.fitted(config), 2 * longest)
+    micro, accumulation = training.batch_plan(training.cap_micro_batches(config), 2 * longest)
     data = rows
     if config.loss == "kto":
         data = unpair(rows, shift=2)
@@ -158,13 +125,11 @@ def preference(
     args = arguments(**{**shared, **extra}, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = training.own_tokens(base)(
-            net, frozen, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
-        )
+        trainer = with_our_rows(base)(net, frozen, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
         for each in filter(None, (net, frozen)):
-            training.labelled_head(each)
+            score_labelled_tokens_only(each)
         result = training.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
-    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=own.name, loss=config.loss)
+    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=trained_with.name, loss=config.loss)
     del trainer, net, frozen
     free_memory()
     return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": len(rows), **counts}

@@ -1,8 +1,6 @@
 """Bradley-Terry reward models through TRL, and scores of replies under them."""
 
-import functools
 import itertools
-import types
 import warnings
 from pathlib import Path
 
@@ -14,13 +12,14 @@ from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.lm import models
 from ultramed.lm.attention import attention_for
-from ultramed.lm.batches import batches, trees
+from ultramed.lm.batches import batches, pack_shared_prefixes
 from ultramed.lm.device import free_memory, placement, quietly
 from ultramed.lm.templates import Template, wording
 from ultramed.lm.tokens import encode_row
-from ultramed.train import launch, losses, training
+from ultramed.train import launch, training
 from ultramed.train.launch import distributed
 from ultramed.train.preference import encode_pairs
+from ultramed.train.trl_adapter import listwise_reward_trainer, score_packed_sequences, with_our_rows
 from ultramed.train.weights import trainable
 
 
@@ -28,7 +27,7 @@ class PairCollator:
     """Every distinct reply once, behind its prompt, with the pairs as indices into the replies.
 
     All C(K, 2) pairs of a prompt stay in one batch and need K replies read, not K (K - 1) (Ouyang et al. 2022, section
-    3.5), and the prompt once (batching.trees).
+    3.5), and the prompt once (lm/batches.py).
     """
 
     def __init__(self, pad_token_id: int):
@@ -41,40 +40,10 @@ class PairCollator:
             for number, g in enumerate(groups)
             for pair in g["pairs"]
         ]
-        return {"packed": trees([(groups[n]["prompt"], list(r)) for n, r in seen], self.pad), "pairs": torch.tensor(index)}
-
-
-@functools.cache
-def _trainer() -> type:
-    from trl import RewardTrainer
-
-    class ListwiseRewardTrainer(RewardTrainer):
-        """RewardTrainer over batches of PairCollator: same loss, each reply read once."""
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            scores = model(inputs["packed"])
-            chosen, rejected = scores[inputs["pairs"]].T
-            loss = losses.bradley_terry(chosen, rejected, self.args.center_rewards_coefficient or 0.0)
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            means = torch.stack([(chosen > rejected).float().mean(), (chosen - rejected).mean(), scores.mean()]).detach()
-            means = self.accelerator.gather(means[None]).mean(0).tolist()
-            for name, value in zip(("accuracy", "margin", "mean_reward"), means, strict=True):
-                metrics[name].append(value)
-            return (loss, scores) if return_outputs else loss
-
-    return ListwiseRewardTrainer
-
-
-def read_head(net) -> None:
-    """Make `net(packed)` the rewards (N,) of the sequences of `batching.trees`: the score of each one's last token."""
-
-    def forward(self, packed):
-        inputs = {k: v.to(self.score.weight.device) for k, v in packed.inputs.items()}
-        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-        last = hidden[packed.rows, [columns[-1] for columns in packed.columns]]
-        return self.score(last)[:, 0].float()
-
-    net.forward = types.MethodType(forward, net)
+        return {
+            "packed": pack_shared_prefixes([(groups[n]["prompt"], list(r)) for n, r in seen], self.pad),
+            "pairs": torch.tensor(index),
+        }
 
 
 @stage(version=4, also=wording)
@@ -90,8 +59,8 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
 
     if config.method != "full":
         raise ConfigError(f"reward models are trained in full, as in the paper; got method {config.method!r}")
-    about = models.card(model)
-    if about["kind"] == "adapter":
+    metadata = models.card(model)
+    if metadata["kind"] == "adapter":
         raise ConfigError("a reward model starts from a whole model; merge the adapter first")
     tokenizer, shape = models.load_tokenizer(model), models.template_of(model, template)
     rows = canonical.read_pairs(pairs / "pairs.parquet")
@@ -116,18 +85,18 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
         raise ConfigError(f"no pair fits into max_length {config.max_length}: nothing to train on")
     torch.manual_seed(config.seed)  # the new head
     with quietly():
-        net = trainable(AutoModelForSequenceClassification, model, empty=launch.receives(), num_labels=1)
+        net = trainable(AutoModelForSequenceClassification, model, empty=launch.awaits_weights(), num_labels=1)
     net.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(net.score.weight, std=1 / (net.config.hidden_size + 1) ** 0.5)  # Stiennon et al. 2020
-    read_head(net)
-    micro, accumulation = training.batch_plan(training.fitted(config), longest)
+    score_packed_sequences(net)
+    micro, accumulation = training.batch_plan(training.cap_micro_batches(config), longest)
     steps = training.step_count(config, len(groups))
     args = Arguments(
         **training.settings(config, out, steps, micro, accumulation), center_rewards_coefficient=config.centre or None
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = training.own_tokens(_trainer())(
+        trainer = with_our_rows(listwise_reward_trainer())(
             net,
             args=args,
             data_collator=PairCollator(tokenizer.pad_token_id),
@@ -145,16 +114,16 @@ def load_reward(model: Artifact):
     """The reward model, ready for `score_rows`. Raises ConfigError if the artifact is not one."""
     from transformers import AutoModelForSequenceClassification
 
-    place, about = placement(), models.card(model)
-    if about["kind"] not in ("reward", "reference"):
-        raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {about['kind']}; train one with `reward`")
+    place, metadata = placement(), models.card(model)
+    if metadata["kind"] not in ("reward", "reference"):
+        raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {metadata['kind']}; train one with `reward`")
     with quietly():
         net = AutoModelForSequenceClassification.from_pretrained(
             **models.location(model), dtype=place.dtype, use_safetensors=True, attn_implementation=attention_for(place.device)
         )
     if net.config.num_labels != 1:
         raise ConfigError(f"{models.card(model)['name']}: a reward model has one output, this one {net.config.num_labels}")
-    read_head(net)
+    score_packed_sequences(net)
     return net.to(place.device).eval()
 
 
@@ -169,7 +138,7 @@ def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: 
     scores, each = [0.0] * len(rows), list(groups.items())
     for batch in batches([len(prompt) + sum(len(ids) for _, ids in part) for prompt, part in each], budget):
         found = [(number, (list(each[i][0]), ids)) for i in batch for number, ids in each[i][1]]
-        values = net(trees([sequence for _, sequence in found], tokenizer.pad_token_id)).tolist()
+        values = net(pack_shared_prefixes([sequence for _, sequence in found], tokenizer.pad_token_id)).tolist()
         for (number, _), value in zip(found, values, strict=True):
             scores[number] = value
         if bar is not None:

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: full, LoRA, 8-bit and 4-bit LoRA through TRL and PEFT."""
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from ultramed.core.schema import TrainConfig
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.lm import models
-from ultramed.lm.batches import batches
 from ultramed.lm.device import free_memory, placement
 from ultramed.lm.templates import Template, wording
 from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint, preview
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
+from ultramed.train.trl_adapter import score_labelled_tokens_only, token_budget_trainer
 from ultramed.train.weights import load_for_training
 
 
@@ -59,54 +58,12 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "position_ids": position}
 
 
-def parts(inputs: dict, budget: int, least: int = 1) -> list[dict]:
-    """The rows of a padded batch in parts of at most `budget` padded tokens, longest first, each as wide as it must be.
-
-    The labels of a row end where the row ends. least: make so many parts even if fewer would do (no more than rows).
-    """
-    labelled = inputs["labels"] != LABEL_IGNORED
-    place = torch.arange(1, labelled.shape[1] + 1, device=labelled.device)
-    lengths = (labelled * place).amax(1).tolist()
-    groups = list(batches(lengths, budget))
-    while len(groups) < least:
-        groups.sort(key=len)
-        widest = groups.pop()
-        groups += [widest[: len(widest) // 2], widest[len(widest) // 2 :]]
-    if len(groups) == 1:
-        return [inputs]
-    return [{k: v[rows, : -(-max(lengths[i] for i in rows) // 8) * 8] for k, v in inputs.items()} for rows in groups]
-
-
-@functools.cache
-def _trainer() -> type:
-    from trl import SFTTrainer
-
-    class BudgetTrainer(training.own_tokens(SFTTrainer)):
-        """A step's rows in micro-batches by their tokens: two long ones or forty short ones at once.
-
-        Trainer's own micro-batches have a fixed number of rows, which the longest row of the data decides.
-        """
-
-        micro_batch_tokens = micro_batches = 0
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            split = parts(inputs, self.micro_batch_tokens)
-            if launch.worker():  # as many backward passes as every other process has
-                count = torch.tensor([len(split)], device=self.accelerator.device)
-                if (most := self.accelerator.gather(count).max().item()) > len(split):
-                    split = parts(inputs, self.micro_batch_tokens, least=most)
-            self.micro_batches += len(split)
-            return sum(super(BudgetTrainer, self).training_step(model, part, num_items_in_batch) for part in split)
-
-    return BudgetTrainer
-
-
 def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
     """TRL's trainer over token rows."""
     from datasets import Dataset
     from trl import SFTConfig
 
-    micro, _ = training.batch_plan(training.fitted(config), max(r["length"] for r in held or rows))
+    micro, _ = training.batch_plan(training.cap_micro_batches(config), max(r["length"] for r in held or rows))
     args = SFTConfig(
         **training.settings(config, out, training.step_count(config, len(rows)), launch.share(config), 1),
         per_device_eval_batch_size=micro,
@@ -114,7 +71,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = _trainer()(
+        trainer = token_budget_trainer()(
             net,
             args=args,
             data_collator=Collator(tokenizer.pad_token_id),
@@ -122,8 +79,8 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
             eval_dataset=Dataset.from_list(held) if held else None,
             processing_class=tokenizer,
         )
-    trainer.micro_batch_tokens = training.fitted(config).micro_batch_tokens
-    training.labelled_head(net)
+    trainer.micro_batch_tokens = training.cap_micro_batches(config).micro_batch_tokens
+    score_labelled_tokens_only(net)
     return trainer
 
 
@@ -143,7 +100,7 @@ def sft(
     rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
     held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
-    net = load_for_training(model, config, empty=launch.receives())
+    net = load_for_training(model, config, empty=launch.awaits_weights())
     trainer = make_trainer(net, tokenizer, rows, config, out, held)
     steps = trainer.args.max_steps
     with warnings.catch_warnings():

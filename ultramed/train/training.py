@@ -1,12 +1,7 @@
-"""What supervised, preference and reward training share: batches, trainer settings, the interruptible loop, the head.
+"""What supervised, preference and reward training share: batch sizes, trainer settings, an interruptible run, saving."""
 
-TRL's trainers get token ids that we made and do no preparation of their own.
-"""
-
-import functools
 import shutil
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -19,15 +14,13 @@ from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import OptimConfig
 from ultramed.core.store import Artifact, write_json
 from ultramed.lm import models
-from ultramed.lm.batches import trees
 from ultramed.lm.device import at_most_on_cpu, placement, quietly
-from ultramed.lm.tokens import LABEL_IGNORED
 from ultramed.train import launch
 
 CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU profiles ask for tens of thousands
 
 
-def fitted(config: OptimConfig) -> OptimConfig:
+def cap_micro_batches(config: OptimConfig) -> OptimConfig:
     """The configuration with micro-batches that a CPU's memory holds. (In reward models and pairwise KTO a pair's weight
     depends on what else is in its micro-batch; elsewhere micro-batches do not matter.)"""
     tokens = at_most_on_cpu(config.micro_batch_tokens, CPU_TOKENS)
@@ -85,61 +78,6 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
     }
 
 
-@functools.cache
-def own_tokens(trainer: type) -> type:
-    """The TRL trainer on one device, without its preparation of the data set, which is tokenised and linted already, and
-    with our order of rows. `args` is given by name."""
-
-    class Own(trainer):
-        def __init__(self, *given, args, **named):
-            # Of several GPUs Trainer would make threads of its own (DataParallel), and batches as many times larger.
-            args._n_gpu = min(1, args.n_gpu)  # reading it counts them, once
-            super().__init__(*given, args=args, **named)
-
-        def train(self, *given, **named):
-            from peft.helpers import disable_input_dtype_casting
-
-            # Autocast does it; PEFT's own cast of what goes into an adapter doubles what dropout keeps.
-            with disable_input_dtype_casting(self.model):
-                return super().train(*given, **named)
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _get_train_sampler(self, dataset=None):
-            if self.args.train_sampling_strategy != "group_by_length":
-                return super()._get_train_sampler(dataset)
-            return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
-
-    Own.__name__ = trainer.__name__
-    return Own
-
-
-class GroupedByLength(torch.utils.data.Sampler):
-    """transformers' order for rows of similar length, the same for any number of processes and after an interruption.
-
-    Its own sampler groups by the batch of one process, and draws from the global random stream, in which dropout lets
-    processes drift apart: from the second epoch on they would see some rows twice and others never.
-    """
-
-    def __init__(self, lengths: list[int], args):
-        self.lengths, self.seed, self.epoch = list(lengths), args.seed, 0
-        self.batch = args.train_batch_size * args.gradient_accumulation_steps * launch.world()
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        from transformers.trainer_pt_utils import get_length_grouped_indices
-
-        stream = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        torch.empty((), dtype=torch.int64).random_(generator=stream)  # a DataLoader draws its own seed first: the same order
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=stream))
-
-
 def run(trainer, steps: int, desc: str) -> dict:
     """Train with a bar, from the last checkpoint if there is one; `log.jsonl` is written into the stage's folder.
 
@@ -157,7 +95,7 @@ def run(trainer, steps: int, desc: str) -> dict:
         trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         for p in trained.values():  # TRL keeps adapters of quantised models in bf16, where small updates vanish
             p.data = p.data.float()
-        before = {name: None if launch.receives() else _total(p) for name, p in trained.items()}
+        before = {name: None if launch.awaits_weights() else _total(p) for name, p in trained.items()}
         last = _usable(get_last_checkpoint(folder) if folder.is_dir() else None)
         clock = time.perf_counter()
         with _Interruptible(trainer) as stop:
@@ -172,8 +110,8 @@ def run(trainer, steps: int, desc: str) -> dict:
             raise StoreError(f"training changed none of {len(trained)} tensors: it does nothing here")
     if launch.main_worker():
         write_lines(folder.parent / "log.jsonl", trainer.state.log_history)
-    about = {"processes": launch.world(), "sharded": parts} if launch.worker() else {}
-    return about | {
+    metadata = {"processes": launch.world(), "sharded": parts} if launch.worker() else {}
+    return metadata | {
         "steps": steps,
         "train_loss": result.training_loss,
         "train_seconds": round(seconds, 1),
@@ -201,13 +139,15 @@ def _total(parameter: torch.Tensor) -> float:
     return (held.full_tensor() if hasattr(held, "full_tensor") else held).abs().sum().item()
 
 
-def save(net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", dtype: str = "auto", **about) -> None:
+def save(
+    net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", dtype: str = "auto", **metadata
+) -> None:
     """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go.
 
     Called by all workers, because a sharded model is gathered; the first one writes.
     """
-    about = {"method": method, "base": base.key, "name": models.card(base)["name"], **about}
-    state = launch.whole(net) if launch.sharded() else None
+    metadata = {"method": method, "base": base.key, "name": models.card(base)["name"], **metadata}
+    state = launch.gather_state_dict(net) if launch.sharded() else None
     if not launch.main_worker():
         return
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -219,64 +159,15 @@ def save(net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "we
                 models.cast(net, dtype).save_pretrained(out)
             else:
                 net.config.dtype = dtype
-                own = {name: value.to(dtype) for name, value in state.items() if name not in net.all_tied_weights_keys}
-                net.save_pretrained(out, state_dict=own)
+                untied = {name: value.to(dtype) for name, value in state.items() if name not in net.all_tied_weights_keys}
+                net.save_pretrained(out, state_dict=untied)
         tokenizer.save_pretrained(out)
-        write_json(out / "model.json", {"kind": kind, **about})
+        write_json(out / "model.json", {"kind": kind, **metadata})
         return
-    net.peft_config["default"].base_model_name_or_path = about["name"]  # never a path of this machine
+    net.peft_config["default"].base_model_name_or_path = metadata["name"]  # never a path of this machine
     net.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)
-    write_json(out / "model.json", {"kind": "adapter", **about})
-
-
-def labelled_head(net) -> None:
-    """On a CPU, give TRL's trainers log-probabilities of the labelled tokens without multiplying the others.
-
-    Call it after the trainer was made. Its fused head, without Triton, scores every position of a batch with the whole
-    vocabulary, twice, and masks the prompt afterwards. Here the vocabulary is multiplied at labelled positions only,
-    and what rows of the batch share (a form of question, the prompt of chosen and rejected) is read once. Rows must be
-    padded on the right and have their labels in one stretch at the end: then causal attention needs no mask, and none is
-    passed on.
-    """
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
-    about = inner.config.get_text_config()
-    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    if placement().device != "cpu" or any(getattr(about, name, None) not in (None, 1.0) for name in scaled):
-        return
-    fused = inner.forward
-
-    @functools.wraps(fused)
-    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
-        if not fused_lm_head:
-            return fused(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-        target = labels[:, 1:] != LABEL_IGNORED
-        hidden = _reply_states(self.base_model, kwargs["input_ids"], target)
-        logits = self.get_output_embeddings()(hidden).float()
-        wanted = labels[:, 1:][target]
-        logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        with torch.no_grad():  # what TRL's metrics read; entropy, the dear one, is the mean over every eighth token
-            some = logits.detach()[::8].log_softmax(-1)
-            entropy = -(some.exp() * some).sum(-1).mean().expand_as(logps)
-            shown = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == wanted}
-        spread = {k: v.new_zeros(target.shape).masked_scatter(target, v) for k, v in {"log_probs": logps, **shown}.items()}
-        count = target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return FusedCausalLMOutput(loss=-logps.sum() / count, label_mask=target, **spread)
-
-    inner.forward = types.MethodType(forward, inner)
-
-
-def _reply_states(backbone, input_ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Hidden states (N, D) that predict the labelled tokens, in the order of `target` (B, T - 1)."""
-    first, count = target.int().argmax(1) + 1, target.sum(1)
-    rows = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
-    packed = trees(rows, pad=0, device=input_ids.device)
-    if packed.input_ids.numel() > 0.9 * input_ids.numel():  # little is shared: plain rows need no mask
-        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
-    hidden = backbone(**packed.inputs, use_cache=False).last_hidden_state
-    return torch.cat([hidden[row, columns[:-1]] for row, columns in zip(packed.rows, packed.columns, strict=True)])
+    write_json(out / "model.json", {"kind": "adapter", **metadata})
 
 
 def _callback(steps: int, desc: str):

@@ -1,6 +1,5 @@
 """One of several processes that train together; `train/launch.py` starts them through `accelerate launch`."""
 
-import functools
 import importlib
 import json
 import os
@@ -14,24 +13,7 @@ from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.log import quiet_libraries
 from ultramed.core.store import Artifact, PeakMemory, canonical, write_json
 from ultramed.train.launch import JOB, main_worker, sharded
-
-
-def shard_on_cpus() -> None:
-    """Let accelerate shard over CPU processes: PyTorch can, but accelerate takes FSDP for accelerators' alone."""
-    from accelerate.state import AcceleratorState, DistributedType, PartialState
-
-    before = AcceleratorState.__init__
-
-    @functools.wraps(before)
-    def after(self, *args, fsdp_plugin=None, **kwargs):
-        before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = after
+from ultramed.train.trl_adapter import shard_on_cpus
 
 
 def main() -> None:

@@ -26,16 +26,16 @@ from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.open_ended import LanguageGuesser, ReplyConfig, bleu1, kqa_scores, read_replies, replies
 
 
-def test_replies_to_all_turns_and_none_is_asked_twice(bench, monkeypatch):
+def test_replies_to_all_turns_and_none_is_asked_twice(medalpaca, monkeypatch):
     rows = [
         prompt_row("a", "first question", turns=["first question", "and then?"]),
         prompt_row("b", "other", turns=["other", "why?"]),
     ]
-    made = replies(ReplyConfig(max_new_tokens=5, turns=True), model=bench.model, data=given(rows=rows, side="test"))
+    made = replies(ReplyConfig(max_new_tokens=5, turns=True), model=medalpaca.base, data=given(rows=rows, side="test"))
     frame = read_replies(made)
     assert [len(r) for r in frame.replies] == [2, 2]
     assert list(frame.reference) == ["gold", "gold"]
-    single = read_replies(replies(ReplyConfig(max_new_tokens=5), model=bench.model, data=given(rows=rows, side="test")))
+    single = read_replies(replies(ReplyConfig(max_new_tokens=5), model=medalpaca.base, data=given(rows=rows, side="test")))
     assert list(single.reply) == list(frame.reply), "the first turn does not depend on the second"
 
 
@@ -126,9 +126,9 @@ def test_agreement_with_an_experts_ranking(data):
     assert found["agrees"].startswith("100.0")
 
 
-def test_statements_are_judged_one_by_one(data, bench):
+def test_statements_are_judged_one_by_one(data, medalpaca):
     kqa = source(SourceConfig(name="k_qa"))
-    made = replies(ReplyConfig(max_new_tokens=4, limit=3), model=bench.model, data=kqa)
+    made = replies(ReplyConfig(max_new_tokens=4, limit=3), model=medalpaca.base, data=kqa)
     count = sum(len(m["must_have"]) + len(m["nice_to_have"]) for m in read_replies(made).meta)
 
     def answer(body):

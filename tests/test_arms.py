@@ -1,0 +1,131 @@
+"""Arms: tables, paired comparisons, and the slices that seeds are examined on."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ultramed.core.config import arm_config
+from ultramed.evaluate.arms import Answers, Arms, artifacts_of, better, compare, joined, label, percent, pooled, wide
+
+
+def answers(correct, seed=0, letters=True, artifacts=()) -> Answers:
+    n = len(correct)
+    frame = pd.DataFrame(
+        {
+            "id": [f"q{i}" for i in range(n)],
+            "seed": seed,
+            "correct": correct,
+            "concept": [f"c{i // 2}" for i in range(n)],
+            "letter": ["A" if letters else None] * n,
+            "strict": [True] * n,
+            "subset": ["step1"] * n,
+        }
+    )
+    return Answers(frame, artifacts)
+
+
+def test_compare_is_paired_and_takes_the_larger_p():
+    a, b = answers([1] * 40 + [0] * 10), answers([0] * 30 + [1] * 10 + [0] * 10)
+    c = compare(a, b)
+    assert (c.n, c.seeds, c.difference) == (50, 1, pytest.approx(0.6))
+    assert c.p == max(c.mcnemar, c.clustered) < 0.001
+    assert c.low < 0.6 < c.high
+    assert c.low < c.difference - c.se < c.difference + c.se < c.high
+    with pytest.raises(ValueError, match="no question in common"):
+        compare(a, b.assign(seed=1))
+
+
+def test_arms_that_never_differ_are_not_known_to_be_equal():
+    """No discordant pair among 60: the difference may still be as large as 3 / 60 (the rule of three)."""
+    c = compare(answers([1, 0] * 30), answers([1, 0] * 30))
+    assert (c.low, c.high) == pytest.approx((-0.05, 0.05))
+    assert c.se > 0
+    assert c.p == 1
+
+
+def test_accuracy_counts_unparsed_as_wrong():
+    table = Arms(x=answers([1] * 6 + [0] * 4, letters=False)).accuracy()
+    assert list(table.subset) == ["step1", "all"]
+    assert list(table.accuracy) == [0.6, 0.6]
+    assert list(table.unparsed) == [10, 10]
+    shown = wide(table).iloc[0]
+    assert (shown.arm, shown.n, shown["all"]) == ("x", 10, shown.step1)
+    assert shown["all"].startswith("60.0 [")
+
+
+def test_several_seeds_show_their_spread():
+    table = Arms(x=joined([answers([1] * 10, 0), answers([0] * 10, 1)])).accuracy()
+    row = table[table.subset == "all"].iloc[0]
+    assert (row.seeds, row.n) == (2, 20)
+    assert row.seed_sd == pytest.approx(2**-0.5)
+    assert (row.low, row.high) == (0, 1), "one seed may be drawn twice"
+
+
+def test_pools_are_paired_by_arm_and_question():
+    a, b = answers([1, 1, 0, 0]), answers([0, 1, 0, 1])
+    c = compare(pooled([a, b]), pooled([b, b]))
+    assert (c.n, c.difference, c.seeds) == (8, 0.0, 1)
+    assert pooled([a, b]).frame.concept.nunique() == 2, "copies of a question stay in its concept"
+
+
+def test_results_carry_their_artifacts_each_once(exam, medalpaca):
+    a, b = answers([1], artifacts=(exam, medalpaca.base)), answers([1], artifacts=(exam,))
+    assert Arms(a=a, b=b).artifacts == (exam, medalpaca.base)
+    assert artifacts_of([b, {"x": a}, exam]) == (exam, medalpaca.base)
+    assert a.judged_by("strict").assign(subset="x").only(a.frame.correct == 1).artifacts == a.artifacts
+
+
+def test_the_better_of_two_and_labels():
+    assert better(Arms(a=answers([0, 1]), b=answers([1, 1]), c=answers([1, 1]))) == "b", "the first of equals"
+    assert label("ultramix_iterative_dpo") == "UltraMix iterative DPO"
+    frame = pd.DataFrame({"accuracy": [0.5], "low": [0.25], "high": [0.751]})
+    assert list(percent(frame)) == ["50.0 [25.0, 75.1]"]
+
+
+def test_seeds_are_examined_on_distinct_questions(medalpaca):
+    seen = [set(medalpaca.examine(medalpaca.base, s, protocol="likelihood").frame.id) for s in medalpaca.settings.seeds]
+    assert all(len(s) == 18 for s in seen)
+    assert len(set.union(*seen)) == 54
+
+
+def test_rows_of_a_seed_are_the_same_for_every_arm_that_shares_the_mixture(medalpaca):
+    rows = {medalpaca.training_rows(arm_config(medalpaca.profile, arm, seed=1)).key for arm in ("full", "lora", "lora_8bit")}
+    assert len(rows) == 1
+    assert medalpaca.training_rows(arm_config(medalpaca.profile, "full", seed=2)).key not in rows
+
+
+def test_tuning_uses_a_part_of_the_rows_and_gives_every_rate_a_loss(medalpaca):
+    tuning = medalpaca.tune_rates()
+    assert len(tuning.frame) == 2 * len(medalpaca.settings.arms)
+    assert tuning.frame.dev_loss.notna().all()
+    assert set(tuning.best) == set(medalpaca.settings.arms)
+    assert sum(medalpaca.tuning_config("full", 1e-3).mixture.values()) == 12, "half of the rows"
+
+
+def test_a_policy_is_chosen_on_dev_questions(smoke):
+    from ultramed.experiments.ultramedical import UltraMedical
+
+    experiment = UltraMedical.of(smoke)
+    chosen, dev = experiment.choose_policy("ultramix")
+    assert list(dev) == ["sft", *experiment.preference_arms]
+    assert chosen == better(dev)
+    tested = set(experiment.examine(experiment.train_sft("ultramix")).frame.id)
+    assert not tested & set(dev["sft"].frame.id)
+    assert len(dev["sft"].frame) == 12
+
+
+def test_votes_carry_samples_and_the_greedy_answers(smoke):
+    from ultramed.evaluate.rerank import Votes
+    from ultramed.experiments.ultramedical import UltraMedical
+
+    experiment = UltraMedical.of(smoke)
+    policy = experiment.train_sft("ultramed")
+    sampled, greedy = experiment.sample_test(policy), experiment.examine(policy)
+    votes = Votes(sampled)
+    chosen = votes.select("self_consistency", like=greedy)
+    assert set(chosen.artifacts) == {*greedy.artifacts, *sampled.values()}
+    assert set(chosen.frame.id) == set(greedy.frame.id)
+    assert votes.rewards is None
+    assert votes.sizes == [1, 2, 3, 4]
+    assert (votes.passes()["pass@N"] <= 1).all()
+    assert np.isfinite(votes.curves().accuracy).all()

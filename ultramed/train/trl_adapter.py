@@ -1,0 +1,277 @@
+"""The one place that reaches into TRL, transformers' Trainer and accelerate. Each override says what it replaces and why.
+
+Everything above this module builds a trainer, runs it and saves a model through public interfaces only. What is used here
+beyond them is checked by tests/test_trl_contract.py, which fails with what changed when a new version changes it.
+"""
+
+import functools
+import types
+
+import torch
+
+from ultramed.lm.batches import PackedPrefixes, batches, pack_shared_prefixes
+from ultramed.lm.device import placement
+from ultramed.lm.tokens import LABEL_IGNORED
+from ultramed.train import launch, losses
+
+# ----------------------------------------------------------------------------------------------------------- all trainers
+
+
+@functools.cache
+def with_our_rows(trainer: type) -> type:
+    """A TRL trainer over rows that are tokenised and linted already, on one device, in our order. `args` is given by name."""
+
+    class OverTokenRows(trainer):
+        def __init__(self, *arguments, args, **named):
+            # Of several GPUs Trainer would make threads of its own (DataParallel), and batches as many times larger.
+            # Reading `n_gpu` counts the GPUs once; setting the private field afterwards is the only way to say "one".
+            args._n_gpu = min(1, args.n_gpu)
+            super().__init__(*arguments, args=args, **named)
+
+        def train(self, *arguments, **named):
+            from peft.helpers import disable_input_dtype_casting
+
+            # Autocast casts what goes into an adapter; PEFT's own cast on top doubles what dropout keeps in memory.
+            with disable_input_dtype_casting(self.model):
+                return super().train(*arguments, **named)
+
+        def _prepare_dataset(self, dataset, *_, **__):
+            """TRL would tokenise: our rows are token ids, made and linted in lm/tokens.py."""
+            return dataset
+
+        def _get_train_sampler(self, dataset=None):
+            """transformers' sampler for rows of similar length depends on the number of processes (see GroupedByLength)."""
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(dataset)
+            return GroupedByLength((dataset or self.train_dataset)["length"], self.args)
+
+    OverTokenRows.__name__ = trainer.__name__
+    return OverTokenRows
+
+
+class GroupedByLength(torch.utils.data.Sampler):
+    """transformers' order for rows of similar length, the same for any number of processes and after an interruption.
+
+    Its own sampler groups by the batch of one process, and draws from the global random stream, in which dropout lets
+    processes drift apart: from the second epoch on they would see some rows twice and others never.
+    """
+
+    def __init__(self, lengths: list[int], args):
+        self.lengths, self.seed, self.epoch = list(lengths), args.seed, 0
+        self.batch = args.train_batch_size * args.gradient_accumulation_steps * launch.world()
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        stream = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        torch.empty((), dtype=torch.int64).random_(generator=stream)  # a DataLoader draws its own seed first: the same order
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=stream))
+
+
+# ------------------------------------------------------------------------------------------------------------ supervised
+
+
+def split_by_tokens(inputs: dict, budget: int, least: int = 1) -> list[dict]:
+    """The rows of a padded batch in micro-batches of at most `budget` padded tokens, longest first, each as wide as it must be.
+
+    The labels of a row end where the row ends. least: make so many micro-batches even if fewer would do (no more than rows).
+    """
+    labelled = inputs["labels"] != LABEL_IGNORED
+    place = torch.arange(1, labelled.shape[1] + 1, device=labelled.device)
+    lengths = (labelled * place).amax(1).tolist()
+    groups = list(batches(lengths, budget))
+    while len(groups) < least:
+        groups.sort(key=len)
+        largest = groups.pop()
+        groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    if len(groups) == 1:
+        return [inputs]
+    return [{k: v[rows, : -(-max(lengths[i] for i in rows) // 8) * 8] for k, v in inputs.items()} for rows in groups]
+
+
+@functools.cache
+def token_budget_trainer() -> type:
+    """SFTTrainer whose micro-batches are cut by tokens."""
+    from trl import SFTTrainer
+
+    class TokenBudgetTrainer(with_our_rows(SFTTrainer)):
+        """A step's rows in micro-batches by their tokens: two long ones or forty short ones at once.
+
+        Trainer's own micro-batches have a fixed number of rows, which the longest row of the data decides.
+        """
+
+        micro_batch_tokens = micro_batches = 0
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            split = split_by_tokens(inputs, self.micro_batch_tokens)
+            if launch.worker():  # as many backward passes as every other process has, or the collectives hang
+                count = torch.tensor([len(split)], device=self.accelerator.device)
+                if (most := self.accelerator.gather(count).max().item()) > len(split):
+                    split = split_by_tokens(inputs, self.micro_batch_tokens, least=most)
+            self.micro_batches += len(split)
+            step = super().training_step
+            return sum(step(model, part, num_items_in_batch) for part in split)
+
+    return TokenBudgetTrainer
+
+
+# ------------------------------------------------------------------------------------------------------------ preferences
+
+
+@functools.cache
+def pairwise_kto_trainer() -> type:
+    """DPOTrainer with the loss that TRL dropped in 2024 (`loss_type: kto_pair`)."""
+    from trl import DPOTrainer
+
+    class PairwiseKTOTrainer(DPOTrainer):
+        """Same batches, log-probabilities and metrics as DPO; only the loss differs (train/losses.py)."""
+
+        def _compute_loss(self, model, inputs, return_outputs):
+            """TRL computes log-probabilities, loss and metrics in this one private method, so all of it is replaced."""
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, LABEL_IGNORED)
+            asked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            asked |= {"labels": labels, "use_cache": False, "fused_lm_head": True}
+            policy = model(**asked).log_probs.sum(1)
+            with torch.no_grad():
+                if self.ref_model is None:  # an adapter's reference is the model without it
+                    with self.accelerator.unwrap_model(self.model).disable_adapter():
+                        reference = self.model(**asked).log_probs.sum(1)
+                else:
+                    reference = self.ref_model(**asked).log_probs.sum(1)
+            chosen, rejected = (policy - reference).chunk(2)
+            loss = losses.kto_pair(chosen, rejected, self.beta).mean()
+            self._note(policy, chosen, rejected)
+            return (loss, None) if return_outputs else loss
+
+        def _note(self, policy, chosen, rejected) -> None:
+            """DPO's metrics, under DPO's names, into the private store that TRL's `log` reads."""
+            metrics, gather = self._metrics["train" if self.model.training else "eval"], self.accelerator.gather
+            for name, ratio, logps in zip(("chosen", "rejected"), (chosen, rejected), policy.chunk(2), strict=True):
+                metrics[f"logps/{name}"].append(gather(logps.detach()).mean().item())
+                metrics[f"rewards/{name}"].append(self.beta * gather(ratio.detach()).mean().item())
+            margin = self.beta * gather((chosen - rejected).detach())
+            metrics["rewards/margins"].append(margin.mean().item())
+            metrics["rewards/accuracies"].append((margin > 0).float().mean().item())
+
+    return PairwiseKTOTrainer
+
+
+# ---------------------------------------------------------------------------------------------------------- reward models
+
+
+@functools.cache
+def listwise_reward_trainer() -> type:
+    """RewardTrainer that reads each distinct reply of a prompt once."""
+    from trl import RewardTrainer
+
+    class ListwiseRewardTrainer(RewardTrainer):
+        """RewardTrainer over batches of train/reward.PairCollator: the same loss."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            """TRL's reads chosen and rejected of each pair, so that K replies to a prompt are read K (K - 1) times."""
+            scores = model(inputs["packed"])
+            chosen, rejected = scores[inputs["pairs"]].T
+            loss = losses.bradley_terry(chosen, rejected, self.args.center_rewards_coefficient or 0.0)
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            means = torch.stack([(chosen > rejected).float().mean(), (chosen - rejected).mean(), scores.mean()]).detach()
+            means = self.accelerator.gather(means[None]).mean(0).tolist()
+            for name, value in zip(("accuracy", "margin", "mean_reward"), means, strict=True):
+                metrics[name].append(value)
+            return (loss, scores) if return_outputs else loss
+
+    return ListwiseRewardTrainer
+
+
+def score_packed_sequences(net) -> None:
+    """Make `net(packed)` the rewards (N,) of packed sequences: the score of each one's last token."""
+
+    def forward(self, packed: PackedPrefixes):
+        inputs = {k: v.to(self.score.weight.device) for k, v in packed.inputs.items()}
+        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
+        last = hidden[packed.rows, [columns[-1] for columns in packed.columns]]
+        return self.score(last)[:, 0].float()
+
+    net.forward = types.MethodType(forward, net)
+
+
+# --------------------------------------------------------------------------------------------------------------- the head
+
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
+def score_labelled_tokens_only(net) -> None:
+    """On a CPU, give TRL's trainers log-probabilities of the labelled tokens without multiplying the others.
+
+    Call it after the trainer was made: TRL 1.16 replaces the model's `forward` by its fused head, which, without Triton,
+    scores every position of a batch with the whole vocabulary, twice, and masks the prompt afterwards. Here the vocabulary
+    is multiplied at labelled positions only, and what rows of the batch share (a form of question, the prompt of chosen and
+    rejected) is read once. Rows must be padded on the right and have their labels in one stretch at the end: then causal
+    attention needs no mask, and none is passed on. Models that scale or cap their logits keep TRL's head.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
+    text_config = inner.config.get_text_config()
+    if placement().device != "cpu" or any(getattr(text_config, name, None) not in (None, 1.0) for name in SCALED_LOGITS):
+        return
+    fused = inner.forward
+
+    @functools.wraps(fused)
+    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
+        if not fused_lm_head:
+            return fused(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+        target = labels[:, 1:] != LABEL_IGNORED
+        hidden = _states_before(self.base_model, kwargs["input_ids"], target)
+        logits = self.get_output_embeddings()(hidden).float()
+        wanted = labels[:, 1:][target]
+        logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        with torch.no_grad():  # what TRL's metrics read; entropy, the dear one, is the mean over every eighth token
+            some = logits.detach()[::8].log_softmax(-1)
+            entropy = -(some.exp() * some).sum(-1).mean().expand_as(logps)
+            shown = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == wanted}
+        spread = {k: v.new_zeros(target.shape).masked_scatter(target, v) for k, v in {"log_probs": logps, **shown}.items()}
+        count = target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(loss=-logps.sum() / count, label_mask=target, **spread)
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+def _states_before(backbone, input_ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Hidden states (N, D) that predict the labelled tokens, in the order of `target` (B, T - 1)."""
+    first, count = target.int().argmax(1) + 1, target.sum(1)
+    rows = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
+    packed = pack_shared_prefixes(rows, pad=0, device=input_ids.device)
+    if packed.input_ids.numel() > 0.9 * input_ids.numel():  # little is shared: plain rows need no mask
+        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
+    hidden = backbone(**packed.inputs, use_cache=False).last_hidden_state
+    return torch.cat([hidden[row, columns[:-1]] for row, columns in zip(packed.rows, packed.columns, strict=True)])
+
+
+# ------------------------------------------------------------------------------------------------------------- accelerate
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate shard over CPU processes: PyTorch can, but accelerate takes FSDP for accelerators' alone.
+
+    Its state object decides this in `__init__` and keeps the answer in private fields, which are set afterwards.
+    """
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    before = AcceleratorState.__init__
+
+    @functools.wraps(before)
+    def after(self, *args, fsdp_plugin=None, **kwargs):
+        before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = after
