@@ -72,7 +72,7 @@ def test_results_carry_their_artifacts_each_once(exam, medalpaca):
     a, b = answers([1], artifacts=(exam, medalpaca.base)), answers([1], artifacts=(exam,))
     assert Arms(a=a, b=b).artifacts == (exam, medalpaca.base)
     assert artifacts_of([b, {"x": a}, exam]) == (exam, medalpaca.base)
-    assert a.judged_by("strict").assign(subset="x").only(a.frame.correct == 1).artifacts == a.artifacts
+    assert a.right_where("strict").assign(subset="x").only(a.frame.correct == 1).artifacts == a.artifacts
 
 
 def test_the_better_of_two_and_labels():

@@ -3,6 +3,8 @@
 import ast
 import hashlib
 import json
+import re
+import statistics
 
 import nbformat
 import pandas as pd
@@ -11,8 +13,11 @@ from conftest import REPO
 from faulty import Faulty
 
 from ultramed.book import runner as batch
-from ultramed.core.config import home
+from ultramed.book.plan import jobs_of
+from ultramed.core import store
+from ultramed.core.config import home, load_profile
 from ultramed.core.errors import ConfigError
+from ultramed.papers.claims import claims_of
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 
@@ -28,6 +33,26 @@ def test_source_is_stripped_and_well_formed(path):
     assert "**Takes**" in nb.cells[0].source
     made = [n.name for c in code for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     assert not made, "functions and classes live in the package, with tests"
+    assert not re.search(r"\bmade \+=", "\n".join(c.source for c in code)), "results carry their artifacts"
+
+
+def test_notebooks_are_prose_and_calls():
+    lengths = {path.stem: [len(c.source.splitlines()) for c in code_cells(path)] for path in NOTEBOOKS}
+    assert statistics.median(n for part in lengths.values() for n in part) <= 6
+    assert max(n for part in lengths.values() for n in part) <= 20
+    assert all(statistics.median(part) <= 6 for part in lengths.values()), lengths
+
+
+def code_cells(path) -> list:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_opening_cell_says_what_the_paper_claims(path):
+    opening = nbformat.read(path, as_version=4).cells[0].source
+    assert re.search(r"\*\*(Papers?|Source|What it shows)\*\*", opening)
+    for claim in claims_of(path.stem):
+        assert f"- {claim.sentence}." in opening, f"claims.csv has another wording of {claim.id}"
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +72,8 @@ def test_the_whole_book_runs_at_smoke(book):
         assert "question/s" not in text
         assert "Warning" not in text, "a reader should not have to read warnings"
     entries = json.loads((folder / "scorecard.json").read_text())
-    claims = {e["id"]: e for e in entries if e["kind"] == "claim"}
-    assert {"medalpaca:finetuned-beats-base", "medalpaca:full-beats-lora", "medalpaca:format"} <= set(claims)
+    claims = {e["id"]: e for e in entries if e["kind"] == "claim" and e["verdict"] != "not run"}
+    assert {"medalpaca:finetuned-beats-base", "medalpaca:full-beats-lora", "medalpaca:8bit-level-with-lora"} <= set(claims)
     wanted = (
         "sft-beats-base",
         "xpo-beats-sft",
@@ -61,7 +86,46 @@ def test_the_whole_book_runs_at_smoke(book):
         "medical-rm-competitive",
     )
     assert {f"ultramedical:{name}" for name in wanted} <= set(claims)
-    assert all(c["n"] and c["p"] is not None for c in claims.values())
+    for claim in claims.values():
+        assert all(claim[key] is not None for key in ("n", "p", "p_holm", "interval", "se", "detectable")), claim["id"]
+        assert claim["p_holm"] >= claim["p"]
+        assert claim["verdict"] in ("reproduced", "contradicted", "inconclusive")
+    assert all(e["verdict"] == "no verdict" for e in entries if e["kind"] == "diagnostic")
+    cells = {e["id"] for e in entries if e["kind"] == "cell" and e["verdict"] == "differs in scale"}
+    assert {"medalpaca_usmle:MedAlpaca 7b / 7b / full:step2", "ultramedical_table4:UltraMedRM-8B:um_hard"} <= cells
+    assert "medalpaca_cost:LLaMA 7b / True / True / True / False / False:minutes_per_epoch" in cells
+
+
+def sources_of(folder, kind: str = "tables") -> dict[str, list[str]]:
+    """Table or figure -> artifacts that its provenance names."""
+    paths = (folder / "tables" if kind == "tables" else folder).glob("[0-9]*.json")
+    return {path.stem: json.loads(path.read_text()).get("artifacts", []) for path in paths}
+
+
+def test_provenance_is_complete(book):
+    """Every model that was trained and every answer that was given for a table is named beside it."""
+    made = sources_of(book[1])
+    stages = {name: {key.partition("/")[0] for key in keys} for name, keys in made.items()}
+    assert {"sft", "preference", "answers", "samples"} <= stages["22_main"], "with the ensemble's samples"
+    assert {"reward", "bench", "pair_scores"} <= stages["24_reward"]
+    assert {"sft", "answers", "reward_feedback"} <= stages["25_rerank"]
+    assert {"preference", "answers", "reward_feedback"} <= stages["26_rounds"]
+    assert {"base_model", "sft", "answers"} <= stages["11_usmle"]
+    assert all(keys for name, keys in made.items() if name[:2] in ("11", "22", "23", "24", "25", "26"))
+
+
+def test_the_plan_is_what_ran(book):
+    """Training runs of the book's results, by configuration (learning rates are tuned on the way), are those planned."""
+    keys = {key for part in (sources_of(book[1]), sources_of(book[1], "figures")) for made in part.values() for key in made}
+    lineage = {m["key"]: m for key in keys for m in store.find(key).lineage()}
+    kinds = ("sft", "preference", "reward")
+
+    def setting(config) -> str:
+        return store.digest({k: v for k, v in store.canonical(config).items() if k != "learning_rate"})
+
+    ran = {(m["stage"], setting(m["config"])) for m in lineage.values() if m["stage"] in kinds}
+    planned = {(job.kind, setting(job.config)) for job in jobs_of(load_profile("smoke")) if job.trains}
+    assert ran == planned
 
 
 def test_the_second_time_nothing_runs(book):

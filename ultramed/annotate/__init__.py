@@ -1,1 +1,1 @@
-"""Candidates judged, and judgements turned into preference pairs."""
+"""Candidates scored and ranked by a rule, a reward model or a judge (a language model), and rankings turned into pairs."""

@@ -1,6 +1,6 @@
 """Who says which of several replies is best: an annotator scores every candidate of a prompt, and the scores rank them.
 
-`feedback.jsonl` has a row a prompt, whoever judged it: prompt messages and candidates with model, text, letter, score
+`feedback.jsonl` has a row a prompt, whoever scored it: prompt messages and candidates with model, text, letter, score
 and rank (1 is best; equal scores share a rank).
 """
 
@@ -65,19 +65,19 @@ class OracleConfig(Strict):
 
 @stage(version=2)
 def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
-    """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and judged by the oracle."""
-    judge: Annotator = Oracle()
+    """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and scored by the oracle."""
+    annotator: Annotator = Oracle()
     joined = join(samples)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
-        ledger.add(*(judged(row, judge.rate(row, row["candidates"])) for row in joined if row["id"] not in ledger))
-    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": judge.name}
+        ledger.add(*(with_scores(row, annotator.rate(row, row["candidates"])) for row in joined if row["id"] not in ledger))
+    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": annotator.name}
 
 
 @stage(version=2, also=wording)
 def reward_feedback(
     out: Path, config: ScoringConfig, *, reward: Artifact, template: str | None = None, **samples: Artifact
 ) -> dict:
-    """The same, judged by a reward model. Equal texts of a prompt are scored once."""
+    """The same, scored by a reward model. Equal texts of a prompt are scored once."""
     joined = join(samples)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         todo = [row for row in joined if row["id"] not in ledger]
@@ -89,7 +89,7 @@ def reward_feedback(
             with progress_bar(len(rows), "rewards", "reply") as bar:
                 scores = score_rows(net, tokenizer, rows, shape, budget=config.batch_tokens, bar=bar)
             found = dict(zip(unique, scores, strict=True))
-            ledger.add(*(judged(r, [found[i, c["text"]] for c in r["candidates"]]) for i, r in enumerate(todo)))
+            ledger.add(*(with_scores(r, [found[i, c["text"]] for c in r["candidates"]]) for i, r in enumerate(todo)))
             del net
             free_memory()
     return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": reward.key}
@@ -105,7 +105,7 @@ def join(samples: dict[str, Artifact]) -> list[dict]:
     return list(rows.values())
 
 
-def judged(row: dict, scores: list[float | None]) -> dict:
+def with_scores(row: dict, scores: list[float | None]) -> dict:
     marks = zip(row["candidates"], scores, ranks(scores), strict=True)
     return {**row, "candidates": [{**c, "score": s, "rank": r} for c, s, r in marks]}
 

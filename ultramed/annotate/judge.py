@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from ultramed.annotate.feedback import join, judged
+from ultramed.annotate.feedback import join, with_scores
 from ultramed.core.client import Request, ServerConfig, ask
 from ultramed.core.ledger import write_lines
 from ultramed.core.schema import Strict
@@ -117,7 +117,7 @@ def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
         scores: list[float | None] = [None] * len(row["candidates"])
         for place, i in enumerate(orders[row["id"]] if whole else ()):
             scores[i] = given[place]
-        told.append(judged(row, scores))
+        told.append(with_scores(row, scores))
     write_lines(out / "feedback.jsonl", told)
     candidates = sum(len(row["candidates"]) for row in joined)
     return {"prompts": len(joined), "candidates": candidates, "unread": unread, "annotator": config.server.model}

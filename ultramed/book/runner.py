@@ -251,8 +251,19 @@ def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
 
 def execute(source: str, target: str, parameters: str) -> None:
     """One notebook through papermill, in this process, in the notebook folder."""
+    import nbformat
     import papermill
 
+    try:
+        _execute(papermill, source, target, parameters)
+    finally:
+        if Path(target).exists():  # papermill notes where the files lay: a copy that is read elsewhere should not
+            notebook = nbformat.read(target, as_version=4)
+            notebook.metadata.papermill.update(input_path=Path(source).name, output_path=Path(source).name)
+            nbformat.write(notebook, target)
+
+
+def _execute(papermill, source: str, target: str, parameters: str) -> None:
     papermill.execute_notebook(
         source,
         target,

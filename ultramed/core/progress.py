@@ -22,6 +22,11 @@ def bar(total: int, desc: str, unit: str, initial: int = 0):
     return _LineBar(total, desc, unit, initial)
 
 
+def plural(unit: str) -> str:
+    """'reply' -> 'replies'."""
+    return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
+
+
 def duration(seconds: float) -> str:
     """'40 s', '12 min' or '3 h 5 min'."""
     if seconds < 90:
@@ -37,7 +42,7 @@ class _Bar:
 
     def __init__(self, total: int, desc: str, unit: str, initial: int):
         self.total, self.desc, self.unit, self.n = total, desc, unit, initial
-        self._first, self._begun, self._shown = initial, time.monotonic(), 0.0
+        self._first, self._begun, self._shown = initial, time.monotonic(), float("-inf")
         self._show()
 
     def _show(self):
@@ -75,7 +80,7 @@ class _FileBar(_Bar):
 
     def show(self):
         with contextlib.suppress(OSError):  # progress is a courtesy; a full disk is reported where it matters
-            self.path.write_text(f"{self.desc} {self.n}/{self.total} {self.unit}s")
+            self.path.write_text(f"{self.desc} {self.n}/{self.total} {plural(self.unit)}")
 
 
 class _LineBar(_Bar):
@@ -85,7 +90,7 @@ class _LineBar(_Bar):
 
     def show(self):
         spent, made = time.monotonic() - self._begun, self.n - self._first
-        line = f"{self.desc}: {self.n} of {self.total} {self.unit}s"
+        line = f"{self.desc}: {self.n} of {self.total} {plural(self.unit)}"
         if made:
             line += f", {duration(spent)}"
             if self.n < self.total:

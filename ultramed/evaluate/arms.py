@@ -23,7 +23,7 @@ class Answers:
         """The rows that a boolean column (n,) selects."""
         return replace(self, frame=self.frame[rows])
 
-    def judged_by(self, column: str) -> "Answers":
+    def right_where(self, column: str) -> "Answers":
         """The same answers counted right where another 0/1 column says so, such as `strict` (the asked form)."""
         return replace(self, frame=self.frame.assign(correct=self.frame[column]))
 

@@ -32,6 +32,7 @@ from ultramed.train.sft import sft
 
 DOMAINS = ("medical", "general")
 MIXTURES = ("ultramed", "ultramix")  # the paper's two
+XPO = ("dpo", "kto")  # what the paper calls xPO; other losses are shown beside and never pooled with them
 PUBLISHED_SELECTIONS = {  # arm -> row of the paper's re-ranking
     "greedy": "Llama-3-8B UltraMix SFT / greedy",
     "self_consistency": "Llama-3-8B UltraMix SFT / self-consistency",

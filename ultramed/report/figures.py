@@ -1,5 +1,6 @@
 """Figures as PNG and SVG with provenance; one look for all of them."""
 
+import io
 import re
 import textwrap
 
@@ -24,15 +25,19 @@ def style() -> None:
 
 
 def save_figure(fig, name: str, *, profile: str, caption: str, artifacts: list[Artifact] = ()):
-    """Write `figures/<profile>/<name>.{png,svg,json}` and return the picture, to be shown with its caption as alternative text."""
+    """Write `figures/<profile>/<name>.{png,svg,json}` and return the picture, to be shown with its caption as alternative text.
+
+    What is shown in the notebook has fewer dots, so that executed copies stay small.
+    """
     base, name = folder(profile), re.sub(r"[^\w.-]+", "-", name)
     base.mkdir(parents=True, exist_ok=True)
     fig.savefig(base / f"{name}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
     fig.savefig(base / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     write_json(base / f"{name}.json", canonical(provenance(profile, name, caption, list(artifacts), "figure")))
-    width = round(fig.get_size_inches()[0] * 96)
+    width, shown = round(fig.get_size_inches()[0] * 96), io.BytesIO()
+    fig.savefig(shown, dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(fig)  # the file is shown; without this Jupyter would show the figure, too
-    return Image(filename=str(base / f"{name}.png"), width=width, alt=caption)
+    return Image(data=shown.getvalue(), format="png", width=width, alt=caption)
 
 
 def intervals(frame: pd.DataFrame, *, row: str, facet: str, hue: str | None = None, chance: float | None = CHANCE):
