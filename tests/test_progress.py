@@ -1,6 +1,5 @@
 """Long work speaks: a line a minute where there is no terminal, and about how long the rest takes."""
 
-import json
 from io import StringIO
 
 import pytest
@@ -41,22 +40,23 @@ def test_without_a_terminal_no_bar_is_drawn(monkeypatch, capsys):
 
 @pytest.fixture
 def jobs(tmp_path):
-    made = []
-    for name, seconds in (("11_a", 100), ("22_b", 300), ("90_c", 10)):
-        target = tmp_path / f"{name}.ipynb"
-        target.write_text(json.dumps({"metadata": {"papermill": {"duration": seconds}}}))
-        made.append(runner.Job(name, target, target, {}))
-    return made
+    names = ("10_medalpaca_meadow", "11_medalpaca_usmle", "90_scorecard")
+    return [runner.Job(name, tmp_path / name, tmp_path / name, {}) for name in names]
 
 
-def test_the_rest_is_foretold_and_corrected_by_what_was_seen(jobs):
-    rest = runner.Rest(jobs, "x")
-    assert rest.seconds() == 410
-    jobs[0].state, jobs[0].seconds = "done", 200  # twice as slow as when it was last run
+def test_the_rest_is_foretold_by_ratios_and_corrected_by_what_was_seen(jobs):
+    rest = runner.Rest(jobs)
+    rest.known = {"10_medalpaca_meadow": 10, "11_medalpaca_usmle": 300, "90_scorecard": 20}
+    assert rest.seconds() is None, "nothing is known of this machine yet"
+    jobs[0].state, jobs[0].seconds = "done", 20  # twice as slow
     jobs[1].state, jobs[1].seconds = "running", 150
-    assert rest.seconds() == 2 * 300 - 150 + 2 * 10
-    jobs[1].target.write_text("{}")
-    assert runner.Rest(jobs, "x").seconds() is None, "nothing is known of one that is left"
+    assert rest.seconds() == 2 * 300 - 150 + 2 * 20
+    del rest.known["90_scorecard"]
+    assert rest.seconds() is None, "nothing is known of one that is left"
+
+
+def test_every_notebook_has_a_duration(jobs):
+    assert set(runner.Rest(jobs).known) == {path.stem for path in runner.notebooks()}
 
 
 def test_a_log_says_when_a_notebook_begins_and_ends(jobs, monkeypatch):
@@ -64,16 +64,17 @@ def test_a_log_says_when_a_notebook_begins_and_ends(jobs, monkeypatch):
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
     out = StringIO()
     with runner._Lines(Console(file=out, width=200), jobs, "x") as lines:
+        lines.rest.known = {"10_medalpaca_meadow": 100, "11_medalpaca_usmle": 300, "90_scorecard": 20}
         jobs[0].state = "running"
         lines.tick()
         lines.tick()  # nothing new
-        now[0], jobs[0].seconds, jobs[0].note = 61, 61, "full lr 0.0002 12/27 steps"
+        now[0], jobs[0].seconds, jobs[0].note = 61, 61, "rows 12/27"
         lines.tick()
         jobs[0].state, jobs[0].seconds = "done", 100
         lines.tick()
     told = [line.partition(" ")[2] for line in out.getvalue().splitlines()]
     assert told == [
-        "11_a running (0 of 3 notebooks, about 7 min left)",
-        "11_a running, 61 s; full lr 0.0002 12/27 steps (0 of 3 notebooks, about 6 min left)",
-        "11_a done, 2 min (1 of 3 notebooks, about 5 min left)",
+        "10_medalpaca_meadow running (0 of 3 notebooks)",
+        "10_medalpaca_meadow running, 61 s; rows 12/27 (0 of 3 notebooks)",
+        "10_medalpaca_meadow done, 2 min (1 of 3 notebooks, about 5 min left)",
     ]

@@ -20,9 +20,9 @@ from ultramed.data.rows import read_instructions
 from ultramed.lm import models
 from ultramed.lm.device import Placement
 from ultramed.lm.templates import TEMPLATES
-from ultramed.train.sft import Collator, encode_rows, parts, sft
+from ultramed.train.sft import Collator, encode_rows, sft
 from ultramed.train.training import batch_plan
-from ultramed.train.trl_adapter import score_labelled_tokens_only
+from ultramed.train.trl_adapter import score_labelled_tokens_only, split_by_tokens
 from ultramed.train.weights import load_for_training
 
 
@@ -53,7 +53,7 @@ def test_batch_plan_keeps_the_global_batch():
 def test_parts_hold_every_row_once_and_nothing_but_padding_is_cut(lengths, budget, least):
     rows = [{"input_ids": [7] * n, "labels": [-100] * (n // 2) + [i] * (n - n // 2)} for i, n in enumerate(lengths)]
     batch = Collator(0)(rows)
-    made = parts(batch, budget, min(least, len(rows)))
+    made = split_by_tokens(batch, budget, min(least, len(rows)))
     assert len(made) >= min(least, len(rows))
     seen = [i for part in made for i in part["labels"].amax(1).tolist()]
     assert sorted(seen) == list(range(len(rows)))

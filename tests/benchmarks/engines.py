@@ -11,12 +11,12 @@ import os
 import tempfile
 import time
 
-from ultramed.book.notebook import percent
 from ultramed.core import config
 from ultramed.core.log import quiet_libraries
 from ultramed.data.sources import dataset
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.agreement import flips
+from ultramed.evaluate.arms import percent
 from ultramed.evaluate.sample import samples
 from ultramed.experiments.medalpaca import MedAlpaca
 

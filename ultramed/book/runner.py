@@ -10,8 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -146,8 +148,8 @@ class _Terminal:
 class _Lines:
     """For logs: a line when a notebook begins and ends, and one a minute with what it does and what the rest may take."""
 
-    def __init__(self, console: Console, todo: list[Job], profile: str):
-        self.console, self.todo, self.rest = console, todo, Rest(todo, profile)
+    def __init__(self, console: Console, todo: list[Job], _profile: str):
+        self.console, self.todo, self.rest = console, todo, Rest(todo)
         self.seen, self.told = {job.name: "waiting" for job in todo}, time.monotonic()
 
     def __enter__(self):
@@ -175,29 +177,20 @@ class _Lines:
 
 
 class Rest:
-    """About how long the rest of a book takes: what the notebooks took when they were last executed at this profile (the
-    committed copies know, too), corrected by how this run compares with that so far."""
+    """About how long the rest of a book takes: the ratios of durations.yaml, scaled by what this run has taken so far."""
 
-    def __init__(self, todo: list[Job], profile: str):
+    def __init__(self, todo: list[Job]):
         self.todo = todo
-        self.known = {job.name: _took(job.target) for job in todo}
+        self.known = yaml.safe_load(files("ultramed.book").joinpath("durations.yaml").read_text())
 
     def seconds(self) -> float | None:
-        """None where nothing is known of what is left."""
-        ended = [job for job in self.todo if job.state == "done" and self.known[job.name]]
+        """None as long as this run says too little about its own pace, or where a notebook is not known."""
+        ended = [job for job in self.todo if job.state == "done"]
         left = [job for job in self.todo if job.state in ("waiting", "running")]
-        if not left or not all(self.known[job.name] for job in left):
+        if not ended or not all(job.name in self.known for job in self.todo):
             return None
-        pace = sum(job.seconds for job in ended) / sum(self.known[job.name] for job in ended) if ended else 1.0
+        pace = sum(job.seconds for job in ended) / sum(self.known[job.name] for job in ended)
         return sum(max(0.0, pace * self.known[job.name] - job.seconds) for job in left)
-
-
-def _took(path: Path) -> float | None:
-    """Seconds that an executed notebook took, by papermill's own record."""
-    try:
-        return json.loads(path.read_text())["metadata"]["papermill"]["duration"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _table(todo: list[Job], profile: str) -> Table:

@@ -90,10 +90,10 @@ def agreement(
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
 ) -> None:
     """Ask the same questions by several engines, dtypes, batch sizes: how many answers flip, and does the accuracy move?"""
-    from ultramed.book.notebook import percent
     from ultramed.core.log import quiet_libraries
     from ultramed.data.sources import user_file
     from ultramed.evaluate import agreement as agree
+    from ultramed.evaluate.arms import percent
     from ultramed.lm import models
 
     quiet_libraries()
