@@ -203,7 +203,10 @@ def test_an_entry_says_what_the_run_could_have_seen():
     assert (entry.difference, entry.se) == pytest.approx((1, 2))
     assert entry.holds_published is True
     assert entry.statement == "One arm beats another"
-    assert "difference +1.0 points" in entry.ours
+    assert entry.ours == "51.0 against 50.0"
+    (row,) = scorecard.shown([entry]).to_dict("records")
+    assert row["A - B, 95% interval"] == "+1.0 [-3.0, 5.0]"
+    assert (row["standard error"], row["detectable"], row["holds the published"]) == ("2.0", "5.6", "yes")
     outside = scorecard.claim_entry(claim(published_a=67, published_b=57), comparison(0.01, 0.02), "p")
     assert outside["holds_published"] is False
     assert scorecard.claim_entry(claim(), comparison(0.01, 0.02), "p")["holds_published"] is None

@@ -112,7 +112,7 @@ def forest(claims: pd.DataFrame):
     interval, so that it can be read on a phone.
     """
     claims = claims.reset_index(drop=True)
-    fig, ax = plt.subplots(figsize=(5.4, 0.74 * len(claims) + 1.4))
+    fig, ax = plt.subplots(figsize=(5.4, 0.62 * len(claims) + 1.4))
     ax.axvline(0, color="0.35", lw=1)
     for y, row in claims.iterrows():
         color, marker = VERDICTS[row.verdict]
@@ -122,14 +122,14 @@ def forest(claims: pd.DataFrame):
         if pd.notna(row.published_difference):
             ax.plot(row.published_difference, y, "D", color="0.15", ms=6, mfc="none", mew=1.4)
         text = textwrap.fill(f"{row.statement}", 64)
-        ax.text(0, y - 0.3, text, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8.5, linespacing=1.05)
+        ax.text(0, y - 0.28, text, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8.5, linespacing=1.05)
     ax.set(ylim=(len(claims) - 0.4, -0.95), yticks=[], xlabel="difference A - B, points, 95% interval")
     handles = [plt.Line2D([], [], color=c, marker=m, lw=2.2, ms=8, label=name) for name, (c, m) in VERDICTS.items()]
     handles.append(plt.Line2D([], [], color="0.15", marker="D", mfc="none", lw=0, label="published difference"))
     fig.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.0))
     ax.grid(axis="y", visible=False)
     sns.despine(fig, left=True)
-    fig.tight_layout(rect=(0, 0.6 / (0.74 * len(claims) + 1.4), 1, 1))
+    fig.tight_layout(rect=(0, 0.6 / (0.62 * len(claims) + 1.4), 1, 1))
     return fig
 
 

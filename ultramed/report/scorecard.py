@@ -111,7 +111,7 @@ def claim_entry(claim: Claim, pair: Comparison, protocol: str) -> dict:
     p, published_difference = claim_p(claim, pair), claim.published_difference
     return {
         **_claim_facts(claim),
-        "ours": f"{100 * pair.a:.1f}% against {100 * pair.b:.1f}%, difference {difference:+.1f} points",
+        "ours": f"{100 * pair.a:.1f} against {100 * pair.b:.1f}",
         "difference": difference,
         "n": pair.n,
         "interval": (low, high),
@@ -146,7 +146,7 @@ def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str)
         "kind": "diagnostic",
         "source": "this repository",
         "statement": statement,
-        "ours": f"{100 * pair.a:.1f}% against {100 * pair.b:.1f}%, difference {difference:+.1f} points",
+        "ours": f"{100 * pair.a:.1f} against {100 * pair.b:.1f}",
         "difference": difference,
         "n": pair.n,
         "interval": (low, high),
@@ -159,23 +159,25 @@ def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str)
 
 
 def shown(entries: list[Entry]) -> pd.DataFrame:
-    """Claims or diagnostics as a table: what each says, ours, n, interval, and what the run could have seen."""
-    rows = []
-    for e in entries:
-        row = {"statement": e.statement, "published": e.published, "ours": e.ours, "n": e.n}
-        row["interval"] = f"{e.interval[0]:.1f} to {e.interval[1]:.1f}" if e.interval else None
-        row |= {"se": _short(e.se), "detectable": _short(e.detectable), "p": e.p, "corrected p": e.p_holm}
-        row |= {"holds the published": _yes_no(e.holds_published), "verdict": e.verdict}
-        rows.append(row)
-    return pd.DataFrame(rows).dropna(axis="columns", how="all")
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
-
-
-def _yes_no(value: bool | None) -> str | None:
-    return None if value is None else "yes" if value else "no"
+    """Claims or diagnostics as a table: what each says, ours, the difference with its interval, and what could be seen."""
+    rows = [
+        {
+            "statement": e.statement,
+            "published": e.published,
+            "ours, A against B": e.ours,
+            "A - B, 95% interval": f"{e.difference:+.1f} [{e.interval[0]:.1f}, {e.interval[1]:.1f}]",
+            "n": e.n,
+            "standard error": f"{e.se:.1f}",
+            "detectable": f"{e.detectable:.1f}",
+            "p": f"{e.p:.2g}",
+            "corrected p": None if e.p_holm is None else f"{e.p_holm:.2g}",
+            "holds the published": {True: "yes", False: "no", None: None}[e.holds_published],
+            "verdict": e.verdict,
+        }
+        for e in entries
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.drop(columns=[c for c in frame if frame[c].isna().all() or (frame[c] == "no verdict").all()]).fillna("")
 
 
 def build(profile: str) -> list[Entry]:
