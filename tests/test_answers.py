@@ -2,6 +2,7 @@
 
 import pytest
 
+from ultramed.core.errors import ConfigError
 from ultramed.core.schema import EvalConfig
 from ultramed.data.rows import BadRow, read_questions
 from ultramed.evaluate import accuracy, engine
@@ -48,7 +49,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(medalpaca, exam, fresh
 
 
 def test_a_slice_beyond_the_end_is_an_error(medalpaca, exam):
-    with pytest.raises(ValueError, match="questions 0 to 999 of 'step1' asked for, but it has 60"):
+    with pytest.raises(ConfigError, match="questions 0 to 999 of 'step1' asked for, but it has 60"):
         answers(EvalConfig(), model=medalpaca.base, questions=exam, select={"step1": [0, 999]})
 
 

@@ -5,6 +5,7 @@ import pytest
 from faulty import Faulty
 from handmade import given, prompt_row
 
+from ultramed.evaluate import engine as engine_module
 from ultramed.evaluate import history
 from ultramed.evaluate.history import HistoryConfig, Script, conversation, diagnoses, facts, histories, history_scores
 
@@ -97,7 +98,7 @@ def test_scores_by_hand():
 def test_a_history_is_taken_and_goes_on_where_it_stopped(medalpaca, monkeypatch):
     data = given(rows=[case("a"), case("b")], side="test")
     config = HistoryConfig(questions=2, max_new_tokens=6)
-    whole, real, calls = Script.about, history.open_engine, []
+    whole, real, calls = Script.statement_about, engine_module.open_engine, []
 
     def broken(self, name, text):
         calls.append(name)
@@ -105,10 +106,10 @@ def test_a_history_is_taken_and_goes_on_where_it_stopped(medalpaca, monkeypatch)
             raise KeyboardInterrupt
         return whole(self, name, text)
 
-    monkeypatch.setattr(Script, "about", broken)
+    monkeypatch.setattr(Script, "statement_about", broken)
     with pytest.raises(KeyboardInterrupt):
         histories(config, model=medalpaca.base, data=data)
-    monkeypatch.setattr(Script, "about", whole)
+    monkeypatch.setattr(Script, "statement_about", whole)
     asked = []
 
     def counting(*args, **more):
@@ -117,7 +118,7 @@ def test_a_history_is_taken_and_goes_on_where_it_stopped(medalpaca, monkeypatch)
         engine.replies = lambda conversations, *rest: (asked.append(len(conversations[0])), plain(conversations, *rest))
         return engine
 
-    monkeypatch.setattr(history, "open_engine", counting)
+    monkeypatch.setattr(engine_module, "open_engine", counting)
     made = histories(config, model=medalpaca.base, data=data)
     assert asked == [3, 5]  # the first turn, of one message, was not asked again
     frame = history.read_histories(made)

@@ -17,7 +17,7 @@ def test_without_the_data_it_says_what_is_missing(monkeypatch):
         human_feedback(HumanConfig(side="validation"))
 
 
-def test_pairs_follow_the_expert(data, bench):
+def test_pairs_follow_the_expert(data, medalpaca):
     config = HumanConfig(side="validation", words=20)
     rows = read_feedback(human_feedback(config))
     assert (len(rows), sum(len(r["candidates"]) for r in rows)) == (25, 234)
@@ -26,7 +26,7 @@ def test_pairs_follow_the_expert(data, bench):
     assert all(p["meta"]["chosen_score"] > p["meta"]["rejected_score"] for p in pairs)
     assert {p["subset"] for p in pairs} == {"human"}
     setting = RewardConfig(learning_rate=1e-3, global_batch_size=5, max_length=256)
-    assert reward(setting, model=bench.base, pairs=made).metrics["prompts"] <= 25
+    assert reward(setting, model=medalpaca.base, pairs=made).metrics["prompts"] <= 25
 
 
 def test_public_pairs_have_rewardbench_sections(data):

@@ -1,5 +1,6 @@
 import pytest
 
+from ultramed.core.errors import StoreError
 from ultramed.core.ledger import Ledger
 
 
@@ -25,5 +26,5 @@ def test_an_item_cannot_be_written_twice(tmp_path):
 
 def test_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("hello\n")
-    with pytest.raises(ValueError, match=r"line 1: not a ledger row"):
+    with pytest.raises(StoreError, match=r"line 1: not a ledger row"):
         Ledger(tmp_path / "a.jsonl")

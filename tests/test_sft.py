@@ -140,7 +140,9 @@ def test_padding_and_neighbours_do_not_change_a_rows_loss(medalpaca, config, row
 
 def test_accumulated_micro_batches_are_one_batch(medalpaca, monkeypatch):
     """Same rows, same steps: one batch of 8 and the same rows in several smaller ones end with the same weights."""
-    monkeypatch.setattr(models, "placement", lambda dtype="auto": Placement("cpu", torch.float32, "test"))
+    for module in ("sft", "training", "weights"):
+        place = Placement("cpu", torch.float32, "test")
+        monkeypatch.setattr(f"ultramed.train.{module}.placement", lambda dtype="auto", place=place: place)
     one = medalpaca.train_arm("full", learning_rate=1e-3, micro_batch_tokens=4096)
     four = medalpaca.train_arm("full", learning_rate=1e-3, micro_batch_tokens=300)
     assert one.metrics["micro_batches"] == one.metrics["steps"]
@@ -158,7 +160,7 @@ def test_training_that_moves_nothing_is_an_error(medalpaca, config, monkeypatch)
             p.register_hook(torch.zeros_like)
         return net
 
-    monkeypatch.setattr(models, "load_for_training", frozen)
+    monkeypatch.setattr("ultramed.train.sft.load_for_training", frozen)
     with pytest.raises(StoreError, match="changed none"):
         medalpaca.train_arm("full", learning_rate=3e-3, seed=2)
 
