@@ -52,7 +52,7 @@ def test_a_whole_model_with_its_card_and_results(full, medalpaca, exam, tmp_path
     for part in ("Not for clinical use", "| bundled exam |", "learning_rate", "Limitations", "step1"):
         assert part in text
     results = json.loads((tmp_path / "m" / "results.json").read_text())
-    (name,) = [n for n, r in results["configs"].items() if r["metadata"]["n"] == 8]
+    (name,) = [n for n, r in results["configs"].items() if (r["metadata"]["n"], r["metadata"]["protocol"]) == (8, "likelihood")]
     assert results["n-samples"][name]["effective"] == 8
     assert 0 <= results["results"][name]["acc,none"] <= 1
     stages = [m["stage"] for m in json.loads((tmp_path / "m" / "lineage.json").read_text())]

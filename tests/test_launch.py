@@ -22,14 +22,14 @@ from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.train import launch
 from ultramed.train.sft import sft
 
-FP32 = ["train.dtype=float32", "ultramedical.preference.dtype=float32", "ultramedical.reward.dtype=float32"]
+FP32 = ["train.dtype=float32", "ultramedical.preference.train.dtype=float32", "ultramedical.reward.train.dtype=float32"]
 MORE = [
     "train.mixture={'exam:step1': 40, 'exam:step2': 24}",
     "train.micro_batch_tokens=200",
-    "ultramedical.preference_prompts={medical: 8}",
-    "ultramedical.preference.micro_batch_tokens=256",
-    "ultramedical.prompts.medical={'exam:step1': 20, 'exam:step2': 20}",
-    "ultramedical.reward.micro_batch_tokens=256",
+    "ultramedical.preference.prompts={medical: 8}",
+    "ultramedical.preference.train.micro_batch_tokens=256",
+    "ultramedical.candidates.prompts.medical={'exam:step1': 20, 'exam:step2': 20}",
+    "ultramedical.reward.train.micro_batch_tokens=256",
 ]
 
 

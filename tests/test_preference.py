@@ -125,10 +125,10 @@ def test_an_adapter_is_its_own_reference(experiment):
 def test_unknown_losses_and_impossible_configurations_are_refused():
     with pytest.raises(ValueError, match="loss"):
         PreferenceConfig(loss="kto_pairs", learning_rate=1)
-    with pytest.raises(ConfigError, match="judge_arm"):
-        load_profile("smoke", ["ultramedical.judge_arm=medicine"])
+    with pytest.raises(ConfigError, match="reward_arm"):
+        load_profile("smoke", ["ultramedical.rerank.reward_arm=medicine"])
     with pytest.raises(ConfigError, match="beta"):
-        load_profile("smoke", ["ultramedical.preference_arms.dpo.beta=-1"])
+        load_profile("smoke", ["ultramedical.preference.arms.dpo.beta=-1"])
 
 
 # ------------------------------------------------------------------------------------------------------- reward models

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultramed.evaluate import stats
@@ -68,6 +68,7 @@ def test_bootstrap_agrees_with_wilson():
     assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=0.01)
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     adjusted = stats.holm(p)

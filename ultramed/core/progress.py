@@ -15,11 +15,17 @@ def bar(total: int, desc: str, unit: str, initial: int = 0):
     """Something with `update(n)`, `set_postfix_str` and `close`, to be used in a `with`."""
     if FILE in os.environ:  # bars bloat executed notebooks
         return _FileBar(total, desc, unit, initial, Path(os.environ[FILE]))
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+    if sys.stderr.isatty() or in_notebook():
         from tqdm.auto import tqdm
 
         return tqdm(total=total, initial=initial, desc=desc, unit=unit, mininterval=1)
     return _LineBar(total, desc, unit, initial)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return "ipykernel" in sys.modules and ipython is not None and ipython.get_ipython() is not None
 
 
 def plural(unit: str) -> str:
