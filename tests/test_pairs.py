@@ -32,6 +32,8 @@ def test_rules_by_hand():
     assert found(r, config("all")) == [(5, 3), (9, 5), (9, 5), (9, 3), (9, 3)], "the closest first"
     assert found(r, config("all", max_per_prompt=2)) == [(5, 3), (9, 5)]
     assert found(r, config("all", margin=4.5)) == [(9, 3), (9, 3)]
+    assert found(r, config("all", margin=6)) == [(9, 3), (9, 3)], "a difference of the margin is enough"
+    assert found(r, config("all", margin=6.01)) == []
     assert found(r, config("best_random"))[0] in {(9, 5), (9, 3)}
     seen = {ordered_pairs(r, config("best_random"), random.Random(i))[0][1]["score"] for i in range(50)}
     assert seen == {3, 5}, "the rejected one is any lower-ranked candidate"

@@ -82,3 +82,78 @@ def test_an_interval_holds_its_estimate(x):
     e = stats.wilson(x)
     assert 0 <= e.low <= e.value + 1e-9
     assert e.value - 1e-9 <= e.high <= 1
+
+
+def test_the_smallest_p_of_a_permutation_test():
+    """Forty clusters that all point one way: no draw of 999 does as well, so p is (0 + 1) / (999 + 1)."""
+    assert stats.sign_flip(np.ones(40), np.zeros(40), np.arange(40), draws=999) == 1 / 1000
+    assert stats.sign_flip(np.ones(4), np.ones(4), np.arange(4), draws=99) == 1.0
+
+
+def test_a_large_cluster_weighs_as_many_rows_as_it_has():
+    """Nine right rows in one cluster, a wrong one in another: drawn together they are 9 / 10 right, not one half."""
+    means = stats.bootstrap_means([1] * 9 + [0], [0] * 9 + [1], draws=400)
+    assert {round(m, 9) for m in means} == {0.0, 0.9, 1.0}
+    assert np.mean(means == 1.0) == pytest.approx(0.25, abs=0.07)
+
+
+def test_clusters_and_seeds_are_drawn_apart():
+    """Two seeds by two concepts: the mean of every draw is the sum of rows weighted with (times the seed was drawn) x
+    (times the concept was drawn)."""
+    x, concept, seed = [1, 0, 0, 0, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]
+    drawn = [(2, 0), (1, 1), (0, 2)]
+    possible = set()
+    for by_seed in drawn:
+        for by_concept in drawn:
+            weight = [by_seed[s] * by_concept[c] for s, c in zip(seed, concept, strict=True)]
+            possible.add(round(sum(w * v for w, v in zip(weight, x, strict=True)) / sum(weight), 9))
+    means = stats.bootstrap_means(x, concept, seed, draws=600)
+    assert {round(m, 9) for m in means} == possible
+    assert len(means) == 600
+
+
+def test_several_seeds_widen_the_interval_and_one_does_not():
+    rng = np.random.default_rng(0)
+    seed, concept = np.repeat([0, 1, 2], 100), np.arange(300)
+    x = rng.random(300) < np.repeat([0.3, 0.5, 0.7], 100)
+    fixed, drawn = stats.clustered(x, concept), stats.clustered(x, concept, seed)
+    assert drawn.high - drawn.low > 2 * (fixed.high - fixed.low)
+    assert drawn.se > 2 * fixed.se
+    assert stats.clustered(x, concept, np.zeros(300)) == fixed
+
+
+def test_what_one_lucky_seed_explains_is_no_evidence():
+    a = np.concatenate([np.ones(60), np.zeros(120)])  # the first of three seeds wins every question, the others none
+    seed = np.repeat([0, 1, 2], 60)
+    assert stats.sign_flip(a, np.zeros(180), np.arange(180)) < 0.001
+    assert stats.sign_flip(a, np.zeros(180), np.arange(180), seed) > 0.1
+    even = np.tile([1] * 40 + [0] * 20, 3)  # all seeds alike: nothing is added
+    assert stats.sign_flip(even, np.zeros(180), np.arange(180), seed) < 0.001
+
+
+def test_one_sided_tests_by_hand():
+    """d = 1, se = 2: above -5 by z = 3 (p 0.00135), above 0 by z = 0.5 (p 0.3085); level within 5: the larger of 0.00135
+    and, for z = (5 - 1) / 2 = 2, 0.02275."""
+    assert stats.not_below(1, 2, -5) == pytest.approx(0.00135, abs=1e-5)
+    assert stats.not_below(1, 2, 0) == pytest.approx(0.30854, abs=1e-5)
+    assert stats.equivalence(1, 2, 5) == pytest.approx(0.02275, abs=1e-5)
+    assert stats.equivalence(-1, 2, 5) == stats.equivalence(1, 2, 5)
+    assert (stats.not_below(1, 0, 0), stats.not_below(0, 0, 0), stats.not_below(-1, 0, 0)) == (0.0, 1.0, 1.0)
+
+
+def test_what_a_run_can_see_by_hand():
+    """1.95996 + 0.84162 = 2.80158 standard errors at 5% and 80% power."""
+    assert stats.detectable(2) == pytest.approx(5.60316, abs=1e-4)
+    assert stats.detectable(1, power=0.5) == pytest.approx(1.95996, abs=1e-4)
+
+
+def test_a_difference_is_of_a_less_b():
+    d = stats.difference([1, 1, 1, 0], [0, 1, 0, 0])
+    assert (d.value, d.n) == (0.5, 4)
+    assert d.low >= 0
+
+
+def test_the_standard_error_is_the_spread_of_the_means():
+    x = np.arange(400) % 2
+    assert stats.clustered(x, np.arange(400)).se == pytest.approx((0.25 / 400) ** 0.5, rel=0.1)
+    assert stats.wilson(x).se == pytest.approx((0.25 / 400) ** 0.5)
