@@ -91,7 +91,8 @@ class Book:
 
         The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper.
         """
-        tested = [claim for claim in claims_of(self.name) if claim.a in arms and claim.b in arms]
+        mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
+        tested = [claim for claim in mine if claim.a in arms and claim.b in arms]
         entries = [scorecard.claim_entry(c, compare(arms[c.a], arms[c.b]), self.protocol(more)) for c in tested]
         return self._record(
             entries, "claims", "Claims on the same questions: A minus B in points, raw p, verdict before correction.", arms

@@ -1,6 +1,6 @@
 """What a profile would run before it runs: the experiments' own jobs, with rows, steps, memory and hours.
 
-An upper estimate to plan hardware by, out of the model's shape and the profile's counts (train/estimate.py); what is not
+An estimate of the larger part (dev examinations, likelihoods of the base and a few samples are left out) to plan hardware by, out of the model's shape and the profile's counts (train/estimate.py); what is not
 at hand is named. Nothing is started and nothing is fetched.
 """
 

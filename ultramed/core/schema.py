@@ -39,11 +39,11 @@ class ModelConfig(Strict):
     name: str  # "bundled:smollm2-135m", "tiny:llama", a hub id, or a local folder
     label: str  # what tables call it
     revision: str | None = None  # of a hub id
-    template: str = "chat"  # see prompts.TEMPLATES
+    template: str = "chat"  # see lm/templates.py
 
 
 class ExamConfig(Strict):
-    """The bundled exam (data/bundled.py)."""
+    """The bundled exam (data/exam.py)."""
 
     seed: int = 0
     train_per_step: int = Field(6000, ge=1)

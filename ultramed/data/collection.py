@@ -203,7 +203,7 @@ class Collected:
 def collect(profile: Profile, scores: dict[str, Artifact] | None = None) -> Collected:
     """Contamination and build of `profile.collection`, over the bundled exam and what `ULTRAMED_DATA` has.
 
-    scores: source -> its complexity by a language model (annotate/llm.py), for sources that come without.
+    scores: source -> its complexity by a language model (annotate/judge.py), for sources that come without.
     """
     section = profile.collection
     if section is None:

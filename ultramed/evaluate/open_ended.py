@@ -1,6 +1,6 @@
 """Open-ended answers and how they are measured: K-QA, MT-Bench, pairwise wins, BLEU-1, language consistency.
 
-What needs a judge goes through annotate/llm.py's server; what does not, does not.
+What needs a judge goes through annotate/judge.py's server; what does not, does not.
 """
 
 import math

@@ -102,10 +102,10 @@ class MedAlpaca:
         part = {s: max(1, round(n * fraction)) if isinstance(n, int) else n * fraction for s, n in config.mixture.items()}
         return config.model_copy(update={"mixture": part})
 
-    def tune_rates(self) -> "Tuning":
-        """Train every arm at every learning rate of its grid and measure the loss of the right dev answers."""
+    def tune_rates(self, arms: Iterable[str] = ()) -> "Tuning":
+        """Train arms (all, if none is named) at every learning rate of their grid and measure the loss of the right dev answers."""
         rows, artifacts = [], []
-        for arm in self.settings.arms:
+        for arm in arms or self.settings.arms:
             for rate in self.settings.grid[arm_config(self.profile, arm).method]:
                 config = self.tuning_config(arm, rate)
                 trained = sft(config, model=self.base, data=self.training_rows(config), dev=self.dev_rows(config))
@@ -138,7 +138,7 @@ class MedAlpaca:
         return Answers(whole.frame.sort_values("subset", kind="stable", ignore_index=True), whole.artifacts)
 
     def _slices(self, name: str, questions: Artifact, seed: int, limit: int) -> dict[str, list[int]]:
-        """subset -> [start, stop] of the seed's questions; where there are too few for all seeds, every seed has the first."""
+        """subset -> [start, stop] of the seed's questions; a seed for which too few are left has the first ones."""
         rows = canonical.read_questions(questions / "test.parquet")
         available = pd.Series([row["subset"] for row in rows]).value_counts()
         place, out = self.settings.seeds.index(seed), {}
@@ -185,7 +185,7 @@ class MedAlpaca:
     # ----------------------------------------------------------------------------------------------------------- plan
 
     def jobs(self) -> list[Job]:
-        """Every training run and examination of notebook 11, with the configurations that the verbs above give the stages."""
+        """The training runs of notebook 11 and the examinations of what they made, with the configurations that the verbs above give the stages."""
         profile, settings, jobs = self.profile, self.settings, []
         asked, new_tokens = sum(settings.questions.values()), profile.eval.max_new_tokens
 

@@ -5,7 +5,8 @@ beats     above 0                           interval above 0, p below 0.05  inte
 level     within the margin of 0            interval within the margin      interval wholly outside it
 not_worse above minus the margin            interval above minus the margin interval below it
 
-Anything else is inconclusive. p is corrected over all tested claims of a paper (report/scorecard.py).
+Anything else is inconclusive. p, corrected over all tested claims of a paper (report/scorecard.py), decides `beats` only;
+for the other kinds the interval decides, and p is shown beside it.
 """
 
 from functools import cache

@@ -5,11 +5,13 @@ from torch.nn.functional import logsigmoid
 
 
 def kto_pair(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
-    """Pairwise KTO, what UltraMedical's released code ran as "KTO"; TRL dropped it in 2024. Returns (2B,).
+    """Pairwise KTO, which UltraMedical's released code ran as "KTO" through TRL, which dropped it in 2024. Returns (2B,).
 
     logratios: policy minus reference log-probability of the completion. The reference point of the chosen half is the
-    batch's mean rejected ratio, and the other way round, each at least zero, without gradient:
+    micro-batch's mean rejected ratio, and the other way round, each at least zero:
     1 - sigmoid(beta * (chosen - KL_rejected)), 1 - sigmoid(beta * (KL_chosen - rejected)).
+    The values are those of the released code; the gradient is not: no gradient flows through the reference points here,
+    and TRL's loss let it.
     """
     chosen_kl = chosen_logratios.detach().mean().clamp(min=0)
     rejected_kl = rejected_logratios.detach().mean().clamp(min=0)

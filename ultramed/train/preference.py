@@ -118,7 +118,7 @@ def preference(
     data = rows
     if config.loss == "kto":
         data = unpair(rows, shift=2)
-        micro, accumulation = 2 * micro, accumulation  # a pair is two rows there
+        micro = 2 * micro  # a pair is two rows there
     steps = training.step_count(config, len(rows))
     base, arguments, extra = _trainer(config)
     shared = training.settings(config, out, steps, micro, accumulation)
