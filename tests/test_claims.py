@@ -40,10 +40,12 @@ def claim(**changes) -> Claim:
         ("beats", 0, 0.0, 5, 0.01, "inconclusive"),  # the interval must be above 0
         ("beats", 0, 0.1, 5, 0.05, "inconclusive"),  # and p below 0.05
         ("beats", 0, -3, 0.5, 0.5, "inconclusive"),
+        ("beats", 0, -3, 0.0, 0.9, "inconclusive"),
         ("beats", 0, -3, -0.1, 0.9, "contradicted"),
         ("level", 5, -5, 5, 0.9, "reproduced"),
         ("level", 5, -5.1, 4, 0.01, "inconclusive"),
         ("level", 5, -4, 5.1, 0.01, "inconclusive"),
+        ("level", 5, 5.0, 9, 0.01, "inconclusive"),
         ("level", 5, 5.1, 9, 0.01, "contradicted"),
         ("level", 5, -9, -5.1, 0.01, "contradicted"),
         ("level", 5, -9, -5.0, 0.01, "inconclusive"),

@@ -37,6 +37,9 @@ def test_rules_by_hand():
     assert found(r, config("best_random"))[0] in {(9, 5), (9, 3)}
     seen = {ordered_pairs(r, config("best_random"), random.Random(i))[0][1]["score"] for i in range(50)}
     assert seen == {3, 5}, "the rejected one is any lower-ranked candidate"
+    assert found(row(9, 3), config("best_worst")) == found(row(9, 3), config("best_random")) == [(9, 3)]
+    worst = {ordered_pairs(r, config("best_worst"), random.Random(i))[0][1]["score"] for i in range(50)}
+    assert worst == {3}, "the worst is drawn by no lot"
 
 
 def test_ties_equal_texts_and_unscored_candidates_give_no_pair():

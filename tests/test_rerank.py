@@ -22,6 +22,46 @@ def test_selections_by_hand():
     assert list(rerank.majority_of_bests(LETTERS, REWARDS)) == ["B", "C", "", "D"]
 
 
+def test_questions_without_a_readable_sample_stay_unanswered():
+    letters = np.array([["", ""], ["", ""]])
+    assert rerank.majority(letters).tolist() == ["", ""]
+
+
+def test_weights_of_a_vote_are_a_softmax_of_each_questions_rewards():
+    """e^1.1 > 2 e^0 (3.0 against 2), but 2 e^0.9 > e^1.1: one good sample outvotes two, unless these are nearly as good.
+    The second question is the first with 1,000 added to every reward, which changes nothing."""
+    letters = np.array([list("ABB"), list("ABB"), list("ABB")])
+    rewards = np.array([[1.1, 0, 0], [1001.1, 1000, 1000], [1.1, 0.9, 0.9]])
+    assert rerank.reward_vote(letters, rewards).tolist() == ["A", "A", "B"]
+    assert rerank.reward_vote(letters[:1], np.array([[-800.0, -801.0, -801.0]])).tolist() == ["A"], "no weight underflows"
+
+
+def test_the_better_half_rounds_up_and_keeps_the_order_of_sampling():
+    """Of five samples three; of rewards that are equal the first; among three different letters the first sampled."""
+    letters = np.array([list("ABCDD")])
+    assert rerank.majority_of_bests(letters, np.array([[1, 2, 3, 0, 0.0]])).tolist() == ["A"]
+    assert rerank.majority_of_bests(letters, np.array([[1, 0, 0, 3, 2.0]])).tolist() == ["D"]
+    assert rerank.majority_of_bests(letters, np.zeros((1, 5))).tolist() == ["A"]
+    many = np.array([list("BACDEACDEACDEACDEBBBCBCDEACDEACDEACD")])  # more than sixteen: an unstable sort would mix them
+    want = rerank.majority(many[:, :18])
+    assert rerank.majority_of_bests(many, np.zeros(many.shape)).tolist() == want.tolist()
+    both = np.array([list("AABBB"), list("BBBAA")])
+    scores = np.array([[3, 2, 1, 0, 0.0], [0, 0, 1, 2, 3]])
+    assert rerank.majority_of_bests(both, scores).tolist() == ["A", "A"], "each question has its own better half"
+
+
+def test_curves_draw_samples_of_each_question_and_come_out_the_same_again():
+    rng = np.random.default_rng(0)
+    letters, gold = rng.choice(list("ABCD"), (30, 5)), rng.choice(list("ABCD"), 30)
+    rewards = rng.random((30, 5))
+    assert rerank.curves(letters, rewards, gold, [2, 5]).equals(rerank.curves(letters, rewards, gold, [2, 5]))
+    right = np.array([["A", "A", "B"], ["A", "A", "B"]])
+    made = rerank.curves(right, None, np.array(["A", "B"]), [3]).iloc[0]
+    assert (made.accuracy, made.low, made.high) == (0.5, 0.0, 1.0), "both questions are drawn, the first included"
+    first = rerank.curves(np.array([["A", "B"], ["A", "B"]]), None, np.array(["A", "A"]), [2]).iloc[0]
+    assert first.accuracy == 1, "a tie goes to the first sampled"
+
+
 def test_pass_at_n_by_hand_and_beside_chance():
     letters, gold = np.array([list("ABCD"), list("BBBB")]), np.array(["A", "A"])
     assert rerank.pass_at(letters, gold, 1) == pytest.approx(0.125)

@@ -157,3 +157,54 @@ def test_the_standard_error_is_the_spread_of_the_means():
     x = np.arange(400) % 2
     assert stats.clustered(x, np.arange(400)).se == pytest.approx((0.25 / 400) ** 0.5, rel=0.1)
     assert stats.wilson(x).se == pytest.approx((0.25 / 400) ** 0.5)
+
+
+def test_an_estimate_reads_in_per_cent():
+    assert str(stats.Estimate(0.123, 0.05, 0.2, 7, 0.04)) == "12.3 [5.0, 20.0]"
+    assert stats.Estimate(0.1, 0, 0.2, 7, 0.04).dict() == {"value": 0.1, "low": 0, "high": 0.2, "n": 7, "se": 0.04}
+
+
+def test_wilson_takes_its_level():
+    """One of one: the lower bound is 1 / (1 + z^2); z = 1.96 and 1.2816 (80%)."""
+    assert stats.wilson([1]).low == pytest.approx(1 / (1 + 1.959964**2))
+    assert stats.wilson([1], level=0.8).low == pytest.approx(1 / (1 + 1.281552**2), abs=1e-5)
+
+
+def test_the_interval_is_read_off_the_means():
+    x, cluster, seeds = np.arange(12) % 5, np.repeat(np.arange(6), 2), np.tile([0, 1], 6)
+    means = stats.bootstrap_means(x, cluster, seeds, 300, 7)
+    made = stats.clustered(x, cluster, seeds, level=0.5, draws=300, seed=7)
+    assert (made.low, made.high) == pytest.approx(tuple(np.quantile(means, [0.25, 0.75])))
+    assert made.se == np.std(means, ddof=1)
+
+
+def test_a_difference_is_a_clustered_mean():
+    rng = np.random.default_rng(0)
+    a, b, cluster, seeds = rng.integers(0, 2, 24), rng.integers(0, 2, 24), np.repeat(np.arange(8), 3), np.tile([0, 1, 2], 8)
+    assert stats.difference(a, b, cluster, seeds, 300, 7) == stats.clustered(a - b, cluster, seeds, draws=300, seed=7)
+    assert stats.difference(a, b) == stats.clustered(a - b, np.arange(24))
+
+
+def test_a_permutation_counts_every_draw_once():
+    """One cluster that differs: every sign gives the same size, so all 1,500 draws count, and p is 1 exactly."""
+    assert stats.sign_flip([1, 1, 0], [0, 0, 0], [0, 0, 1], draws=1500) == 1
+    assert stats.sign_flip([1, 0.25], [0, 0], [0, 1], draws=4000) == pytest.approx(0.5, abs=0.03), "signs alike, or not"
+
+
+def test_shifts_of_seeds_by_hand():
+    """Sums 3, 0, 0 by seed: drawing the first 0, 1, 2, 3 times gives 0, 3, 6, 9, less 3, with either sign."""
+    seeds = ["one", "two", "three"]
+    shifts = stats._seed_shifts(np.array([3.0, 0, 0]), seeds, 5000, 0)
+    assert set(shifts.round(6)) == {-6, -3, 0, 3, 6}
+    assert np.mean(shifts.round(6) == 6) == pytest.approx(1 / 54, abs=0.01)
+    assert np.mean(shifts.round(6) == -6) == pytest.approx(1 / 54, abs=0.01)
+    two = stats._seed_shifts(np.array([1.0, 1, 0, 0]), [1, 1, 2, 2], 2000, 0)
+    assert set(two.round(6)) == {-2, 0, 2}
+    assert not stats._seed_shifts(np.array([3.0, 0, 0]), None, 5, 0).any()
+
+
+def test_tests_of_seeds_come_out_the_same_again():
+    rng = np.random.default_rng(1)
+    a, b, cluster, seeds = rng.integers(0, 2, 40), rng.integers(0, 2, 40), np.repeat(np.arange(20), 2), np.tile([0, 1], 20)
+    assert stats.sign_flip(a, b, cluster, seeds, 999) == stats.sign_flip(a, b, cluster, seeds, 999)
+    assert stats.difference(a, b, cluster, seeds) == stats.difference(a, b, cluster, seeds)

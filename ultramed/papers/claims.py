@@ -1,7 +1,7 @@
 """The claims of both papers (claims.csv), written down before anything is run, and the rule that decides each.
 
 kind      claim about A - B                 reproduced                      contradicted
-beats     above 0                           interval above 0, p below 0.05  interval below the margin
+beats     above 0                           interval above 0, p below 0.05  interval below 0
 level     within the margin of 0            interval within the margin      interval wholly outside it
 not_worse above minus the margin            interval above minus the margin interval below it
 
@@ -74,7 +74,7 @@ class Claim(BaseModel):
     def decide(self, low: float, high: float, p: float) -> Decision:
         """The verdict from a 95% interval of A - B, in the claim's unit, and a corrected p."""
         if self.kind == "beats":
-            reproduced, contradicted = low > 0 and p < ALPHA, high < -self.margin
+            reproduced, contradicted = low > 0 and p < ALPHA, high < 0
         elif self.kind == "level":
             reproduced, contradicted = -self.margin <= low and high <= self.margin, low > self.margin or high < -self.margin
         else:
