@@ -29,10 +29,10 @@ def test_questions_without_a_readable_sample_stay_unanswered():
 
 def test_weights_of_a_vote_are_a_softmax_of_each_questions_rewards():
     """e^1.1 > 2 e^0 (3.0 against 2), but 2 e^0.9 > e^1.1: one good sample outvotes two, unless these are nearly as good.
-    The second question is the first with 1,000 added to every reward, which changes nothing."""
+    The third question is the second with 1,000 added to every reward, which changes nothing."""
     letters = np.array([list("ABB"), list("ABB"), list("ABB")])
-    rewards = np.array([[1.1, 0, 0], [1001.1, 1000, 1000], [1.1, 0.9, 0.9]])
-    assert rerank.reward_vote(letters, rewards).tolist() == ["A", "A", "B"]
+    rewards = np.array([[1.1, 0, 0], [1.1, 0.9, 0.9], [1001.1, 1000.9, 1000.9]])
+    assert rerank.reward_vote(letters, rewards).tolist() == ["A", "B", "B"]
     assert rerank.reward_vote(letters[:1], np.array([[-800.0, -801.0, -801.0]])).tolist() == ["A"], "no weight underflows"
 
 
