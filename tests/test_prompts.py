@@ -1,5 +1,7 @@
 """Templates and masks, token by token."""
 
+import copy
+
 import pytest
 
 from ultramed.data.messages import as_instruction, question_prompt
@@ -64,6 +66,21 @@ def test_truncation_cuts_the_end_and_says_so(tokenizer):
     assert cut["truncated"]
     assert cut["input_ids"] == whole["input_ids"][: prompt + 1]
     assert encode_row(ROW, tokenizer, TEMPLATES["chat"], prompt) is None
+    assert encode_row(ROW, tokenizer, TEMPLATES["chat"], len(whole["input_ids"])) == whole, "what just fits is not cut"
+    assert not whole["truncated"]
+    assert set(whole["completion_mask"]) == {0, 1}
+
+
+def test_a_tokenizer_that_adds_tokens_adds_none_between_prompt_and_completion(tokenizer):
+    """Llama's tokenizer begins every text with BOS; the template says where it stands, nobody else."""
+    from tokenizers.processors import TemplateProcessing
+
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))]
+    )
+    assert len(adding("eye")["input_ids"]) == len(tokenizer("eye")["input_ids"]) + 1
+    assert encode_row(ROW, adding, TEMPLATES["chat"], 256) == encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)
 
 
 def test_fingerprints_tell_templates_apart(tokenizer):
@@ -116,3 +133,5 @@ def test_preview_marks_trained_tokens_and_escapes(tokenizer):
     assert "<script>" not in shown
     trained = sum(label != -100 for label in encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)["labels"])
     assert shown.count("#9ecae1") == trained
+    assert f"{trained} trained on (blue)" in shown
+    assert "&lt;" in shown
