@@ -2,13 +2,16 @@
 
 import json
 import re
+import weakref
 
 import pytest
 import torch
 
 from ultramed.annotate.feedback import OracleConfig, feedback
+from ultramed.core.ledger import Ledger
 from ultramed.core.schema import SampleConfig
 from ultramed.data.messages import names_option
+from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.sample import read_feedback, read_samples, references, samples
 from ultramed.lm import models
@@ -86,6 +89,14 @@ def test_an_interrupted_run_goes_on(medalpaca, exam, fresh_store, monkeypatch):
     kept = [p for p in fresh_store.rglob("samples.jsonl")]
     assert len(kept) == 1
     assert len({json.loads(line)["id"] for line in kept[0].read_text().splitlines()}) == 6
+
+
+def test_weights_are_let_go_before_the_next_ones_are_loaded(medalpaca, tmp_path):
+    """Also while the caller still has a name for the engine, as every stage has."""
+    with Ledger(tmp_path / "ledger.jsonl", key="id") as ledger:
+        with asking(ledger, 1, "samples", "question", medalpaca.base, None, tmp_path, budget=64) as (engine, _):
+            net = weakref.ref(engine.net)
+        assert net() is None
 
 
 def test_a_guesser_is_right_by_chance_and_always_in_form(exam):

@@ -31,13 +31,16 @@ Done = Callable[[list[int], list[Reply]], None]
 
 
 class Engine(Protocol):
-    """`replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling."""
+    """`replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling.
+    After `close` it has no weights any more, whoever still holds it."""
 
     def shown(self, messages: list[dict]) -> str: ...
 
     def replies(
         self, conversations: list[list[dict]], sampling: Sampling, done: Done, rngs: list[random.Random] | None = None
     ) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Local:
@@ -57,6 +60,9 @@ class Local:
     def replies(self, conversations, sampling, done, rngs=None) -> None:
         given = [self.ids(self.shown(messages)) for messages in conversations]
         generate(self.net, self.tokenizer, given, sampling, budget=self.budget, rngs=rngs, done=done)
+
+    def close(self) -> None:
+        del self.net
 
 
 class Server:
@@ -81,6 +87,9 @@ class Server:
         rows = ask(self.config, requests, self.path, desc=f"{self.config.model} replies")
         made = [Reply(row["text"], row["completion_tokens"], row["finish_reason"] != "length") for row in rows]
         done(list(range(len(made))), made)
+
+    def close(self) -> None:
+        """Nothing to let go: the weights are the server's."""
 
 
 def open_engine(
@@ -117,7 +126,7 @@ def asking(ledger: Ledger, total: int, desc: str, unit: str, model: Artifact, te
     engine = open_engine(model, models.template_of(model, template), out, **options)
     with progress_bar(total, desc, unit, initial=len(ledger)) as bar:
         yield engine, bar
-    del engine
+    engine.close()
     free_memory()
 
 

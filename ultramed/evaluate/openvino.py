@@ -48,6 +48,9 @@ class OpenVino:
     def shown(self, messages: list[dict]) -> str:
         return self.template.render(messages, self.tokenizer)
 
+    def close(self) -> None:
+        del self.pipe
+
     def _settings(self, sampling: Sampling, seed: int):
         made = self._genai.GenerationConfig()
         made.max_new_tokens, made.apply_chat_template, made.stop_token_ids = sampling.max_new_tokens, False, self.ends
