@@ -94,7 +94,7 @@ def test_an_instruction_format_becomes_a_chat_template(tokenizer, name, given):
     shape = TEMPLATES[name]
     plain = tokenizer.chat_template
     try:
-        tokenizer.chat_template = shape.jinja()
+        tokenizer.chat_template = shape.jinja(tokenizer)
         shown = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*given, *as_completion("The eye.")], tokenize=False)
     finally:

@@ -1,5 +1,6 @@
 """Weights, quantisation, adapters: what silently goes wrong elsewhere must be loud here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,31 @@ def test_pad_is_neither_end_nor_begin(tokenizer):
     tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path, pad_token="<|im_end|>")
     models.set_pad(tokenizer)
     assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_tokenizer_without_a_pad_token_still_answers_but_trains_no_reward_model(tmp_path, exam):
+    import families
+
+    from ultramed.core.schema import RewardConfig
+    from ultramed.evaluate.engine import one_reply
+    from ultramed.train.reward import reward
+
+    known, folder = families.tokenizer(), tmp_path / "gpt2"
+    families.make("gpt2").save_pretrained(folder)
+    own = type(known)(tokenizer_object=known.backend_tokenizer, bos_token="<|im_end|>", eos_token="<|im_end|>")
+    own.get_vocab = lambda: {}
+    models.set_pad(own)
+    assert own.pad_token == own.eos_token, "nothing else to pad with"
+    known.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<|im_end|>"}))
+    words = (folder / "tokenizer.json").read_text().replace("<pad>", "<first>")
+    (folder / "tokenizer.json").write_text(words)
+    art = models.base_model(ModelConfig(name=str(folder), label="x"))
+    assert isinstance(one_reply(art, [{"role": "user", "content": "Which?"}], 4), str)
+    with pytest.raises(ConfigError, match="no token to pad with"):
+        reward(RewardConfig(learning_rate=1e-4), model=art, pairs=exam)
 
 
 def test_a_missing_model_is_one_sentence(fresh_store):

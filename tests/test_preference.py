@@ -149,9 +149,9 @@ def test_a_batch_reads_prompt_and_replies_once():
     assert packed.rows == [0, 0, 2, 1]
     assert packed.columns == [[1, 2, 3], [1, 4], [0, 1], [1, 2, 3]]
     groups = [{"prompt": [1, 7], "pairs": [[[2], [3]], [[2], [4, 5]]]}, {"prompt": [9], "pairs": [[[2], [8, 8]]]}]
-    batch = PairCollator(0)(groups)
+    batch = PairCollator()(groups)
     assert batch["pairs"].tolist() == [[0, 1], [0, 2], [3, 4]], "equal replies to different prompts are different replies"
-    assert batch["packed"].input_ids.tolist() == [[1, 7, 2, 3, 4, 5, 9, 2, 8, 8]]
+    assert batch["sequences"] == [([1, 7], [2]), ([1, 7], [3]), ([1, 7], [4, 5]), ([9], [2]), ([9], [8, 8])]
 
 
 def test_what_all_prompts_begin_with_stands_once_in_a_row():
@@ -208,8 +208,7 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(experiment, rows, to
 
 
 def test_rewards_do_not_depend_on_batch_or_padding(experiment, tokenizer):
-    net = load_reward(experiment.train_reward_model("medical"))
-    net.float()
+    net, _ = load_reward(experiment.train_reward_model("medical"), torch.float32)
     candidates = [
         (r["prompt"], c["text"]) for r in read_feedback(experiment.rank_candidates("medical"))[:6] for c in r["candidates"][:3]
     ]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from ultramed.core.errors import ConfigError
 from ultramed.data.messages import as_instruction, question_prompt
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
 from ultramed.lm.tokens import TemplateError, encode_row, lint, preview
@@ -81,6 +82,25 @@ def test_a_tokenizer_that_adds_tokens_adds_none_between_prompt_and_completion(to
     )
     assert len(adding("eye")["input_ids"]) == len(tokenizer("eye")["input_ids"]) + 1
     assert encode_row(ROW, adding, TEMPLATES["chat"], 256) == encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)
+    plain, begun = (encode_row(ROW, tok, TEMPLATES["medalpaca"], 256) for tok in (tokenizer, adding))
+    assert begun["input_ids"] == [tokenizer.bos_token_id, *plain["input_ids"]], "a plain text begins as its tokenizer says"
+    assert begun["completion_mask"] == [0, *plain["completion_mask"]]
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_chat_template_without_a_system_turn_gets_it_in_the_users(tokenizer, refuses):
+    """Gemma's raises, others drop the turn without a word."""
+    own = copy.deepcopy(tokenizer)
+    raising = "{{ raise_exception('System role not supported') }}" if refuses else ""
+    own.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}" + raising + "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + "
+        "m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+    )
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which organ?"}]
+    text = TEMPLATES["chat"].render(asked, own)
+    assert text == "<|im_start|>user\nBe brief.\n\nWhich organ?<|im_end|>\n<|im_start|>model\n"
+    with pytest.raises(ConfigError, match="does not take"):
+        TEMPLATES["chat"].render([asked[0]], own)
 
 
 def test_fingerprints_tell_templates_apart(tokenizer):

@@ -82,7 +82,7 @@ def reward_feedback(
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         todo = [row for row in joined if row["id"] not in ledger]
         if todo:
-            net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
+            net, tokenizer = load_reward(reward)
             shape = models.template_of(reward, template)
             unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
             rows = [{"prompt": todo[i]["prompt"], "completion": as_completion(text)} for i, text in unique]

@@ -12,6 +12,7 @@ import torch
 from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.store import Artifact
 from ultramed.lm import models
+from ultramed.lm.architecture import context_length
 
 PAGE = Path(__file__).with_name("chat.html")
 POLICY = (
@@ -34,7 +35,7 @@ class Talker:
 
     def _ids(self, turns: list[dict]) -> torch.Tensor:
         """Token ids (1, T) of the conversation; its oldest turns are left out if it has grown too long for the model."""
-        room = getattr(self.net.config, "max_position_embeddings", 1 << 30) - self.max_new_tokens
+        room = context_length(self.net) - self.max_new_tokens
         while True:
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
             if ids["input_ids"].shape[1] <= room:

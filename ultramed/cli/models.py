@@ -63,6 +63,8 @@ def evaluate(
     store.write_json(
         out / "results.json", {**m, "interval": [e.low, e.high], "artifact": f"answers/{art.key}", "config": setting}
     )
+    if m.get("too_long"):
+        console.print(f"too long      {m['too_long']} questions do not fit into the model's context: not asked, not counted")
     if m["unparsed"]:
         console.print(f"unparsed      {m['unparsed']} of {m['n']} (counted as wrong; see `rule` in answers.jsonl)")
     for subset, part in frame.groupby("subset"):
@@ -134,6 +136,10 @@ def reward(
     store.write_json(out / "given.json", given)
     reward_bench.score_pairs(found, rows, out / "scores.jsonl", models.template_of(found, template or None))
     frame = reward_bench.read_scores(out)
+    if len(frame) < len(rows):
+        console.print(
+            f"too long      {len(rows) - len(frame)} of {len(rows)} pairs do not fit into the model's context: not counted"
+        )
     store.write_json(out / "results.json", reward_bench.rewardbench_result(frame, given["model"]))
     for row in reward_bench.table(frame).itertuples():
         interval = "" if row.subset == "average" else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"

@@ -24,6 +24,7 @@ from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import Strict
 from ultramed.core.store import digest
 
+TOO_LONG = re.compile(r"context.{0,20}(length|window|size)|too (long|many tokens)|maximum.{0,30}tokens", re.IGNORECASE)
 RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may mend
 
 
@@ -86,7 +87,7 @@ def ask(
     """Ledger rows of all requests, in their order; those in the ledger `path` already are not asked again.
 
     A row has key, id, model, status, text, value, finish_reason, completion_tokens, and the requests and tokens that it
-    cost. Status is 'ok'; with a `schema` also 'unparsed' (no JSON that fits it, after one request to mend it; `value` is
+    cost. Status is 'ok', or 'too_long' for a conversation that the server says does not fit; with a `schema` also 'unparsed' (no JSON that fits it, after one request to mend it; `value` is
     None then).
     Raises ServerError if requests stay unanswered, BudgetError if the budget is used up, ConfigError for what no
     further try can mend (a wrong key or model); finished answers are in the ledger in each case.
@@ -182,7 +183,7 @@ class _Run:
     async def answer(self, http: httpx.AsyncClient, request: Request) -> dict:
         """A ledger row without its names."""
         row = {"status": "ok", "value": None, **await self.complete(http, request.messages, request.options)}
-        if self.schema is None:
+        if self.schema is None or row["status"] == "too_long":
             return row
         value, complaint = read_json(row["text"], self.schema)
         if value is None:
@@ -220,6 +221,9 @@ class _Run:
                 if reply.status_code in (400, 422) and self.structured and "response_format" in reply.text:
                     self.structured = False  # the server has no structured outputs; the prompt asks for JSON as well
                     continue
+                if reply.status_code in (400, 413) and TOO_LONG.search(reply.text):
+                    nothing = {"text": "", "finish_reason": "", "tokens": 0, "completion_tokens": 0}
+                    return {"status": "too_long", "requests": sent, **nothing}
                 if reply.status_code >= 400:
                     raise ConfigError(self.refusal(reply))
                 data = reply.json()

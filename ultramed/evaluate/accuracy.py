@@ -20,6 +20,7 @@ from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse
 from ultramed.lm.templates import wording
 
+TOO_LONG = "too long"  # in place of a parser's rule: the question did not fit into the model's context
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
 
 
@@ -39,7 +40,8 @@ def answers(
     """Ask `model` the question rows in `questions/<side>.parquet` and write `answers.jsonl`.
 
     select: {'subset': [start, stop]} takes a slice of each named subset; None takes all. An interrupted run goes on
-    after its last finished item. Returns accuracy and outcome counts: correct + wrong + unparsed = n.
+    after its last finished item. Returns accuracy and outcome counts: correct + wrong + unparsed = n. Questions that do not
+    fit into the model's context are not asked and not among the n; their number is `too_long`.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)
@@ -49,7 +51,12 @@ def answers(
             opening = {"budget": config.batch_tokens, "dtype": place.dtype, "quantize": quantize, "engine": config.engine}
             what = (len(rows), f"{config.protocol} answers", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
-                ASK[config.protocol](engine, todo, config, ledger, bar)
+
+                def unfit(indices: list[int]) -> None:
+                    ledger.add(*(_record(todo[i], None, TOO_LONG, False) for i in indices))
+                    bar.update(len(indices))
+
+                ASK[config.protocol](engine, todo, config, ledger, bar, unfit)
         result = [ledger.rows[r["id"]] for r in rows]
     metadata = {
         "protocol": config.protocol,
@@ -76,11 +83,13 @@ def select_rows(rows: list[dict], select: dict | None) -> list[dict]:
 def summary(result: list[dict]) -> dict:
     """n, accuracy and outcome counts of ledger rows."""
     outcome = {"correct": 0, "wrong": 0, "unparsed": 0}
+    long = sum(row["rule"] == TOO_LONG for row in result)
+    result = [row for row in result if row["rule"] != TOO_LONG]
     for row in result:
         outcome["unparsed" if row["letter"] is None else "correct" if row["correct"] else "wrong"] += 1
     n = len(result)
     strict = sum(r["strict"] for r in result)
-    return {"n": n, "accuracy": outcome["correct"] / n if n else None, **outcome, "well_formed": strict}
+    return {"n": n, "accuracy": outcome["correct"] / n if n else None, **outcome, "well_formed": strict, "too_long": long}
 
 
 def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> dict:
@@ -97,7 +106,7 @@ def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> d
     }
 
 
-def _likelihood(engine, rows, config, ledger, bar):
+def _likelihood(engine, rows, config, ledger, bar, unfit):
     """The option whose letter (or text) is most likely after the prompt; ties go to the first, as in the harness."""
     local, items = weights(engine, "the likelihood protocol"), []
     for row in rows:
@@ -119,10 +128,15 @@ def _likelihood(engine, rows, config, ledger, bar):
         ledger.add(*made)
         bar.update(len(made))
 
-    score(local.net, local.tokenizer, items, budget=config.batch_tokens, done=done)
+    fit = local.fitting([context + max(endings, key=len) for context, endings in items], 0, unfit)
+
+    def tell(batch, scores):
+        done([fit[i] for i in batch], scores)
+
+    score(local.net, local.tokenizer, [items[i] for i in fit], budget=config.batch_tokens, done=tell)
 
 
-def _greedy(engine, rows, config, ledger, bar):
+def _greedy(engine, rows, config, ledger, bar, unfit):
     asked = [question_prompt(row, config.answer_form) for row in rows]
 
     def done(batch, replies):
@@ -130,7 +144,7 @@ def _greedy(engine, rows, config, ledger, bar):
         ledger.add(*(_reply(rows[i], r, config, engine.shown(asked[i]), 1) for i, r in made))
         bar.update(len(batch))
 
-    engine.replies(asked, Sampling(config.max_new_tokens), done)
+    engine.replies(asked, Sampling(config.max_new_tokens), done, unfit=unfit)
 
 
 def _reply(row, reply, config, prompt, tries) -> dict:
@@ -148,7 +162,7 @@ def _reply(row, reply, config, prompt, tries) -> dict:
     )
 
 
-def _medalpaca(engine, rows, config, ledger, bar):
+def _medalpaca(engine, rows, config, ledger, bar, unfit):
     """Sampled answers behind a forced beginning, asked again up to `tries` times until one looks like an option.
 
     MedAlpaca, medalpaca/inferer.py and eval: T 0.4, top-k 50, top-p 0.9. What counts as looking like an option is our
@@ -156,10 +170,10 @@ def _medalpaca(engine, rows, config, ledger, bar):
     """
     local = weights(engine, "MedAlpaca's forced beginning")
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    left, last = list(range(len(rows))), {}
     texts = [local.shown(question_prompt(row, "letter_first")) + PREFIX + " " for row in rows]
     # The space before the answer belongs to its first token, so that " B" is what the model is asked for.
     ids = [local.ids(t.rstrip(" ")) for t in texts]
+    left, last = local.fitting(ids, config.max_new_tokens, unfit), {}
     for attempt in range(1, config.tries + 1):
         rngs = [item_rng(config.seed, rows[i]["id"], attempt) for i in left]
         given = [ids[i] for i in left]
@@ -181,9 +195,10 @@ ASK = {"likelihood": _likelihood, "greedy": _greedy, "medalpaca": _medalpaca}
 
 
 def read_answers(artifact: Artifact) -> pd.DataFrame:
-    """The ledger as a table, one row a question."""
+    """The ledger as a table, one row a question that was asked."""
     with open(artifact / "answers.jsonl") as fh:
-        return pd.DataFrame([json.loads(line) for line in fh])
+        rows = [json.loads(line) for line in fh]
+    return pd.DataFrame([row for row in rows if row["rule"] != TOO_LONG])
 
 
 def hit_scores(checked: Artifact, answers: pd.DataFrame, test_set: str) -> pd.DataFrame:

@@ -5,6 +5,7 @@ the weights themselves (likelihoods, words put into the model's mouth) only the 
 """
 
 import json
+import logging
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,27 +21,45 @@ from ultramed.core.progress import bar as progress_bar
 from ultramed.core.store import Artifact
 from ultramed.evaluate.generate import Reply, Sampling, generate
 from ultramed.lm import models
+from ultramed.lm.architecture import context_length
 from ultramed.lm.device import at_most_on_cpu, free_memory
 from ultramed.lm.templates import Template
 
 if TYPE_CHECKING:
     from ultramed.evaluate.openvino import OpenVino
 
+log = logging.getLogger(__name__)
 CPU_TOKENS = 32768  # of a batch: a GPU profile's would not fit beside the weights
 Done = Callable[[list[int], list[Reply]], None]
+Unfit = Callable[[list[int]], None]
 
 
 class Engine(Protocol):
     """`replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling.
-    After `close` it has no weights any more, whoever still holds it."""
+    Conversations that do not fit into the model's context are not asked: `unfit(indices)` is told, or ConfigError raised
+    without it. After `close` it has no weights any more, whoever still holds it."""
 
     def shown(self, messages: list[dict]) -> str: ...
 
     def replies(
-        self, conversations: list[list[dict]], sampling: Sampling, done: Done, rngs: list[random.Random] | None = None
+        self,
+        conversations: list[list[dict]],
+        sampling: Sampling,
+        done: Done,
+        rngs: list[random.Random] | None = None,
+        unfit: Unfit | None = None,
     ) -> None: ...
 
     def close(self) -> None: ...
+
+
+def tell_unfit(long: list[int], of: int, room: str, unfit: Unfit | None) -> None:
+    """Pass on which of `of` conversations do not fit into `room`, with a line in the log."""
+    if long and unfit is None:
+        raise ConfigError(f"{len(long)} of {of} conversations do not fit into {room}: shorten them, or ask for shorter replies")
+    if long:
+        log.warning("%d of %d conversations do not fit into %s: they are not asked, and counted", len(long), of, room)
+        unfit(long)
 
 
 class Local:
@@ -57,9 +76,22 @@ class Local:
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def replies(self, conversations, sampling, done, rngs=None) -> None:
+    def fitting(self, given: list[list[int]], new_tokens: int, unfit: Unfit | None) -> list[int]:
+        """Indices of the prompts (token ids) that fit into the model's context with `new_tokens` more."""
+        room = context_length(self.net) - new_tokens
+        long = [i for i, ids in enumerate(given) if len(ids) > room]
+        tell_unfit(long, len(given), f"{room + new_tokens} positions with {new_tokens} new tokens", unfit)
+        return [i for i, ids in enumerate(given) if len(ids) <= room]
+
+    def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
         given = [self.ids(self.shown(messages)) for messages in conversations]
-        generate(self.net, self.tokenizer, given, sampling, budget=self.budget, rngs=rngs, done=done)
+        fit = self.fitting(given, sampling.max_new_tokens, unfit)
+        asked, streams = [given[i] for i in fit], [rngs[i] for i in fit] if rngs else None
+
+        def tell(batch: list[int], made: list[Reply]) -> None:
+            done([fit[i] for i in batch], made)
+
+        generate(self.net, self.tokenizer, asked, sampling, budget=self.budget, rngs=streams, done=tell)
 
     def close(self) -> None:
         del self.net
@@ -74,7 +106,7 @@ class Server:
     def shown(self, messages: list[dict]) -> str:
         return json.dumps(messages, ensure_ascii=False)
 
-    def replies(self, conversations, sampling, done, rngs=None) -> None:
+    def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
         options: dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
             options["top_p"] = sampling.top_p
@@ -85,8 +117,10 @@ class Server:
             for i, messages in enumerate(conversations)
         ]
         rows = ask(self.config, requests, self.path, desc=f"{self.config.model} replies")
-        made = [Reply(row["text"], row["completion_tokens"], row["finish_reason"] != "length") for row in rows]
-        done(list(range(len(made))), made)
+        fit = [i for i, row in enumerate(rows) if row["status"] != "too_long"]
+        long = [i for i, row in enumerate(rows) if row["status"] == "too_long"]
+        tell_unfit(long, len(rows), f"the context of {self.config.model}", unfit)
+        done(fit, [Reply(rows[i]["text"], rows[i]["completion_tokens"], rows[i]["finish_reason"] != "length") for i in fit])
 
     def close(self) -> None:
         """Nothing to let go: the weights are the server's."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ultramed.lm.attention import causal_after_prefix
+from ultramed.lm.architecture import logits_only_at, plain_length, rope_limit
 from ultramed.lm.batches import batches, common_prefix, right_pad
 
 NUCLEUS = 256  # tokens sorted before the whole vocabulary is
@@ -46,7 +46,7 @@ def item_rng(*parts) -> random.Random:
 def prefill(model, rows: list[list[int]], pad: int, use_cache: bool = True):
     """Read token rows: (logits after each row's last token (B, V), cache or None, mask (B, T) with 0 at the padding).
 
-    What all rows begin with (a system message) is read once.
+    What all rows begin with (a system message) is read once. For rows of at most `plain_length` tokens.
     """
     shared = min(len(common_prefix(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
     if shared < PREFIX:
@@ -58,11 +58,10 @@ def prefill(model, rows: list[list[int]], pad: int, use_cache: bool = True):
         given = {"use_cache": True, "past_key_values": cache}
     ids, lengths = right_pad([row[shared:] for row in rows], pad, model.device)
     position = torch.arange(shared, shared + ids.shape[1], device=model.device)[None]
-    with causal_after_prefix():
-        read = model.base_model(input_ids=ids, position_ids=position, **given)
-    last = read.last_hidden_state[torch.arange(len(rows), device=model.device), lengths - 1]
+    with logits_only_at(model, torch.arange(len(rows), device=model.device), lengths - 1):
+        read = model(input_ids=ids, position_ids=position, **given)
     mask = (torch.arange(shared + ids.shape[1], device=model.device) < shared + lengths[:, None]).long()
-    return model.get_output_embeddings()(last), read.past_key_values, mask
+    return read.logits[0], read.past_key_values, mask
 
 
 @torch.inference_mode()
@@ -70,6 +69,8 @@ def decode(
     model, tokenizer, prompts: list[list[int]], sampling: Sampling, rngs: list[random.Random] | None = None
 ) -> list[Reply]:
     """Continue each prompt (token ids). One batch; see `generate` for many. Equal prompts are read once."""
+    if max(map(len, prompts)) + sampling.max_new_tokens > plain_length(model):
+        return _decode_by_transformers(model, tokenizer, prompts, sampling, rngs)
     end = ends(model, tokenizer)
     stop = re.compile(sampling.stop) if sampling.stop else None
     unique = list(dict.fromkeys(map(tuple, prompts)))
@@ -91,8 +92,7 @@ def decode(
     for made in range(1, sampling.max_new_tokens + 1):
         logits = logits.float()
         if seen is not None:
-            worse = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-            logits = torch.where(seen[rows], worse, logits)
+            logits = torch.where(seen[rows], _penalised(logits, sampling.repetition_penalty), logits)
         chosen = _pick(logits, sampling, [rngs[r] for r in rows] if rngs else None)
         if seen is not None:
             seen[rows, chosen] = True
@@ -118,6 +118,53 @@ def decode(
         )
         logits, cache, position = step.logits[:, -1], step.past_key_values, position + 1
     return [cut(tokenizer.decode(o, skip_special_tokens=True), len(o), d, stop) for o, d in zip(out, finished, strict=True)]
+
+
+def _decode_by_transformers(model, tokenizer, prompts, sampling: Sampling, rngs) -> list[Reply]:
+    """The same through transformers' `generate`: padding on the left, caches and masks of the model's own making. Tokens
+    are picked, and replies stopped, by the same rules."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    longest, end = max(map(len, prompts)), ends(model, tokenizer)
+    stop = re.compile(sampling.stop) if sampling.stop else None
+    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+
+    def pick(seen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        if sampling.repetition_penalty != 1:
+            for row, tokens in enumerate(seen):
+                held = tokens[longest - len(prompts[row]) :]  # without the padding
+                logits[row, held] = _penalised(logits[row, held], sampling.repetition_penalty)
+        chosen = torch.tensor(_pick(logits, sampling, rngs), device=model.device)
+        return torch.full_like(logits, float("-inf")).scatter(1, chosen[:, None], 0.0)
+
+    def stopped(seen: torch.Tensor, scores, **_) -> torch.Tensor:
+        made = [bool(stop and stop.search(tokenizer.decode(tokens[longest:]))) for tokens in seen]
+        return torch.tensor(made, device=seen.device)
+
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(end),
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([pick]),
+        stopping_criteria=StoppingCriteriaList([stopped]),
+    )[:, longest:].tolist()
+    replies = []
+    for tokens in made:
+        last = next(
+            (i for i, t in enumerate(tokens) if t in end or (stop and stop.search(tokenizer.decode(tokens[: i + 1])))), None
+        )
+        tokens = tokens[: last + 1] if last is not None else tokens
+        replies.append(cut(tokenizer.decode(tokens, skip_special_tokens=True), len(tokens), last is not None, stop))
+    return replies
+
+
+def _penalised(logits: torch.Tensor, penalty: float) -> torch.Tensor:
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def cut(text: str, tokens: int, finished: bool, stop: re.Pattern | None) -> Reply:
@@ -161,6 +208,11 @@ def ends(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *(end_tokens if isinstance(end_tokens, list | tuple) else [end_tokens])} - {None}
 
 
+def alone_beyond(model) -> int:
+    """Length from which on a sequence is read alone: where rotary frequencies go by the longest one of a batch."""
+    return rope_limit(model.config.get_text_config())
+
+
 def generate(
     model,
     tokenizer,
@@ -174,7 +226,7 @@ def generate(
     """Replies in the order of the prompts. `done(indices, replies)` is called after every batch, for ledgers and bars."""
     replies: list[Reply | None] = [None] * len(prompts)
     lengths = [len(p) + sampling.max_new_tokens for p in prompts]
-    for batch in batches(lengths, budget):
+    for batch in batches(lengths, budget, alone_beyond(model)):
         made = decode(model, tokenizer, [prompts[i] for i in batch], sampling, [rngs[i] for i in batch] if rngs else None)
         for i, reply in zip(batch, made, strict=True):
             replies[i] = reply

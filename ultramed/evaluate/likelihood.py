@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from ultramed.evaluate.generate import prefill
-from ultramed.lm.batches import batches
+from ultramed.evaluate.generate import alone_beyond, prefill
+from ultramed.lm.architecture import logits_only_at, plain_length
+from ultramed.lm.batches import batches, right_pad
 
 TAILS = 64  # continuations of several tokens scored at a time
 
@@ -57,7 +58,17 @@ def score(
     is run once; where a continuation has several tokens, its cache is shared by all continuations of the item.
     """
     results: list[list[float]] = [[] for _ in items]
-    for batch in batches([len(c) for c, _ in items], budget):
+    lengths = [len(context) + max(map(len, endings)) for context, endings in items]
+    long = [i for i, length in enumerate(lengths) if length > plain_length(model)]
+    short = [i for i, length in enumerate(lengths) if length <= plain_length(model)]
+    for part in batches([lengths[i] for i in long], budget, alone_beyond(model)):
+        batch = [long[n] for n in part]
+        for i, sums in zip(batch, _whole(model, [items[i] for i in batch], tokenizer.pad_token_id, budget), strict=True):
+            results[i] = sums
+        if done:
+            done(batch, [results[i] for i in batch])
+    for part in batches([len(items[i][0]) for i in short], budget):
+        batch = [short[n] for n in part]
         several = any(len(c) > 1 for i in batch for c in items[i][1])
         logits, cache, mask = prefill(model, [items[i][0] for i in batch], tokenizer.pad_token_id, use_cache=several)
         logp = logits.float().log_softmax(-1)
@@ -68,6 +79,27 @@ def score(
         if done:
             done(batch, [results[i] for i in batch])
     return results
+
+
+def _whole(model, items: list[tuple[list[int], list[list[int]]]], pad: int, budget: int) -> list[list[float]]:
+    """The same without any cache: every continuation but its last token behind its context, padded on the right, which no
+    causal model sees. Continuations of one token share one reading."""
+    sums = [[0.0] * len(endings) for _, endings in items]
+    users: dict[tuple, list[tuple[int, int]]] = {}  # (tokens, where the continuation's logits begin) -> (item, continuation)
+    for i, (context, endings) in enumerate(items):
+        for n, ending in enumerate(endings):
+            users.setdefault((tuple(context + ending[:-1]), len(context) - 1), []).append((i, n))
+    read = list(users)
+    for batch in batches([len(tokens) for tokens, _ in read], budget, alone_beyond(model)):
+        ids, _ = right_pad([list(read[r][0]) for r in batch], pad, model.device)
+        at = [(row, column) for row, r in enumerate(batch) for column in range(read[r][1], len(read[r][0]))]
+        with logits_only_at(model, *zip(*at, strict=True)):
+            logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        for r, block in zip(batch, logps.split([len(read[r][0]) - read[r][1] for r in batch]), strict=True):
+            for i, n in users[read[r]]:
+                wanted = torch.tensor(items[i][1][n], device=model.device)
+                sums[i][n] = block.gather(1, wanted[:, None]).sum().item()
+    return sums
 
 
 def _add_tails(model, tokenizer, items, batch, cache, mask, results) -> None:

@@ -14,8 +14,10 @@ import torch
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
+from ultramed.evaluate.engine import tell_unfit
 from ultramed.evaluate.generate import Sampling, cut, ends
 from ultramed.lm import models
+from ultramed.lm.architecture import context_length
 from ultramed.lm.device import free_memory
 from ultramed.lm.gguf import write_gguf
 from ultramed.lm.templates import Template
@@ -37,7 +39,7 @@ class OpenVino:
         file = out / "model.gguf"
         net = models.load(model, dtype=torch.float32, device="cpu")
         write_gguf(net, self.tokenizer, file)
-        self.ends = ends(net, self.tokenizer)
+        self.ends, self.context = ends(net, self.tokenizer), context_length(net)
         del net
         free_memory()
         plan = openvino_genai.SchedulerConfig()
@@ -61,13 +63,16 @@ class OpenVino:
                 made.top_k = sampling.top_k
         return made
 
-    def replies(self, conversations, sampling, done, rngs: list[random.Random] | None = None) -> None:
+    def replies(self, conversations, sampling, done, rngs: list[random.Random] | None = None, unfit=None) -> None:
         import openvino
 
         stop = re.compile(sampling.stop) if sampling.stop else None
         ids = [self.tokenizer(self.shown(m), add_special_tokens=False)["input_ids"] for m in conversations]
-        for start in range(0, len(ids), PART):
-            batch = list(range(start, min(start + PART, len(ids))))
+        fit = [i for i, tokens in enumerate(ids) if len(tokens) + sampling.max_new_tokens <= self.context]
+        long = [i for i, tokens in enumerate(ids) if len(tokens) + sampling.max_new_tokens > self.context]
+        tell_unfit(long, len(ids), f"{self.context} positions", unfit)
+        for start in range(0, len(fit), PART):
+            batch = fit[start : start + PART]
             given = [openvino.Tensor(np.array([ids[i]], dtype=np.int64)) for i in batch]
             settings = [self._settings(sampling, rngs[i].getrandbits(31) if rngs else 0) for i in batch]
             made = []

@@ -18,10 +18,13 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.arms import Answers, percent
 from ultramed.evaluate.sample import read_feedback
 from ultramed.lm import models
+from ultramed.lm.architecture import context_length
 from ultramed.lm.device import free_memory
 from ultramed.lm.templates import wording
+from ultramed.lm.tokens import encode_row
 from ultramed.train.reward import load_reward, score_rows
 
+TOO_LONG = "too_long"  # of a ledger row: the pair did not fit
 PAPER = {"easy": 238, "hard": 196, "length": 180, "human": 163}  # UltraMedical, section 3.3: pairs of its bench
 SECTIONS = ("chat", "chat_hard", "safety", "reasoning")  # RewardBench's; its score is the mean of the four
 
@@ -107,30 +110,44 @@ def pair_scores(out: Path, config: ScoringConfig, *, reward: Artifact, pairs: Ar
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     score_pairs(reward, rows, out / "scores.jsonl", models.template_of(reward, template), config.batch_tokens)
     frame = read_scores(out)
-    return {"pairs": len(frame), "accuracy": float(frame.correct.mean())}
+    return {"pairs": len(frame), "too_long": len(rows) - len(frame), "accuracy": float(frame.correct.mean())}
 
 
 def read_scores(folder: Artifact | Path) -> pd.DataFrame:
-    """`scores.jsonl` of a folder, one row a pair."""
-    return pd.read_json(folder / "scores.jsonl", lines=True, dtype={"id": str, "concept": str})
+    """`scores.jsonl` of a folder, one row a pair that was scored."""
+    frame = pd.read_json(folder / "scores.jsonl", lines=True, dtype={"id": str, "concept": str})
+    return frame[frame[TOO_LONG].isna()].drop(columns=TOO_LONG) if TOO_LONG in frame else frame
 
 
 def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget: int = 8192) -> None:
-    """Score pair rows into the ledger `path`; those that are in it already are not scored again."""
+    """Score pair rows into the ledger `path`; those that are in it already are not scored again, and those that do not fit
+    into the model's context are noted and not scored."""
     with Ledger(path, key="id") as ledger:
         todo = [row for row in rows if row["id"] not in ledger]
         if not todo:
             return
-        net, tokenizer = load_reward(reward), models.load_tokenizer(reward)
+        net, tokenizer = load_reward(reward)
         with progress_bar(len(rows), "pairs", "pair", initial=len(ledger)) as bar:
             for start in range(0, len(todo), 64):
-                part = todo[start : start + 64]
+                part = []
+                for row in todo[start : start + 64]:
+                    if fits(row, net, tokenizer, template):
+                        part.append(row)
+                    else:
+                        ledger.add({"id": row["id"], "subset": row["subset"], TOO_LONG: True})
                 sides = [{"prompt": r["prompt"], "completion": r[side]} for r in part for side in ("chosen", "rejected")]
                 values = score_rows(net, tokenizer, sides, template, budget=budget)
                 ledger.add(*(_record(r, *values[2 * i : 2 * i + 2]) for i, r in enumerate(part)))
-                bar.update(len(part))
+                bar.update(len(todo[start : start + 64]))
         del net
         free_memory()
+
+
+def fits(row: dict, net, tokenizer, template) -> bool:
+    """Whether both sides of a pair fit into the reward model's context."""
+    sides = ({"prompt": row["prompt"], "completion": row[side]} for side in ("chosen", "rejected"))
+    lengths = [len(encode_row(side, tokenizer, template, max_length=10**9)["input_ids"]) for side in sides]
+    return max(lengths) <= context_length(net)
 
 
 def _record(row: dict, chosen: float, rejected: float) -> dict:

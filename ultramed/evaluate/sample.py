@@ -32,7 +32,8 @@ def samples(
     """`config.n` replies to each question of `questions/<side>.parquet`; `samples.jsonl` has a row a question.
 
     Reply k of a question depends on the seed, the question and k only: the first four of ten are the four of four.
-    An interrupted run goes on after the last finished batch.
+    An interrupted run goes on after the last finished batch. Questions that do not fit into the model's context get no
+    replies; `too_long` counts them.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)
@@ -43,11 +44,12 @@ def samples(
             what = (len(rows), f"{config.n} samples", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
                 _sample(engine, todo, config, ledger, bar)
-        kept = list(ledger.rows.values())
+        kept = [row for row in ledger.rows.values() if row["replies"]]
     replies = [reply for row in kept for reply in row["replies"]]
     right = sum(reply["letter"] == row["gold"] for row in kept for reply in row["replies"])
     return {
         "prompts": len(kept),
+        "too_long": len(rows) - len(kept),
         "samples": len(replies),
         "mean_sample_accuracy": right / len(replies),
         "unparsed": sum(r["letter"] is None for r in replies),
@@ -125,15 +127,21 @@ def _sample(engine, todo, config: SampleConfig, ledger, bar) -> None:
                 ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": given})
                 bar.update(1)
 
+    def unfit(items: list[int]) -> None:
+        for n in sorted({item // config.n for item in items}):
+            index, row = todo[n]
+            ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": []})
+            bar.update(1)
+
     repeated = [m for m in messages for _ in range(config.n)]
     rngs = [item_rng(config.seed, row["id"], k) for _, row in todo for k in range(config.n)]
-    engine.replies(repeated, sampling, done, rngs)
+    engine.replies(repeated, sampling, done, rngs, unfit)
 
 
 def read_samples(artifact: Artifact) -> list[dict]:
-    """Rows of `samples.jsonl` in the order of the questions."""
+    """Rows of `samples.jsonl` in the order of the questions, without those that did not fit into the model's context."""
     with open(artifact / "samples.jsonl") as fh:
-        return sorted((json.loads(line) for line in fh), key=lambda row: row["index"])
+        return sorted((row for row in map(json.loads, fh) if row["replies"]), key=lambda row: row["index"])
 
 
 def read_feedback(artifact: Artifact) -> list[dict]:

@@ -5,7 +5,6 @@ Measured on two cores (9 heads of 64 over 3 key heads, 213 tokens, batch 8): 1.8
 of 8 rows of 96 tokens take 0.8 times as long.
 """
 
-import contextlib
 import functools
 
 import torch
@@ -15,24 +14,12 @@ BLOCK = 64  # queries at a time; what lies beyond a block's last query is never 
 SHORT = 512  # tokens up to which training keeps the weights of a whole row for its backward pass
 
 
-def attention_for(device: str) -> str:
-    """The `attn_implementation` of a device: ours on a CPU, PyTorch's elsewhere."""
-    return cpu_attention() if device == "cpu" else "sdpa"
-
-
-_after_prefix = False
-
-
-@contextlib.contextmanager
-def causal_after_prefix():
-    """Within it, queries that follow a cached prefix of all rows look at it and at what is before them, whatever mask the
-    model builds: nothing is padded on the left."""
-    global _after_prefix
-    _after_prefix = True
-    try:
-        yield
-    finally:
-        _after_prefix = False
+def use_cpu_attention(net):
+    """The model, with our attention where it runs on a CPU and would have taken PyTorch's; models that need another kind
+    (capped scores, sinks, ALiBi), which transformers knows, keep it."""
+    if net.device.type == "cpu" and net.config._attn_implementation == "sdpa" and net._supports_attention_backend:
+        net.set_attn_implementation(cpu_attention())
+    return net
 
 
 @functools.cache
@@ -40,20 +27,33 @@ def cpu_attention() -> str:
     """Register the attention with transformers; returns its name for `attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    def mask(q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **given):
+        """No mask where the queries are the last tokens of all keys and see all that is before them: `forward` knows."""
+        last = q_offset + q_length == kv_length and kv_offset == 0
+        if mask_function is causal_mask_function and attention_mask is None and last and given.get("allow_is_causal_skip"):
+            return None
+        told = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask}
+        return sdpa_mask(q_length=q_length, kv_length=kv_length, **told, **given)
 
     def forward(module, query, key, value, mask, scaling=None, **kwargs):
-        """query (B, H, T, D), key and value (B, G, T, D); returns (B, T, H, D) and no weights."""
+        """query (B, H, T, D), key (B, G, S, D), value (B, G, S, E); returns (B, T, H, E) and no weights."""
+        if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+            raise NotImplementedError(f"{type(module).__name__} caps its scores or has sinks: it needs eager attention")
         scaling = scaling or query.shape[-1] ** -0.5
-        whole = query.shape[2] == key.shape[2] > 1 and getattr(module, "is_causal", True)
-        if not torch.is_grad_enabled() and ((whole and mask is None) or (_after_prefix and query.shape[2] < key.shape[2])):
+        whole = query.shape[2] == key.shape[2] and getattr(module, "is_causal", True)
+        reading = mask is None and query.shape[2] > 1 and not torch.is_grad_enabled()
+        if reading and (whole or query.shape[2] < key.shape[2]):
             return causal(query, key, value, scaling), None
-        if whole and query.shape[2] <= SHORT and not kwargs.get("dropout") and (mask is None or mask.dtype == torch.bool):
+        if whole and 1 < query.shape[2] <= SHORT and not kwargs.get("dropout") and (mask is None or mask.dtype == torch.bool):
             return masked(query, key, value, mask, scaling), None
+        if mask is None and 1 < query.shape[2] < key.shape[2]:  # PyTorch's kernel would take the first keys for the last
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])[None, None]
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(NAME, forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
     return NAME
 
 
@@ -66,9 +66,9 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     before = key.shape[2] - length
     groups, each = b * key.shape[1], heads // key.shape[1]
     query = (query * scaling).reshape(groups, each, length, width)
-    key, value = (x.reshape(groups, before + length, width) for x in (key, value))
-    key = key.transpose(1, 2)
-    out = torch.empty_like(query)
+    key = key.reshape(groups, before + length, width).transpose(1, 2)
+    value = value.reshape(groups, before + length, -1)  # in some models narrower than the keys
+    out = query.new_empty(groups, each, length, value.shape[-1])
     later = torch.full((BLOCK, BLOCK), float("-inf"), dtype=query.dtype).triu(1)
     for start in range(0, length, BLOCK):
         stop = min(length, start + BLOCK)
@@ -76,8 +76,8 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
         scores = torch.bmm(part, key[:, :, : before + stop]).view(groups, each, stop - start, before + stop)
         scores[..., before + start :] += later[: stop - start, : stop - start]
         weights = scores.softmax(-1).view(groups, -1, before + stop)
-        out[:, :, start:stop] = torch.bmm(weights, value[:, : before + stop]).view(groups, each, stop - start, width)
-    return out.view(b, heads, length, width).transpose(1, 2)
+        out[:, :, start:stop] = torch.bmm(weights, value[:, : before + stop]).view(groups, each, stop - start, -1)
+    return out.view(b, heads, length, -1).transpose(1, 2)
 
 
 def masked(
@@ -86,9 +86,9 @@ def masked(
     """The same under a mask (B, 1, T, T), True where a token may look (None: causal), with gradients."""
     b, heads, length, width = query.shape
     groups, each = b * key.shape[1], heads // key.shape[1]
-    key, value = key.reshape(groups, length, width).transpose(1, 2), value.reshape(groups, length, width)
+    key, value = key.reshape(groups, length, width).transpose(1, 2), value.reshape(groups, length, -1)
     scores = torch.bmm((query * scaling).reshape(groups, each * length, width), key)
     seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask[:, :, None]
     scores = scores.view(b, -1, each, length, length).masked_fill(~seen, torch.finfo(scores.dtype).min)
     out = torch.bmm(scores.softmax(-1).view(groups, each * length, length).to(value.dtype), value)
-    return out.view(b, heads, length, width).transpose(1, 2)
+    return out.view(b, heads, length, -1).transpose(1, 2)

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 import torch
 
 
-def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first (a run that does not fit fails at once), `budget` padded tokens each."""
+def batches(lengths: list[int], budget: int, alone_beyond: int | None = None) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first (a run that does not fit fails at once), `budget` padded tokens each.
+
+    What is longer than `alone_beyond` gets a batch of its own.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        alone = bool(batch) and alone_beyond is not None and lengths[batch[0]] > alone_beyond
+        if batch and (alone or (len(batch) + 1) * lengths[batch[0]] > budget):
             yield batch
             batch = []
         batch.append(i)

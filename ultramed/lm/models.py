@@ -16,7 +16,8 @@ from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.schema import ModelConfig
 from ultramed.core.store import Artifact, find, sha256, stage, write_json
-from ultramed.lm.attention import attention_for
+from ultramed.lm.architecture import probe
+from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import placement, quietly
 from ultramed.lm.templates import TEMPLATES, Template
 from ultramed.lm.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
@@ -101,21 +102,23 @@ def _existing(config: ModelConfig) -> str:
 
 
 def set_pad(tokenizer) -> None:
-    """Give the tokenizer a pad token that is neither its end nor its begin token.
+    """Give the tokenizer a pad token that is neither its end nor its begin token, if its vocabulary has one; else the end.
 
-    With pad = eos, masking the padding masks the end token too, and the model never learns to stop.
+    Where libraries mask whatever equals the pad token, pad = eos masks the end token too, and the model never learns to
+    stop. Ours mask by length, so that only a reward model, whose loaders elsewhere look for the last token that is no
+    padding, is refused with such a tokenizer (train/reward.py).
     """
-    if tokenizer.pad_token is not None and tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+    edges = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id not in edges:
         return
     vocabulary = tokenizer.get_vocab()
     for token in ("<|finetune_right_pad_id|>", "<pad>", "<|endoftext|>", "<|reserved_special_token_0|>", "<unk>"):
-        if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token in vocabulary and vocabulary[token] not in edges:
             tokenizer.pad_token = token
             return
-    raise ConfigError(
-        "the tokenizer has no token to pad with apart from its end token; add one (tokenizer.add_special_tokens with "
-        "a pad_token, then resize the model's embeddings) and save the model with it"
-    )
+    if tokenizer.eos_token is None:
+        raise ConfigError("the tokenizer has no end token: nothing would tell a model where its answer ends")
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -155,6 +158,18 @@ def location(model: Artifact) -> dict:
     return {"pretrained_model_name_or_path": str(base_of(model).path)}
 
 
+def weights_of(model: Artifact) -> dict:
+    """`location` with what loading weights needs besides: safetensors only, and the attention that transformers gets right.
+
+    With ALiBi (Falcon-RW) PyTorch's kernel is given a mask by transformers 5.23 under which tokens see what comes after them.
+    """
+    from transformers import AutoConfig
+
+    where = location(model)
+    eager = getattr(AutoConfig.from_pretrained(**where), "alibi", False)
+    return {**where, "use_safetensors": True} | ({"attn_implementation": "eager"} if eager else {})
+
+
 def load_tokenizer(model: Artifact):
     """Tokenizer with a pad token of its own."""
     from transformers import AutoTokenizer
@@ -184,15 +199,15 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         )
     with quietly():
-        net = AutoModelForCausalLM.from_pretrained(
-            **location(model), dtype=dtype, attn_implementation=attention_for(device), use_safetensors=True, **extra
-        )
+        net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=dtype, **extra)
     if metadata["kind"] == "adapter":
         net = merge_adapter(net, model.path)
         # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix
         # once for every row of the batch (3x slower generation). Nothing is trained here either way.
         net.requires_grad_(True)
-    return net.to(device).eval() if quantize is None else net.eval()
+    net = use_cpu_attention(net.to(device) if quantize is None else net).eval()
+    probe(net)
+    return net
 
 
 def merge_adapter(base, folder: Path, tolerance: float = 1e-3):
@@ -207,7 +222,7 @@ def merge_adapter(base, folder: Path, tolerance: float = 1e-3):
     if getattr(base, "is_quantized", False):
         raise StoreError("merging into a quantised model ruins it silently; load the base in 16 or 32 bits")
     dtype, device = base.dtype, base.device
-    vocabulary = base.config.vocab_size
+    vocabulary = base.config.get_text_config().vocab_size
     probe = torch.randint(vocabulary // 2, vocabulary, (1, 24), generator=torch.Generator().manual_seed(0)).to(device)
     net = PeftModel.from_pretrained(cast(base, torch.float32), folder).eval()
     with torch.inference_mode():

@@ -26,15 +26,13 @@ class Template:
     def render(self, prompt: list[dict], tokenizer) -> str:
         """Text that the model is given; it ends where the answer begins."""
         if self.name in ("chat", RELEASED):
-            if not tokenizer.chat_template:
-                raise ConfigError("this tokenizer has no chat template; choose template alpaca or medalpaca")
-            return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            return _chat(prompt, tokenizer)
         *system, user = [m["content"] for m in prompt]
         if [m["role"] for m in prompt] not in (["user"], ["system", "user"]):
             raise ConfigError(f"template {self.name} has one user turn; got {[m['role'] for m in prompt]}")
         if system:  # the system turn says what to do, the user turn is what to do it with
-            return self.with_input.format(instruction=system[0], input=user)
-        return self.without_input.format(instruction=user)
+            return beginning(tokenizer) + self.with_input.format(instruction=system[0], input=user)
+        return beginning(tokenizer) + self.without_input.format(instruction=user)
 
     def finish(self, completion: str, tokenizer) -> str:
         """Text that the model shall produce, with its end token."""
@@ -43,7 +41,7 @@ class Template:
             return header + completion.strip() + tokenizer.eos_token + "\n" + header
         return completion.strip() + tokenizer.eos_token
 
-    def jinja(self) -> str:
+    def jinja(self, tokenizer) -> str:
         """The same as a chat template for transformers; '' for the model's own. One user turn, as `render`."""
         if not self.with_input:
             return ""
@@ -55,7 +53,8 @@ class Template:
         system = text(self.with_input, instruction="messages[0]['content']", input="messages[1]['content']")
         plain = text(self.without_input, instruction="messages[0]['content']")
         answer = "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] + eos_token }}{% endif %}"
-        return f"{{% if messages[0]['role'] == 'system' %}}{{{{ {system} }}}}{{% else %}}{{{{ {plain} }}}}{{% endif %}}{answer}"
+        start = "{{ bos_token }}" if beginning(tokenizer) else ""
+        return f"{start}{{% if messages[0]['role'] == 'system' %}}{{{{ {system} }}}}{{% else %}}{{{{ {plain} }}}}{{% endif %}}{answer}"
 
     def fingerprint(self, tokenizer) -> str:
         """Hash of everything that decides what this template renders."""
@@ -90,6 +89,39 @@ TEMPLATES = {
         ),
     )
 }
+
+
+def beginning(tokenizer) -> str:
+    """The begin token, where the tokenizer puts one before every plain text (Llama); chat templates bring their own."""
+    ids = tokenizer("x")["input_ids"]
+    return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
+
+
+def _chat(prompt: list[dict], tokenizer) -> str:
+    """The model's own chat template; where it knows no system turn (Gemma) or drops it, its text goes before the user's."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ConfigError("this tokenizer has no chat template; choose template alpaca or medalpaca")
+    first = prompt[0]
+    for messages in (prompt, without_system(prompt)):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as err:
+            why = str(err)
+            continue
+        if first["role"] != "system" or first["content"].strip() in text:
+            return text
+        why = "the system turn is dropped"
+    raise ConfigError(f"the model's chat template does not take {[m['role'] for m in prompt]}: {why}")
+
+
+def without_system(messages: list[dict]) -> list[dict]:
+    """The same conversation with the system turn's text at the beginning of the user turn that follows."""
+    if [m["role"] for m in messages[:2]] != ["system", "user"]:
+        return messages
+    joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{"role": "user", "content": joined}, *messages[2:]]
 
 
 def wording(config=None) -> str:

@@ -51,7 +51,7 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
             for path in model.path.glob(pattern):
                 shutil.copyfile(path, part / path.name)
     template = models.template_of(model)
-    tokenizer.chat_template = template.jinja() or tokenizer.chat_template
+    tokenizer.chat_template = template.jinja(tokenizer) or tokenizer.chat_template
     tokenizer.save_pretrained(part)
     if gguf:
         with quietly():

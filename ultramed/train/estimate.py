@@ -9,7 +9,7 @@ import torch
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.schema import OptimConfig, Strict
-from ultramed.lm.attention import attention_for
+from ultramed.lm.attention import cpu_attention
 
 # Shapes of models whose weights are gated, out of their config.json: hidden, intermediate, layers, heads, kv heads, words.
 SHAPES = {
@@ -109,7 +109,7 @@ def kept(shape: Shape, layers: int, rows: int, length: int, method: str, checkpo
     with FakeTensorMode():
         torch.set_default_dtype(torch.float32 if method == "full" else torch.bfloat16)
         try:
-            net = LlamaModel(shape.config(layers, words=16, attention=attention_for(device))).train()
+            net = LlamaModel(shape.config(layers, words=16, attention=cpu_attention() if device == "cpu" else "sdpa")).train()
         finally:
             torch.set_default_dtype(before)
         if method != "full":

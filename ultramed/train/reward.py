@@ -11,15 +11,16 @@ from ultramed.core.schema import RewardConfig
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.lm import models
-from ultramed.lm.attention import attention_for
-from ultramed.lm.batches import batches, pack_shared_prefixes
+from ultramed.lm.architecture import context_length, probe
+from ultramed.lm.attention import use_cpu_attention
+from ultramed.lm.batches import batches
 from ultramed.lm.device import free_memory, placement, quietly
 from ultramed.lm.templates import Template, wording
 from ultramed.lm.tokens import encode_row
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
 from ultramed.train.preference import encode_pairs
-from ultramed.train.trl_adapter import listwise_reward_trainer, score_packed_sequences, with_our_rows
+from ultramed.train.trl_adapter import listwise_reward_trainer, score_last_tokens, with_our_rows
 from ultramed.train.weights import trainable
 
 
@@ -30,9 +31,6 @@ class PairCollator:
     3.5), and the prompt once (lm/batches.py).
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad = pad_token_id
-
     def __call__(self, groups: list[dict]) -> dict:
         seen: dict[tuple, int] = {}
         index = [
@@ -40,10 +38,7 @@ class PairCollator:
             for number, g in enumerate(groups)
             for pair in g["pairs"]
         ]
-        return {
-            "packed": pack_shared_prefixes([(groups[n]["prompt"], list(r)) for n, r in seen], self.pad),
-            "pairs": torch.tensor(index),
-        }
+        return {"sequences": [(groups[n]["prompt"], list(reply)) for n, reply in seen], "pairs": torch.tensor(index)}
 
 
 @stage(version=4, also=wording)
@@ -63,6 +58,12 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     if metadata["kind"] == "adapter":
         raise ConfigError("a reward model starts from a whole model; merge the adapter first")
     tokenizer, shape = models.load_tokenizer(model), models.template_of(model, template)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ConfigError(
+            "the tokenizer has no token to pad with apart from its end token, and other loaders of reward models read the last "
+            "token that is not padding; add one (tokenizer.add_special_tokens with a pad_token, then resize the model's "
+            "embeddings) and save the model with it"
+        )
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     groups, counts, longest = [], {"pairs": 0, "dropped": 0, "replies": 0, "tokens": 0}, 0
     rows.sort(key=lambda r: r["meta"].get("prompt_id", r["id"]))
@@ -88,7 +89,9 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
         net = trainable(AutoModelForSequenceClassification, model, empty=launch.awaits_weights(), num_labels=1)
     net.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(net.score.weight, std=1 / (net.config.hidden_size + 1) ** 0.5)  # Stiennon et al. 2020
-    score_packed_sequences(net)
+    if not launch.sharded():
+        probe(net)
+    score_last_tokens(net, tokenizer.pad_token_id)
     micro, accumulation = training.batch_plan(training.cap_micro_batches(config), longest)
     steps = training.step_count(config, len(groups))
     args = Arguments(
@@ -97,11 +100,7 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = with_our_rows(listwise_reward_trainer())(
-            net,
-            args=args,
-            data_collator=PairCollator(tokenizer.pad_token_id),
-            train_dataset=Dataset.from_list(groups),
-            processing_class=tokenizer,
+            net, args=args, data_collator=PairCollator(), train_dataset=Dataset.from_list(groups), processing_class=tokenizer
         )
         result = training.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
     training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=shape.name)
@@ -110,35 +109,41 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     return {**result, "micro_batch": micro, "accumulation": accumulation, "prompts": len(groups), **counts}
 
 
-def load_reward(model: Artifact):
-    """The reward model, ready for `score_rows`. Raises ConfigError if the artifact is not one."""
+def load_reward(model: Artifact, dtype: torch.dtype | None = None):
+    """(reward model, tokenizer), ready for `score_rows`. Raises ConfigError if the artifact is not one."""
     from transformers import AutoModelForSequenceClassification
 
     place, metadata = placement(), models.card(model)
     if metadata["kind"] not in ("reward", "reference"):
         raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {metadata['kind']}; train one with `reward`")
     with quietly():
-        net = AutoModelForSequenceClassification.from_pretrained(
-            **models.location(model), dtype=place.dtype, use_safetensors=True, attn_implementation=attention_for(place.device)
-        )
+        given = {**models.weights_of(model), "dtype": dtype or place.dtype}
+        net = AutoModelForSequenceClassification.from_pretrained(**given)
+    net, tokenizer = use_cpu_attention(net.to(place.device)).eval(), models.load_tokenizer(model)
     if net.config.num_labels != 1:
         raise ConfigError(f"{models.card(model)['name']}: a reward model has one output, this one {net.config.num_labels}")
-    score_packed_sequences(net)
-    return net.to(place.device).eval()
+    probe(net)
+    score_last_tokens(net, tokenizer.pad_token_id)
+    return net, tokenizer
 
 
 @torch.inference_mode()
 def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: int = 8192, bar=None) -> list[float]:
-    """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut."""
+    """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut.
+
+    Raises ConfigError for rows that do not fit into the model's context.
+    """
     groups: dict[tuple, list[tuple[int, list[int]]]] = {}
     for number, row in enumerate(rows):
         made = encode_row(row, tokenizer, template, max_length=10**9)
-        start = made["completion_mask"].index(1)
+        start, room = made["completion_mask"].index(1), context_length(net)
+        if len(made["input_ids"]) > room:
+            raise ConfigError(f"row {number + 1}: {len(made['input_ids'])} tokens do not fit into the model's {room} positions")
         groups.setdefault(tuple(made["input_ids"][:start]), []).append((number, made["input_ids"][start:]))
     scores, each = [0.0] * len(rows), list(groups.items())
     for batch in batches([len(prompt) + sum(len(ids) for _, ids in part) for prompt, part in each], budget):
         found = [(number, (list(each[i][0]), ids)) for i in batch for number, ids in each[i][1]]
-        values = net(pack_shared_prefixes([sequence for _, sequence in found], tokenizer.pad_token_id)).tolist()
+        values = net([sequence for _, sequence in found]).tolist()
         for (number, _), value in zip(found, values, strict=True):
             scores[number] = value
         if bar is not None:

@@ -15,7 +15,7 @@ from ultramed.lm.templates import Template, wording
 from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint, preview
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
-from ultramed.train.trl_adapter import score_labelled_tokens_only, token_budget_trainer
+from ultramed.train.trl_adapter import routes_to_experts, score_labelled_tokens_only, token_budget_trainer
 from ultramed.train.weights import load_for_training
 
 
@@ -38,14 +38,15 @@ def encode_rows(rows: list[dict], tokenizer, template: Template, config: TrainCo
 
 
 class Collator:
-    """Right-padded batches without an attention mask.
+    """Right-padded batches, without an attention mask unless `masked`.
 
     Under causal attention no real token sees the padding to its right, and without a mask PyTorch takes its fast
-    attention path. Widths are rounded up to 8, which keeps the number of distinct shapes small.
+    attention path; a router's loss, however, counts the tokens that the mask shows. Widths are rounded up to 8, which
+    keeps the number of distinct shapes small.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad = pad_token_id
+    def __init__(self, pad_token_id: int, masked: bool = False):
+        self.pad, self.masked = pad_token_id, masked
 
     def __call__(self, rows: list[dict]) -> dict:
         width = -(-max(len(r["input_ids"]) for r in rows) // 8) * 8
@@ -55,7 +56,10 @@ class Collator:
 
         position = torch.arange(width).expand(len(rows), width)
         ids, labels = fill("input_ids", self.pad), fill("labels", LABEL_IGNORED)
-        return {"input_ids": ids, "labels": labels, "position_ids": position}
+        made = {"input_ids": ids, "labels": labels, "position_ids": position}
+        if self.masked:
+            made["attention_mask"] = (position < torch.tensor([len(r["input_ids"]) for r in rows])[:, None]).long()
+        return made
 
 
 def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
@@ -74,7 +78,7 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
         trainer = token_budget_trainer()(
             net,
             args=args,
-            data_collator=Collator(tokenizer.pad_token_id),
+            data_collator=Collator(tokenizer.pad_token_id, masked=routes_to_experts(net)),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(held) if held else None,
             processing_class=tokenizer,

@@ -9,7 +9,9 @@ import types
 
 import torch
 
-from ultramed.lm.batches import PackedPrefixes, batches, pack_shared_prefixes
+from ultramed.core.errors import ConfigError
+from ultramed.lm.architecture import causal_lm, logits_only_at, plain_length, rope_limit
+from ultramed.lm.batches import batches, pack_shared_prefixes, right_pad
 from ultramed.lm.device import placement
 from ultramed.lm.tokens import LABEL_IGNORED
 from ultramed.train import launch, losses
@@ -175,7 +177,7 @@ def listwise_reward_trainer() -> type:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """TRL's reads chosen and rejected of each pair, so that K replies to a prompt are read K (K - 1) times."""
-            scores = model(inputs["packed"])
+            scores = model(inputs["sequences"])
             chosen, rejected = scores[inputs["pairs"]].T
             loss = losses.bradley_terry(chosen, rejected, self.args.center_rewards_coefficient or 0.0)
             metrics = self._metrics["train" if self.model.training else "eval"]
@@ -188,21 +190,37 @@ def listwise_reward_trainer() -> type:
     return ListwiseRewardTrainer
 
 
-def score_packed_sequences(net) -> None:
-    """Make `net(packed)` the rewards (N,) of packed sequences: the score of each one's last token."""
+def score_last_tokens(net, pad: int) -> None:
+    """Make `net(sequences)`, a list of (prompt ids, reply ids), the rewards (N,): the score of each sequence's last token.
 
-    def forward(self, packed: PackedPrefixes):
-        inputs = {k: v.to(self.score.weight.device) for k, v in packed.inputs.items()}
-        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-        last = hidden[packed.rows, [columns[-1] for columns in packed.columns]]
+    What sequences share is read once where the architecture allows (lm/architecture.py), else each is a padded row.
+    """
+
+    def forward(self, sequences: list[tuple[list[int], list[int]]]):
+        device = self.score.weight.device
+        if max(len(prompt) + len(reply) for prompt, reply in sequences) <= plain_length(self):
+            packed = pack_shared_prefixes(sequences, pad, device)
+            hidden = self.base_model(**packed.inputs, use_cache=False).last_hidden_state
+            last = hidden[packed.rows, [columns[-1] for columns in packed.columns]]
+        else:
+            read = [prompt + reply for prompt, reply in sequences]
+            ids, lengths = right_pad(read, pad, device)
+            # Where rotary frequencies go by the longest of a batch, a score would depend on the others.
+            apart = not torch.is_grad_enabled() and ids.shape[1] > rope_limit(self.config)
+            parts = [row[None, :length] for row, length in zip(ids, lengths, strict=True)] if apart else [ids]
+            hidden = [self.base_model(input_ids=part, use_cache=False).last_hidden_state for part in parts]
+            if apart:
+                last = torch.cat([states[:, -1] for states in hidden])
+            else:
+                last = hidden[0][torch.arange(len(read), device=device), lengths - 1]
         return self.score(last)[:, 0].float()
 
+    if not hasattr(net, "score"):
+        raise ConfigError(f"{type(net).__name__} has no head called `score`: it cannot be read as a reward model here")
     net.forward = types.MethodType(forward, net)
 
 
 # --------------------------------------------------------------------------------------------------------------- the head
-
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 def score_labelled_tokens_only(net) -> None:
@@ -210,15 +228,15 @@ def score_labelled_tokens_only(net) -> None:
 
     Call it after the trainer was made: TRL 1.16 replaces the model's `forward` by its fused head, which, without Triton,
     scores every position of a batch with the whole vocabulary, twice, and masks the prompt afterwards. Here the vocabulary
-    is multiplied at labelled positions only, and what rows of the batch share (a form of question, the prompt of chosen and
-    rejected) is read once. Rows must be padded on the right and have their labels in one stretch at the end: then causal
-    attention needs no mask, and none is passed on. Models that scale or cap their logits keep TRL's head.
+    is multiplied at labelled positions only, by the model's own forward, and what rows of the batch share (a form of
+    question, the prompt of chosen and rejected) is read once where the architecture allows (lm/architecture.py). Rows must
+    be padded on the right and have their labels in one stretch at the end: then causal attention needs no mask, and none
+    is passed on. Models with experts keep TRL's head, which adds the loss that balances them over all tokens of a batch.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
-    text_config = inner.config.get_text_config()
-    if placement().device != "cpu" or any(getattr(text_config, name, None) not in (None, 1.0) for name in SCALED_LOGITS):
+    inner = causal_lm(net)
+    if placement().device != "cpu" or inner.base_model is inner or routes_to_experts(inner):
         return
     fused = inner.forward
 
@@ -227,8 +245,9 @@ def score_labelled_tokens_only(net) -> None:
         if not fused_lm_head:
             return fused(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
         target = labels[:, 1:] != LABEL_IGNORED
-        hidden = _states_before(self.base_model, kwargs["input_ids"], target)
-        logits = self.get_output_embeddings()(hidden).float()
+        inputs, rows, columns = _where_labels_are_predicted(self, kwargs["input_ids"], target)
+        with logits_only_at(self, rows, columns):
+            logits = type(self).forward(self, **inputs, use_cache=False).logits[0].float()
         wanted = labels[:, 1:][target]
         logps = -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         with torch.no_grad():  # what TRL's metrics read; entropy, the dear one, is the mean over every eighth token
@@ -242,15 +261,22 @@ def score_labelled_tokens_only(net) -> None:
     inner.forward = types.MethodType(forward, inner)
 
 
-def _states_before(backbone, input_ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Hidden states (N, D) that predict the labelled tokens, in the order of `target` (B, T - 1)."""
+def routes_to_experts(net) -> bool:
+    """Whether TRL adds a loss over the router's choices at every token that the attention mask shows."""
+    return hasattr(causal_lm(net).config.get_text_config(), "output_router_logits")
+
+
+def _where_labels_are_predicted(net, input_ids: torch.Tensor, target: torch.Tensor) -> tuple[dict, list[int], list[int]]:
+    """(model inputs, rows, columns): the tokens that predict the labelled ones, in the order of `target` (B, T - 1)."""
     first, count = target.int().argmax(1) + 1, target.sum(1)
-    rows = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
-    packed = pack_shared_prefixes(rows, pad=0, device=input_ids.device)
-    if packed.input_ids.numel() > 0.9 * input_ids.numel():  # little is shared: plain rows need no mask
-        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][target]
-    hidden = backbone(**packed.inputs, use_cache=False).last_hidden_state
-    return torch.cat([hidden[row, columns[:-1]] for row, columns in zip(packed.rows, packed.columns, strict=True)])
+    pairs = [(ids[:f].tolist(), ids[f : f + n].tolist()) for ids, f, n in zip(input_ids, first, count, strict=True)]
+    if input_ids.shape[1] <= plain_length(net):
+        packed = pack_shared_prefixes(pairs, pad=0, device=input_ids.device)
+        if packed.input_ids.numel() <= 0.9 * input_ids.numel():  # else little is shared, and plain rows need no mask
+            rows = [row for row, columns in zip(packed.rows, packed.columns, strict=True) for _ in columns[1:]]
+            return packed.inputs, rows, [c for columns in packed.columns for c in columns[:-1]]
+    rows, columns = target.nonzero(as_tuple=True)
+    return {"input_ids": input_ids}, rows, columns
 
 
 # ------------------------------------------------------------------------------------------------------------- accelerate

@@ -7,17 +7,19 @@ import torch
 from ultramed.core.errors import ConfigError
 from ultramed.core.schema import OptimConfig
 from ultramed.core.store import Artifact
-from ultramed.lm.attention import attention_for
+from ultramed.lm.architecture import probe
+from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import placement, quietly
-from ultramed.lm.models import card, location
+from ultramed.lm.models import card, location, weights_of
+from ultramed.train import launch
 
 
 def trainable(kind: type, model: Artifact, *, empty: bool = False, **options):
     """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels. empty: see `blank`."""
     if empty:
         return blank(kind, model, torch.float32, **options)
-    given = {"dtype": torch.float32, "attn_implementation": attention_for(placement().device)}
-    return kind.from_pretrained(**location(model), **given, **options, use_safetensors=True)
+    net = kind.from_pretrained(**weights_of(model), dtype=torch.float32, **options)
+    return _with_attention(net)
 
 
 def blank(kind: type, model: Artifact, dtype: torch.dtype, **options):
@@ -29,10 +31,15 @@ def blank(kind: type, model: Artifact, dtype: torch.dtype, **options):
 
     config = AutoConfig.from_pretrained(**location(model), **options)
     with init_empty_weights(include_buffers=False):
-        net = kind.from_config(config, dtype=dtype, attn_implementation=attention_for(placement().device))
+        net = kind.from_config(config, dtype=dtype)
     net._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     net.tie_weights()
-    return net
+    return _with_attention(net)
+
+
+def _with_attention(net):
+    """Our attention where training runs on CPUs (weights are made on them everywhere, so their place tells nothing)."""
+    return use_cpu_attention(net) if placement().device == "cpu" else net
 
 
 def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = False):
@@ -64,11 +71,14 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
         if method == "full":
             net = trainable(AutoModelForCausalLM, model, empty=empty)
             net.config.use_cache = False
+            if not launch.sharded():
+                probe(net)
             return net
-        net = AutoModelForCausalLM.from_pretrained(
-            **location(model), dtype=place.dtype, attn_implementation=attention_for(place.device), use_safetensors=True, **extra
-        )
+        net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=place.dtype, **extra)
+        net = _with_attention(net)
         net.config.use_cache = False
+        if not launch.sharded():
+            probe(net)
         if extra:
             warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         settings = LoraConfig(

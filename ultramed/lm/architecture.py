@@ -1,0 +1,121 @@
+"""What a model's architecture lets our fast paths assume, and its own head wherever logits are needed.
+
+The fast paths read what prompts share once, pad on the right without a mask, and pack replies behind one prompt. All of
+that is exact if every layer looks at everything before a token, at positions that do not depend on the batch. Sliding
+windows, chunks, sinks, capped attention, ALiBi, recurrent layers and rotary positions that change with length break it, some of
+them only beyond a certain length. `plain_length` says up to which length a model may be read that way; callers read
+longer sequences by transformers' own means.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ultramed.lm.batches import pack_shared_prefixes
+
+log = logging.getLogger(__name__)
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+ROPE_BY_LENGTH = {"dynamic", "longrope"}  # rotary frequencies depend on the longest sequence of the batch
+UNLIMITED = 1 << 60
+_probed: dict[tuple, bool] = {}
+
+
+def causal_lm(net):
+    """The causal language model itself, of one that PEFT may have wrapped."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
+
+
+def rope_limit(config) -> int:
+    """Tokens up to which rotary positions do not depend on a sequence's length."""
+    given = getattr(config, "rope_parameters", None) or {}
+    parts = [p for p in given.values() if isinstance(p, dict)] or [given]  # one for each type of layer, or one for all
+    limits = [
+        p.get("original_max_position_embeddings") or config.max_position_embeddings
+        for p in parts
+        if p.get("rope_type", "default") in ROPE_BY_LENGTH
+    ]
+    return min(limits, default=UNLIMITED)
+
+
+def plain_length(net) -> int:
+    """Tokens of a sequence, replies included, up to which the fast paths are exact for this model; 0 for never."""
+    net = causal_lm(net)
+    config = net.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    ready = net._supports_sdpa and net._supports_attention_backend and config._attn_implementation != "eager"
+    if not ready or net._is_stateful or config.is_encoder_decoder or kinds - ATTENTION_LAYERS:
+        return 0
+    if not _probed.get(_identity(net), True):
+        return 0
+    limits = [rope_limit(config)]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and (not kinds or "sliding_attention" in kinds):
+        limits.append(window - 1)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and (not kinds or "chunked_attention" in kinds):
+        limits.append(chunk - 1)
+    return min(limits)
+
+
+def context_length(net) -> int:
+    """Tokens, prompt and reply together, that the model has positions for."""
+    return getattr(causal_lm(net).config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+
+def _identity(net) -> tuple:
+    return type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype
+
+
+@torch.no_grad()
+def probe(net) -> None:
+    """Compare a packed row of a few random tokens with transformers' own reading of each sequence, once an architecture.
+
+    `plain_length` goes by what the configuration says; this finds what it does not say. A model that fails is read by
+    transformers from then on, which is told in a line of the log.
+    """
+    net = causal_lm(net)
+    if _identity(net) in _probed or plain_length(net) < 32:
+        return
+    vocabulary = net.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary // 4, vocabulary, (27,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequences = [(tokens[:12], tokens[12:17]), (tokens[:12], tokens[17:20]), (tokens[:8] + tokens[20:24], tokens[24:])]
+    training = net.training
+    net.eval()
+    packed = pack_shared_prefixes(sequences, pad=0, device=net.device)
+    ours = net.base_model(**packed.inputs, use_cache=False).last_hidden_state
+    gaps = []
+    for (prompt, reply), row, columns in zip(sequences, packed.rows, packed.columns, strict=True):
+        alone = net.base_model(input_ids=torch.tensor([prompt + reply], device=net.device), use_cache=False)
+        theirs = alone.last_hidden_state[0, len(prompt) - 1 :].float()
+        gaps.append(((ours[row, columns].float() - theirs).square().mean().sqrt() / theirs.std()).item())
+    net.train(training)
+    allowed = 1e-3 if net.dtype == torch.float32 and not getattr(net, "is_quantized", False) else 0.1
+    _probed[_identity(net)] = good = max(gaps) <= allowed
+    if not good:
+        log.warning(
+            "%s: packed reading differs from transformers' by %.2g of the spread: it is read by transformers, more slowly",
+            type(net).__name__,
+            max(gaps),
+        )
+
+
+@contextmanager
+def logits_only_at(net, rows, columns) -> Iterator[None]:
+    """Within it, `net(...)` gives logits (1, N, V) of the tokens (rows[i], columns[i]) alone.
+
+    The model's own forward makes them of the chosen hidden states, so that whatever it does to its logits (scaling in
+    Granite and Cohere, capping in Gemma 2) is done. rows, columns: anything that indexes hidden states (B, T, D).
+    """
+
+    def narrow(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[rows, columns][None]
+        return output
+
+    handle = causal_lm(net).base_model.register_forward_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
