@@ -1,6 +1,7 @@
 import errno
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ultramed.core import store
 from ultramed.core.errors import StoreError
-from ultramed.core.schema import Strict
+from ultramed.core.schema import ModelConfig, Strict
 from ultramed.core.store import Artifact, check, digest, find, gc, stage
 
 
@@ -114,11 +115,36 @@ def test_a_damaged_artifact_is_noticed_and_made_again(fresh_store, damage):
     assert list(art.path.parent.glob(".corrupt-*")), "the damaged folder is kept aside"
 
 
-def test_verify_finds_a_flipped_byte_of_the_same_length(fresh_store):
+def test_a_flipped_byte_of_the_same_length_is_noticed_and_made_again(fresh_store):
+    CALLS.clear()
     art = numbers(Size())
     (art / "numbers.txt").write_text("0\n1\n9")
-    assert not check(art.path, deep=False)
     assert "sha256" in check(art.path)[0]
+    with pytest.raises(StoreError, match="damaged and was set aside"):
+        store.find(art.key)
+    assert numbers(Size()).manifest["files"] == art.manifest["files"]
+    assert CALLS == [3, 3]
+    (art / "numbers.txt").write_text("0\n1\n9")
+    numbers(Size())
+    assert CALLS == [3, 3, 3]
+
+
+def test_content_is_read_once_while_files_stay_as_they_are(fresh_store, monkeypatch):
+    read = []
+    art = numbers(Size())
+    monkeypatch.setattr(store, "sha256", lambda path: read.append(path.name) or art.manifest["files"][path.name]["sha256"])
+    numbers(Size())
+    assert not read, "its hash was taken when it was made"
+    os.utime(art / "numbers.txt")
+    for _ in range(3):
+        numbers(Size())
+    assert read == ["numbers.txt"]
+
+
+def test_what_a_model_is_called_makes_no_other_model_of_it():
+    a, b = (ModelConfig(name="tiny:llama", label=label) for label in ("mine", "theirs"))
+    assert store.digest(a) == store.digest(b) != store.digest(ModelConfig(name="tiny:other", label="mine"))
+    assert a.model_dump()["label"] == "mine"
 
 
 def test_full_disk_is_one_sentence_and_loses_nothing(fresh_store, monkeypatch):

@@ -1,7 +1,7 @@
 """Configurations of the stages, as pydantic models. Unknown keys are errors. A profile, which holds them all: profile.py."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,7 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """Where weights come from and how a conversation becomes its text."""
 
+    UNKEYED: ClassVar = {"label"}  # not part of an artifact's key: what tables call a model makes no other model of it
     name: str  # "bundled:smollm2-135m", "tiny:llama", a hub id, or a local folder
     label: str  # what tables call it
     revision: str | None = None  # of a hub id

@@ -80,7 +80,7 @@ class Artifact:
 def canonical(value: Any) -> Any:
     """Plain JSON data of anything a stage may be configured with."""
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", exclude=getattr(type(value), "UNKEYED", None))
     if isinstance(value, Artifact):
         return {"stage": value.stage, "key": value.key}
     if isinstance(value, Path):
@@ -126,6 +126,7 @@ def stage(version: int, *, also=None):
             final = root() / name / key
             art = Artifact(name, key, final)
             if _usable(final):
+                os.utime(final)  # `store gc --unused-for` goes by this
                 return art
             final.parent.mkdir(parents=True, exist_ok=True)
             with _lock(final.parent / f".lock-{key}", name):
@@ -157,14 +158,40 @@ def _usable(path: Path) -> bool:
     """Whether a published artifact is there and whole. A damaged one is moved aside, so that it is made again."""
     if not path.exists():
         return False
-    problems = check(path, deep=False)
+    problems = check(path, known=_verified(path))
     if not problems:
-        os.utime(path)  # `store gc --unused-for` goes by this
+        _note_verified(path)
         return True
-    aside = path.with_name(f".corrupt-{path.name}-{int(time.time())}")
+    aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
     log.warning("%s/%s is damaged (%s); moved to %s and made again", path.parent.name, path.name, problems[0], aside.name)
     path.rename(aside)
     return False
+
+
+def _stat(file: Path) -> list[int]:
+    """What a change of a file's content changes, too."""
+    facts = file.stat()
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
+def _note_path(path: Path) -> Path:
+    return root() / ".verified" / f"{path.parent.name}-{path.name}.json"
+
+
+def _verified(path: Path) -> dict[str, list[int]]:
+    """file -> `_stat` of it when its content was last compared with the manifest."""
+    try:
+        return json.loads(_note_path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _note_verified(path: Path) -> None:
+    """Remember that the files are as published, so that the next process need not read them to know it."""
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    seen = {name: _stat(path / name) for name in files}
+    if seen != _verified(path):
+        write_text(_note_path(path), json.dumps(seen))
 
 
 def _make(fn, art: Artifact, config, inputs: dict, recipe: dict) -> None:
@@ -192,6 +219,7 @@ def _make(fn, art: Artifact, config, inputs: dict, recipe: dict) -> None:
         write_json(work / MANIFEST, manifest)
         os.rename(work, art.path)
         _fsync(art.path.parent)
+        _note_verified(art.path)
     except Exception as err:
         if _disk_full(err):
             raise StoreError(
@@ -285,8 +313,11 @@ def _fsync(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------- looking after the store
 
 
-def check(path: Path, deep: bool = True) -> list[str]:
-    """What is wrong with a published folder: nothing, if the list is empty. `deep` reads every byte."""
+def check(path: Path, known: dict[str, list[int]] | None = None) -> list[str]:
+    """What is wrong with a published folder: nothing, if the list is empty.
+
+    Every byte is read, except of files that are as `known` says (size, time and inode of when they were last read).
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
@@ -299,7 +330,7 @@ def check(path: Path, deep: bool = True) -> list[str]:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != facts["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {facts['bytes']}")
-        elif deep and sha256(file) != facts["sha256"]:
+        elif (known or {}).get(name) != _stat(file) and sha256(file) != facts["sha256"]:
             problems.append(f"{name} does not have the content that was published (sha256 differs)")
     return problems
 
@@ -315,12 +346,14 @@ def artifacts() -> list[Artifact]:
 
 
 def find(prefix: str) -> Artifact:
-    """The one artifact whose key starts with `prefix` (or stage/prefix). Raises StoreError for none or several."""
+    """The one artifact whose key starts with `prefix` (or stage/prefix). Raises StoreError for none, several, or a damaged one."""
     stage_name, _, key = prefix.rpartition("/")
     hits = [a for a in artifacts() if a.key.startswith(key) and stage_name in ("", a.stage)]
     if len(hits) != 1:
         some = ", ".join(f"{a.stage}/{a.key}" for a in hits[:5])
         raise StoreError(f"{len(hits)} artifacts match {prefix!r}{': ' + some if some else f' in {root()}'}")
+    if not _usable(hits[0].path):
+        raise StoreError(f"{hits[0].stage}/{hits[0].key} is damaged and was set aside; run again what made it")
     return hits[0]
 
 
