@@ -52,8 +52,8 @@ def test_eval_of_ones_own_questions(medalpaca, questions, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gold": None}, "row 3 (q2): gold: "),
-        ({"gold": "E"}, "row 3 (q2): gold: wanted one of A, B, C, D, got 'E'"),
+        ({"gold": None}, "gold: `gold`: row 3 (q2) has none"),
+        ({"gold": "E"}, "row 3 (q2): wanted one of A, B, C, D, or the text of one of the options, got 'E'"),
         ({"options": {"A": "x"}}, "row 3 (q2): options: "),
     ],
 )

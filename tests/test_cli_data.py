@@ -7,7 +7,7 @@ from faulty import Faulty
 from test_cli import ultramed
 
 from ultramed.data import rows as canonical
-from ultramed.data.sources import read_any
+from ultramed.data.recognise import read
 
 QUESTION = (
     "A 45-year-old man has crushing chest pain with ST elevation in the inferior leads. Which artery is most likely blocked?"
@@ -30,7 +30,7 @@ def write(path, rows):
     ],
 )
 def test_anyones_rows_are_read(tmp_path, row, prompt, completion):
-    (made,) = read_any(write(tmp_path / "r.jsonl", [row]))
+    (made,) = read(write(tmp_path / "r.jsonl", [row]), "rows")
     assert made["id"] == "1"
     assert made["prompt"][-1]["content"] == prompt
     assert (made["completion"][0]["content"] if "completion" in made else None) == completion
@@ -38,7 +38,7 @@ def test_anyones_rows_are_read(tmp_path, row, prompt, completion):
 
 def test_a_row_without_anything_to_ask_is_named(tmp_path):
     with pytest.raises(canonical.BadRow, match=r"row 2.*prompt"):
-        read_any(write(tmp_path / "r.jsonl", [{"prompt": "a"}, {"text": "b"}]))
+        read(write(tmp_path / "r.jsonl", [{"prompt": "a"}, {"text": "b"}]), "rows")
 
 
 def test_decontaminate_keeps_the_clean_rows(tmp_path):

@@ -121,7 +121,7 @@ def test_every_gold_answer_of_the_exam_grades_right_and_a_wrong_one_wrong(exam):
 
 def test_recorded_answers_of_large_models_are_read(data):
     """The JSON replies of GPT-3.5 and GPT-4 in MIRAGE: where its strict parse names an option, so do we."""
-    from ultramed.data.rows import read_table
+    from ultramed.data.formats import read_table
 
     agree = total = 0
     for row in read_table(data / "mirage_answers" / "medqa.jsonl.gz")[:300]:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from ultramed.core.config import load_profile
 from ultramed.core.errors import ConfigError
 from ultramed.core.schema import PreferenceConfig
-from ultramed.data.rows import BadRow, read_pairs
+from ultramed.data.formats import BadRow
+from ultramed.data.recognise import read
+from ultramed.data.rows import read_pairs
 from ultramed.evaluate.sample import read_feedback
 from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm import models
@@ -271,7 +273,7 @@ def test_bad_pairs_name_file_row_and_field(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a", "rejected": "a"}')
     with pytest.raises(BadRow, match=r"pairs.jsonl, row 2.*prefers nothing"):
-        read_pairs(path)
+        read(path, "pairs")
     path.write_text('{"prompt": "p", "chosen": "a"}')
     with pytest.raises(BadRow, match=r"row 1.*rejected"):
-        read_pairs(path)
+        read(path, "pairs")

@@ -8,8 +8,9 @@ from ultramed.core.errors import ConfigError
 from ultramed.data import sources
 from ultramed.data.adapters import stated_score
 from ultramed.data.catalog import SOURCES
+from ultramed.data.formats import read_table
 from ultramed.data.mixture import MixtureConfig, mixture
-from ultramed.data.rows import read_instructions, read_questions, read_table
+from ultramed.data.rows import read_instructions, read_questions
 from ultramed.data.sources import SourceConfig, adapt, local_files, source
 
 LOCAL = [name for name, spec in SOURCES.items() if spec.files and name != "usmle_self_assessment"]

@@ -17,6 +17,12 @@ ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A file of p
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set train.epochs=2 (repeatable).")]
 
 
+MapOption = Annotated[
+    list[str],
+    typer.Option("--map", "-m", help="What is in which column, where its name does not tell: --map gold=label, --map base=1."),
+]
+
+
 def _processes(count: int) -> int:
     if count:
         os.environ[PROCESSES] = str(count)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ultramed.cli.common import console
+from ultramed.cli.common import MapOption, console
 from ultramed.core import config, schema, store
 from ultramed.core.errors import ConfigError
 
@@ -26,7 +26,9 @@ def _template(name: str) -> dict[str, str]:
 @models_app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")],
-    questions: Annotated[Path, typer.Option(help="JSONL or Parquet of question rows: question, options {A: ...}, gold.")],
+    questions: Annotated[
+        Path, typer.Option(help="Questions with options and answer: JSON, CSV, TSV or Parquet, as most sets come.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for answers.jsonl and results.json.")],
     protocol: Annotated[str, typer.Option(help="likelihood, greedy or medalpaca.")] = "likelihood",
     answer_form: Annotated[str, typer.Option(help="content_first ('text (B)') or letter_first ('B: text').")] = "letter_first",
@@ -37,6 +39,7 @@ def evaluate(
         ),
     ] = "",
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
+    columns: MapOption = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
 ) -> None:
@@ -44,6 +47,7 @@ def evaluate(
     import shutil
 
     from ultramed.core.log import quiet_libraries
+    from ultramed.data.recognise import parse_map
     from ultramed.data.sources import user_file
     from ultramed.evaluate import stats
     from ultramed.evaluate.accuracy import answers, read_answers
@@ -53,7 +57,7 @@ def evaluate(
     given_template = _template(template)
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
     setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
-    asked = user_file(questions, "questions", limit=limit)
+    asked = user_file(questions, "questions", limit=limit, columns=parse_map(columns))
     art = answers(setting, model=models.resolve(model), questions=asked, dtype=dtype, **given_template)
     frame = read_answers(art)
     e = stats.wilson(frame.correct)
@@ -76,7 +80,9 @@ def evaluate(
 @models_app.command()
 def agreement(
     model: Annotated[str, typer.Option(help="Artifact key, local folder, hub id, or bundled:smollm2-135m.")],
-    questions: Annotated[Path, typer.Option(help="JSONL or Parquet of question rows: question, options {A: ...}, gold.")],
+    questions: Annotated[
+        Path, typer.Option(help="Questions with options and answer: JSON, CSV, TSV or Parquet, as most sets come.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for agreement.csv.")],
     variants: Annotated[
         list[str],
@@ -90,9 +96,11 @@ def agreement(
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="Of all of them, e.g. protocol=likelihood.")] = [],  # noqa: B006
     template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
+    columns: MapOption = [],  # noqa: B006
 ) -> None:
     """Ask the same questions by several engines, dtypes, batch sizes: how many answers flip, and does the accuracy move?"""
     from ultramed.core.log import quiet_libraries
+    from ultramed.data.recognise import parse_map
     from ultramed.data.sources import user_file
     from ultramed.evaluate import agreement as agree
     from ultramed.evaluate.arms import percent
@@ -103,7 +111,11 @@ def agreement(
     setting = config.validate(schema.EvalConfig, config.overridden({"answer_form": "letter_first"}, overrides), "eval")
     for text in ["", *variants]:
         agree.settings(setting, text)  # a slip should show before the first question is asked
-    given = {"model": models.resolve(model), "questions": user_file(questions, "questions", limit=limit), **given_template}
+    given = {
+        "model": models.resolve(model),
+        "questions": user_file(questions, "questions", limit=limit, columns=parse_map(columns)),
+        **given_template,
+    }
     table = agree.flips({text or "as it is": agree.ask(setting, text, **given) for text in ["", *variants]})
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "agreement.csv", index=False)
@@ -116,19 +128,21 @@ def agreement(
 @models_app.command()
 def reward(
     model: Annotated[str, typer.Option(help="Reward model: artifact key, local folder or hub id with one output.")],
-    pairs: Annotated[Path, typer.Option(help="JSONL or Parquet of pairs: prompt, chosen, rejected (texts or messages).")],
+    pairs: Annotated[
+        Path, typer.Option(help="Pairs: prompt, chosen, rejected (texts, messages or lists of them); JSON, CSV or Parquet.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
     template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
 ) -> None:
     """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
     from ultramed.core.log import quiet_libraries
-    from ultramed.data.rows import read_pairs
+    from ultramed.data import recognise
     from ultramed.evaluate import reward_bench
     from ultramed.lm import models
 
     quiet_libraries()
     given_template = _template(template)
-    rows, found = read_pairs(pairs), models.resolve(model)
+    rows, found = recognise.read(pairs, "pairs"), models.resolve(model)
     given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), **given_template}
     out.mkdir(parents=True, exist_ok=True)
     if (out / "given.json").exists() and json.loads((out / "given.json").read_text()) != given:

@@ -21,7 +21,9 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.schema import Strict
 from ultramed.core.store import sha256, stage
 from ultramed.data import rows as canonical
+from ultramed.data.formats import read_table
 from ultramed.data.messages import as_completion
+from ultramed.data.recognise import transcript
 from ultramed.data.sources import data_root
 
 Made = Iterator[tuple[list[dict], str, str]]  # prompt, chosen, rejected
@@ -70,13 +72,6 @@ SECTIONS: dict[str, tuple[str, Callable[[list[dict]], Made]]] = {
 }
 
 
-def transcript(text: str) -> list[dict]:
-    """Messages of an HH-RLHF transcript, '\\n\\nHuman: …\\n\\nAssistant: …'."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": words.strip()} for who, words in zip(parts[::2], parts[1::2], strict=True)]
-
-
 class PublicConfig(Strict):
     """`count` pairs a section, drawn with `seed`; both replies are cut to their first `words` words."""
 
@@ -110,7 +105,7 @@ def public_pairs(out: Path, config: PublicConfig) -> dict:
             }
             for number, (prompt, chosen, rejected) in enumerate(
                 (prompt, _cut(a, config.words), _cut(b, config.words))
-                for prompt, a, b in SECTIONS[name][1](canonical.read_table(path))
+                for prompt, a, b in SECTIONS[name][1](read_table(path))
                 if name != "reasoning" or len(a.split()) <= config.words  # the difference is at the end
             )
             if chosen != rejected

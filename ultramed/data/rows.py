@@ -1,19 +1,12 @@
 """Canonical rows, checked once on the way in: a bad row is an error that names file, row and field."""
 
-import gzip
-import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ultramed.core.errors import UserError
-from ultramed.data.messages import as_completion
-
-
-class BadRow(UserError):
-    """A row that cannot be used; the message names file, row and field, what was wanted and what came."""
+from ultramed.data.formats import BadRow, read_table
 
 
 class Question(BaseModel):
@@ -90,32 +83,6 @@ class Pair(BaseModel):
 KINDS: dict[str, type[BaseModel]] = {"questions": Question, "instructions": Instruction, "prompts": Prompt, "pairs": Pair}
 
 
-def read_table(path: Path) -> list[dict]:
-    """Rows of a .parquet, .jsonl or .jsonl.gz file. Raises BadRow for an empty or unreadable file."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadRow(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        try:
-            rows = pq.read_table(path).to_pylist()
-        except (OSError, ValueError) as err:
-            raise BadRow(f"{path}: not a readable Parquet file: {err}") from None
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as fh:
-            rows = []
-            for number, line in enumerate(fh, 1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line))
-                    except ValueError as err:
-                        raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
-    else:
-        raise BadRow(f"{path}: wanted .parquet, .jsonl or .jsonl.gz, got {path.suffix or 'no suffix'!r}")
-    if not rows:
-        raise BadRow(f"{path}: has no rows")
-    return rows
-
-
 def check_rows(model: type[BaseModel], rows: list[dict], where: str) -> list[dict]:
     """Every row validated; ids must be unique."""
     out, seen = [], {}
@@ -164,20 +131,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_pairs(path: Path) -> list[dict]:
-    """Canonical pair rows of a file; RewardBench's rows (texts instead of messages) are taken, too.
-
-    A text becomes a user turn (prompt) or an assistant turn (chosen, rejected); RewardBench's other columns are dropped.
-    """
-    rows = []
-    for number, row in enumerate(read_table(path), 1):
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            turns = {k: as_completion(row[k]) for k in ("chosen", "rejected") if k in row}
-            row = {"id": row.get("id", number), "subset": row.get("subset") or "all", **turns, "prompt": row["prompt"]}
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        if isinstance(row, dict):
-            row = {**row, "id": str(row.get("id", number))}
-        rows.append(row)
-    return check_rows(Pair, rows, str(path))
+    """Canonical pair rows of a file."""
+    return check_rows(Pair, read_table(path), str(path))
 
 
 def spread(rows: list, limit: int) -> list:

@@ -15,11 +15,11 @@ from ultramed.core.ledger import write_lines
 from ultramed.core.profile import Profile
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, sha256, stage
+from ultramed.data import recognise
 from ultramed.data import rows as canonical
-from ultramed.data.adapters import alpaca_row
 from ultramed.data.catalog import Source, get
 from ultramed.data.exam import exam
-from ultramed.data.messages import as_completion
+from ultramed.data.formats import BadRow, read_table
 
 
 class SourceConfig(Strict):
@@ -79,7 +79,7 @@ def source(out: Path, config: SourceConfig) -> dict:
 def _raw(spec: Source, local: dict[str, Path]) -> Iterator[tuple[str, str, int | None, list[dict]]]:
     if local:
         for side, path in local.items():
-            yield side, str(path), spec.files[side][1], canonical.read_table(path)
+            yield side, str(path), spec.files[side][1], read_table(path)
         return
     from datasets import load_dataset
 
@@ -115,27 +115,28 @@ def dataset(profile: Profile, name: str) -> Artifact:
     return exam(profile.exam) if name == "exam" else source(SourceConfig(name=get(name).name))
 
 
-def user_file(path: Path, kind: str = "rows", side: str = "test", limit: int = 0) -> Artifact:
+def user_file(
+    path: Path, kind: str = "rows", side: str = "test", limit: int = 0, columns: dict[str, str] | None = None
+) -> Artifact:
     """Anyone's file as an artifact with `{side}.parquet` (candidates: `samples.jsonl`). kind: 'questions', 'rows' (any of
-    questions, instructions, prompts), 'pairs' or 'candidates'. Raises BadRow, naming file, row and field, for a row that
-    cannot be used."""
+    questions, instructions, prompts), 'pairs' or 'candidates'; columns: what is in which column, where the names do not tell
+    (data/recognise.py). Raises BadRow, naming file, row and field, for a row that cannot be used."""
     if not Path(path).is_file():
-        raise canonical.BadRow(f"{path}: no such file")
-    return user_rows(Path(path).resolve(), kind=kind, side=side, limit=limit)
+        raise BadRow(f"{path}: no such file")
+    return user_rows(Path(path).resolve(), kind=kind, side=side, limit=limit, columns=columns or {})
 
 
-@stage(version=2, also=lambda path: sha256(path))
-def user_rows(out: Path, path: Path, *, kind: str, side: str, limit: int) -> dict:
-    readers = {"questions": canonical.read_questions, "rows": read_any, "pairs": canonical.read_pairs, "candidates": read_any}
-    rows = readers[kind](path)[: limit or None]
+@stage(version=3, also=lambda path: sha256(path))
+def user_rows(out: Path, path: Path, *, kind: str, side: str, limit: int, columns: dict) -> dict:
+    rows = recognise.read(path, "rows" if kind == "candidates" else kind, columns)[: limit or None]
     if kind != "candidates":
         canonical.write_rows(out / f"{side}.parquet", rows)
         return {"counts": {side: len(rows)}}
-    told = {str(raw.get("id", n)): raw.get("candidates") for n, raw in enumerate(canonical.read_table(path), 1)}
+    told = {str(raw.get("id", n)): raw.get("candidates") for n, raw in enumerate(read_table(path), 1)}
     for row in rows:
         given = told[row["id"]]
         if not isinstance(given, list) or len(given) < 2 or not all(isinstance(text, str) for text in given):
-            raise canonical.BadRow(f"{path}, row {row['id']!r}: candidates: wanted two or more texts, got {given!r:.60}")
+            raise BadRow(f"{path}, row {row['id']!r}: candidates: wanted two or more texts, got {given!r:.60}")
     write_lines(
         out / "samples.jsonl",
         (
@@ -144,32 +145,3 @@ def user_rows(out: Path, path: Path, *, kind: str, side: str, limit: int) -> dic
         ),
     )
     return {"counts": {side: len(rows)}}
-
-
-def read_any(path: Path) -> list[dict]:
-    """Canonical rows of anyone's file, all of one kind: questions, instructions or prompts.
-
-    Texts may stand for messages, Alpaca's instruction/input/output for prompt and completion; rows without an id are
-    numbered. Other columns are dropped.
-    """
-    rows = canonical.read_table(path)
-    if isinstance(rows[0], dict) and "options" in rows[0]:
-        return canonical.read_questions(path)
-    out = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise canonical.BadRow(f"{path}, row {number}: wanted an object with `prompt` or `instruction`, got {row!r:.60}")
-        given = {k: row[k] for k in ("prompt", "completion", "reference", "meta") if row.get(k)}
-        if "instruction" in row:
-            given |= alpaca_row({"input": "", "output": "", **row}, number)
-        if isinstance(given.get("prompt"), str):
-            given["prompt"] = [{"role": "user", "content": given["prompt"]}]
-        if isinstance(given.get("completion"), str):
-            given["completion"] = as_completion(given["completion"])
-        if "completion" in given and not given["completion"][0]["content"]:
-            del given["completion"]
-        out.append({"id": str(row.get("id", number)), "source": str(row.get("source", "own")), **given})
-    whole = all("completion" in row for row in out)
-    for row in out:
-        row.pop("reference" if whole else "completion", None)
-    return canonical.check_rows(canonical.Instruction if whole else canonical.Prompt, out, str(path))

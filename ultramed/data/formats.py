@@ -1,0 +1,113 @@
+"""Tables as people have them: Parquet, JSON (lines, a list, an object of columns, of rows by id, or of splits), CSV, TSV; each
+of the text formats also gzipped, with or without a byte order mark."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from ultramed.core.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+csv.field_size_limit(1 << 30)
+
+
+class BadRow(UserError):
+    """A row that cannot be used; the message names file, row and field, what was wanted and what came."""
+
+
+def read_table(path: Path) -> list[dict]:
+    """Rows of a file; see above. Raises BadRow for a missing, empty or unreadable one."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadRow(f"{path}: no such file")
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (OSError, ValueError) as err:
+            raise BadRow(f"{path}: not a readable Parquet file: {err}") from None
+    elif suffix in SUFFIXES:
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as fh:
+                text = fh.read()
+        except (OSError, EOFError, UnicodeDecodeError) as err:
+            raise BadRow(f"{path}: not readable as UTF-8 text: {err}") from None
+        rows = _separated(text, path, suffix) if suffix in (".csv", ".tsv") else _json(text, path)
+    else:
+        raise BadRow(f"{path}: wanted one of {', '.join(SUFFIXES)} (text formats also .gz), got {suffix or 'no suffix'!r}")
+    if not rows:
+        raise BadRow(f"{path}: has no rows")
+    return rows
+
+
+def _separated(text: str, path: Path, suffix: str) -> list[dict]:
+    """Rows of CSV or TSV. A file with another separator in its header than its name says is read by what stands there."""
+    lines = text.splitlines()
+    head = lines[0] if lines else ""
+    mark = "\t" if suffix == ".tsv" else ","
+    if mark not in head:
+        mark = max(",\t;", key=head.count)
+    rows = []
+    for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True), delimiter=mark), 2):
+        if None in row:
+            raise BadRow(f"{path}, line {number}: {len(row[None])} more values than the header has columns")
+        rows.append({k.strip(): v for k, v in row.items()})
+    return rows
+
+
+def _json(text: str, path: Path) -> list[dict]:
+    """Rows of JSON lines, or of one JSON value."""
+    if text.lstrip()[:1] == "[":
+        try:
+            return _whole(json.loads(text), path)
+        except ValueError as err:
+            raise BadRow(f"{path}: not JSON: {err}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as err:
+            if rows or not line.lstrip().startswith("{"):
+                raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
+            try:
+                return _whole(json.loads(text), path)  # one object over several lines
+            except ValueError:
+                raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
+    return _whole(rows[0], path) if len(rows) == 1 and path.name.removesuffix(".gz").endswith(".json") else rows
+
+
+def _whole(value, path: Path) -> list[dict]:
+    """Rows of one JSON value: a list of rows, an object of columns (lists, or pandas' objects by row number), of rows by id,
+    or with one list of rows in it (`data`, `questions`, ...)."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise BadRow(f"{path}: wanted rows, got {value!r:.60}")
+    held = list(value.values())
+    if all(isinstance(v, list) for v in held) and len({len(v) for v in held}) == 1 and not _are_rows(held[0]):
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*held, strict=True)]
+    if all(isinstance(v, dict) for v in held):
+        names = list(held[0])
+        columns = all(list(v) == names for v in held) and not any(isinstance(v, dict | list) for v in held[0].values())
+        if columns and all(name.isdigit() for name in names):  # pandas' to_json(): column -> row number -> cell
+            return [{column: cells[name] for column, cells in value.items()} for name in names]
+        return [{"id": name, **row} for name, row in value.items()]
+    lists = [name for name, v in value.items() if isinstance(v, list) and _are_rows(v)]
+    if len(lists) == 1:
+        return value[lists[0]]
+    if len(lists) > 1:
+        raise BadRow(f"{path}: holds several tables ({', '.join(lists)}); give a file with one of them")
+    return [value]
+
+
+def _are_rows(cells: list) -> bool:
+    return (
+        bool(cells)
+        and isinstance(cells[0], dict)
+        and ({"question", "prompt", "instruction"} & {k.lower() for k in cells[0]} != set() or len(cells) > 26)
+    )
