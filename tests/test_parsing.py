@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.lm.parsing import parse
+from ultramed.lm.parsing import parse, squeeze, unread
 
 OPTIONS = {"A": "aspirin", "B": "ibuprofen", "C": "aspirin with codeine", "D": "no treatment"}
 YESNO = {"A": "yes", "B": "no", "C": "maybe"}
@@ -119,16 +119,130 @@ def test_every_gold_answer_of_the_exam_grades_right_and_a_wrong_one_wrong(exam):
             assert parse(answer_text(wrong, form), row["options"], form).letter != row["gold"]
 
 
-def test_recorded_answers_of_large_models_are_read(data):
-    """The JSON replies of GPT-3.5 and GPT-4 in MIRAGE: where its strict parse names an option, so do we."""
+@pytest.mark.parametrize(
+    ("text", "letter", "rule"),
+    [
+        ("It blocks both enzymes.\nAnswer: ibuprofen (B)", "B", "final line"),
+        ("Reasons.\nAnswer: B", "B", "final line"),
+        ("Reasons.\nAnswer: Ibuprofen.", "B", "final line"),
+        ("Answer: aspirin (A) is tempting.\nAnswer: ibuprofen (B)", "B", "final line"),
+        ("A is a form of B, which concerns aspirin. ibuprofen (B)", "B", "text (letter)"),
+        ("First aspirin (A), but then ibuprofen (B) is better.", "B", "text (letter)"),
+        ("So the answer is A. No, wait: the answer is B.", "B", "statement"),
+        ("The answer is A.\n\\\\boxed{B}".replace("\\\\", "\\"), "B", "boxed"),
+        (r"\boxed{\text{B}}", "B", "boxed"),
+        (r"\boxed{A} no, the answer is B", "B", "statement"),
+        ("<answer>B</answer>", "B", "tag"),
+        ("<think>maybe A</think><answer>Option B</answer>", "B", "tag"),
+        ('{"step_by_step_thinking": "The answer is A?", "choice": "B"}', "B", "json"),
+        ("Therefore, **B. ibuprofen** fits best.", "B", "bold"),
+        ("I would choose option B here.", "B", "chosen"),
+        ("Option B is correct because it blocks both.", "B", "correct"),
+        ("B is the most likely answer.", "B", "correct"),
+        ("The answer is ibuprofen, as A is contraindicated", "B", "statement of the text"),
+        ("The answer is aspirin with codeine", "C", "statement of the text"),
+        ("Many reasons.\n\nB", "B", "last line"),
+        ("Many reasons.\n(B)", "B", "last line"),
+        ("B", "B", "last line"),
+        ("B: ibuprofen\nbecause it blocks both", "B", "letter: text"),
+        ("ibuprofen\nbecause", "B", "option text"),
+        ("I would give ibuprofen to this patient", "B", "only option mentioned"),
+    ],
+)
+def test_reasoned_replies_and_the_rules_that_read_them(text, letter, rule):
+    found = parse(text, OPTIONS, "reasoned")
+    assert (found.letter, found.rule) == (letter, rule)
+    assert found.strict == (text.endswith("Answer: ibuprofen (B)"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is A or B.",
+        "The answer is A, B.",
+        "The answer is B/C",
+        "The answer is A and B",
+        "The answer is not B.",
+        "Is the answer B?",
+        "If the answer is B, the patient dies.",
+        "We do not know whether the answer is B",
+        "The answer is aspirin or ibuprofen",
+        "Option C describes neutrophils.",
+        '{"reasons": "The answer would be B if so", "answer_choice": "None of the above"}',
+        "I first thought the answer is B. None of the options fits.",
+        "A patient with fever.\nI do not know",
+    ],
+)
+def test_negations_enumerations_and_abstentions_are_no_answers(text):
+    assert parse(text, OPTIONS, "reasoned").letter is None
+
+
+@pytest.mark.parametrize("form", ["letter_first", "content_first"])
+@pytest.mark.parametrize(
+    ("text", "letter", "rule", "strict"),
+    [
+        ("B: ibuprofen", "B", "letter: text", "letter_first"),
+        ("B: aspirin", "B", "letter: text", ""),
+        ("B:", "B", "letter: text", ""),
+        ("B:\nibuprofen", "B", "letter: text", "letter_first"),
+        ("**B**: ibuprofen", "B", "letter: text", "letter_first"),
+        ("ibuprofen (B)", "B", "text (letter)", "content_first"),
+        ("ibuprofen (B)\nbecause", "B", "text (letter)", "content_first"),
+        ("none at all of these (D)", "D", "other text (letter)", ""),
+        (" ".join("abcdefghijkl") + " (D)", "D", "other text (letter)", ""),
+        ("\\boxed{B}", "B", "boxed", ""),
+        ("(B)", "B", "lone letter", ""),
+        ("B.", "B", "lone letter", ""),
+        ("no treatment", "D", "option text", ""),
+        ("no treatment.\nRest will do", "D", "option text", ""),
+        ("aspirin with codeine helps", "C", "only option mentioned", ""),
+        (" ".join("abcdefghijklm") + " (D)", None, "unparsed", ""),
+        ("B", "B", "lone letter", ""),
+    ],
+)
+def test_every_rule_by_its_name(text, letter, rule, strict, form):
+    found = parse(text, OPTIONS, form)
+    assert (found.letter, found.rule, found.strict) == (letter, rule, form == strict)
+
+
+def test_a_reply_without_an_answer_is_truncated_refused_or_unparsed():
+    assert unread("The patient has", finished=False) == "truncated"
+    assert unread("I'm sorry, but I cannot give medical advice.", finished=True) == "refused"
+    assert unread("A difficult question.", finished=True) == "unparsed"
+
+
+def test_squeezing_twice_changes_nothing():
+    assert squeeze(' **Aortic  stenosis** ."; ') == squeeze(squeeze(' **Aortic  stenosis** ."; ')) == "aortic stenosis"
+
+
+@pytest.mark.parametrize(("name", "count"), [("medqa", 5086), ("pubmedqa", 2000)])
+def test_recorded_answers_of_large_models_are_read(data, name, count):
+    """Raw replies of GPT-3.5 and GPT-4 in MIRAGE. Where its strict parse names an option, so do we, the same one; the two
+    replies that only we read say 'the answer to the question is: C. maybe' and 'the answer choice is B. no'."""
     from ultramed.data.formats import read_table
 
-    agree = total = 0
-    for row in read_table(data / "mirage_answers" / "medqa.jsonl.gz")[:300]:
+    seen, differ = 0, []
+    for row in read_table(data / "mirage_answers" / f"{name}.jsonl.gz"):
+        options = row["options"] or YESNO
         for answer in row["answers"]:
-            if answer.get("predicted") and answer["predicted"] in row["options"]:
-                text = f"The answer is {answer['predicted']}: {row['options'][answer['predicted']]}"
-                total += 1
-                agree += parse(text, row["options"]).letter == answer["predicted"]
-    assert total > 500
-    assert agree == total
+            seen += 1
+            letter = parse(answer["raw"], options, "reasoned").letter
+            if letter != answer["predicted"]:
+                differ.append((row["id"], answer["predicted"], letter))
+    assert seen == count
+    assert differ == ([] if name == "medqa" else [("22453060", None, "C"), ("23571528", None, "B")])
+
+
+def test_ultramedicals_own_answers_are_read(data):
+    """All 25 multiple-choice answers among the 50 examples of its repository, whose answer is recorded beside them."""
+    import re
+
+    from ultramed.data.formats import read_table
+
+    read = 0
+    for row in read_table(data / "ultramedical" / "examples.jsonl.gz"):
+        options = dict(re.findall(r"(?m)^([A-J])[.)] (.+)$", row["conversations"][0]["value"]))
+        if options and row["answer"]:
+            assert parse(row["conversations"][-1]["value"], options, "reasoned").letter == row["answer"].strip()[0]
+            read += 1
+    assert read == 25

@@ -180,7 +180,7 @@ def test_public_questions_as_released(data, path, count, spread):
 
 
 def test_public_pairs_as_released(data):
-    for name, count in (("dpo_en_demo", 300), ("hh_rlhf_harmless_base_test", 2312), ("alpaca_eval_gpt4turbo_pairs", 4040)):
+    for name, count in (("dpo_en_demo", 300), ("hh_rlhf_harmless_base_test", 2307), ("alpaca_eval_gpt4turbo_pairs", 4040)):
         made = read(data / "preference" / f"{name}.parquet", "pairs")
         assert len(made) == count
         assert sum(r["prompt"][-1]["role"] != "user" for r in made) <= 4, "four transcripts of HH-RLHF are torn"

@@ -23,8 +23,8 @@ QuestionCounts = Annotated[dict[str, int], Merging(replaced=True, rows=True)]  #
 Rows = Annotated[int, Merging(rows=True)]
 
 Method = Literal["full", "lora", "lora_8bit", "lora_4bit"]
-AnswerForm = Literal["content_first", "letter_first"]
-Protocol = Literal["likelihood", "greedy", "medalpaca"]
+AnswerForm = Literal["content_first", "letter_first", "reasoned"]
+Protocol = Literal["likelihood", "greedy", "medalpaca", "ultramedical"]
 EngineName = Literal["transformers", "openvino"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 

@@ -6,8 +6,12 @@ Everything that is asked or trained on passes through here, so that a question r
 import hashlib
 import re
 
+FINAL = "Answer:"  # how the last line of a reasoned answer begins
+
 # What the system turn asks for. The base model is told the form of the answer, too.
 HINTS = {"content_first": "Answer: text (letter).", "letter_first": "Answer: letter: text."}
+# What ends a question that is to be reasoned about: UltraMedical's training format names no form, so this line does.
+REASON = 'Think step by step. End with a last line of the form "Answer: text (letter)".'
 
 
 def hints_wording(config=None) -> str:
@@ -22,7 +26,15 @@ def question_text(row: dict) -> str:
 
 
 def question_prompt(row: dict, answer_form: str) -> list[dict]:
-    """Messages that ask a multiple-choice question and name the wanted form of the answer."""
+    """Messages that ask a multiple-choice question and name the wanted form of the answer.
+
+    'reasoned' is UltraMedical's training format (data/examples.json of its repository: the question, a blank line, an option a
+    line, no system turn) and one line that asks for reasons and for a last line that can be read.
+    """
+    if answer_form == "reasoned":
+        context = f"{row['context']}\n\n" if row.get("context") else ""
+        lettered = "\n".join(f"{k}. {v}" for k, v in row["options"].items())
+        return [{"role": "user", "content": f"{context}{row['question']}\n\n{lettered}\n\n{REASON}"}]
     return [{"role": "system", "content": HINTS[answer_form]}, {"role": "user", "content": question_text(row)}]
 
 
@@ -33,8 +45,12 @@ def names_option(prompt: list[dict], letter: str | None, reply: str) -> bool:
 
 
 def answer_text(row: dict, answer_form: str) -> str:
-    """The gold answer. letter_first is MedAlpaca's form ('B: text'); content_first is what a small model can learn."""
+    """The gold answer. letter_first is MedAlpaca's form ('B: text'); content_first is what a small model can learn; reasoned
+    puts the row's rationale, if it has one, before a last line 'Answer: text (B)'."""
     letter, text = row["gold"], row["options"][row["gold"]]
+    if answer_form == "reasoned":
+        reasons = (row.get("meta") or {}).get("rationale")
+        return f"{reasons}\n{FINAL} {text} ({letter})" if reasons else f"{FINAL} {text} ({letter})"
     return f"{letter}: {text}" if answer_form == "letter_first" else f"{text} ({letter})"
 
 

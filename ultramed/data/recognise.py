@@ -346,10 +346,12 @@ def pairs(rows: list, where: str) -> tuple[list[dict], str]:
     if None in sides:
         lacks = "chosen" if sides[0] is None else "rejected"
         raise BadRow(f"{where}, row 1: {lacks}: no such column among {', '.join(columns.names)}")
-    made, name = [], columns.find("id", IDS)
+    made, name, torn = [], columns.find("id", IDS), 0
     for number, row in enumerate(rows, 1):
         try:
-            made += _pairs_of(row, number, prompt, sides, name, columns)
+            found = _pairs_of(row, number, prompt, sides, name, columns)
+            made.extend(found)
+            torn += not found
         except (ValueError, AttributeError, TypeError, KeyError) as err:
             raise BadRow(f"{where}, row {number}: {err}") from None
     counts = Counter(row["id"] for row in made)
@@ -357,7 +359,8 @@ def pairs(rows: list, where: str) -> tuple[list[dict], str]:
         made = [{**row, "id": f"{row['subset']}:{n}:{row['id']}"} for n, row in enumerate(made)]
     _plain_meta(made)
     start = f"prompt from `{prompt}`" if prompt else "prompt from what both replies begin with"
-    return canonical.check_rows(canonical.Pair, made, where), f"{start}, `{sides[0]}` against `{sides[1]}`"
+    left_out = f", {torn} left out whose sides answer different prompts" if torn else ""
+    return canonical.check_rows(canonical.Pair, made, where), f"{start}, `{sides[0]}` against `{sides[1]}`{left_out}"
 
 
 def _by_preference(columns: Columns, two: list[str]) -> list[dict]:
@@ -373,6 +376,7 @@ def _by_preference(columns: Columns, two: list[str]) -> list[dict]:
 
 
 def _pairs_of(row: dict, number: int, prompt: str | None, sides: list[str], name: str | None, columns: Columns) -> list[dict]:
+    """Pairs of one row; none where the two sides answer different prompts."""
     asked = as_messages(row[prompt]) if prompt and row.get(prompt) else []
     replies = []
     for side in sides:
@@ -382,8 +386,8 @@ def _pairs_of(row: dict, number: int, prompt: str | None, sides: list[str], name
         several = isinstance(value, list) and all(isinstance(v, str) for v in value)
         replies.append([_reply(v, asked, side) for v in (value if several else [value])])
     start = asked or replies[0][0][0]
-    if any(before and before != start and before[-1:] != start[-1:] for side in replies for before, _ in side):
-        raise ValueError("chosen and rejected answer different prompts")
+    if any(before and before[-1:] != start[-1:] for side in replies for before, _ in side):
+        return []
     subset = next((str(row[c]) for c in ("subset", "domain", "label_type", "category", "section") if row.get(c)), "all")
     own = str(row[name]) if name and row.get(name) is not None else str(number)
     meta = {

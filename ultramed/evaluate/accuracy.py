@@ -17,7 +17,7 @@ from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.evaluate.stats import wilson
 from ultramed.lm import models
 from ultramed.lm.device import placement
-from ultramed.lm.parsing import parse
+from ultramed.lm.parsing import parse, unread
 from ultramed.lm.templates import wording
 
 TOO_LONG = "too long"  # in place of a parser's rule: the question did not fit into the model's context
@@ -81,15 +81,27 @@ def select_rows(rows: list[dict], select: dict | None) -> list[dict]:
 
 
 def summary(result: list[dict]) -> dict:
-    """n, accuracy and outcome counts of ledger rows."""
+    """n, accuracy and outcome counts of ledger rows; `truncated` and `refused` are among the unparsed. `bounds`: accuracy if all
+    unparsed replies were wrong, and if all were right."""
     outcome = {"correct": 0, "wrong": 0, "unparsed": 0}
     long = sum(row["rule"] == TOO_LONG for row in result)
     result = [row for row in result if row["rule"] != TOO_LONG]
     for row in result:
         outcome["unparsed" if row["letter"] is None else "correct" if row["correct"] else "wrong"] += 1
     n = len(result)
+    ways = [unread(row["reply"], row["finished"]) for row in result if row["letter"] is None and "reply" in row]
+    why = {name: ways.count(name) for name in ("truncated", "refused")}
+    bounds = [outcome["correct"] / n, (outcome["correct"] + outcome["unparsed"]) / n] if n else None
     strict = sum(r["strict"] for r in result)
-    return {"n": n, "accuracy": outcome["correct"] / n if n else None, **outcome, "well_formed": strict, "too_long": long}
+    return {
+        "n": n,
+        "accuracy": outcome["correct"] / n if n else None,
+        **outcome,
+        **why,
+        "bounds": bounds,
+        "well_formed": strict,
+        "too_long": long,
+    }
 
 
 def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> dict:
@@ -191,7 +203,12 @@ def _medalpaca(engine, rows, config, ledger, bar, unfit):
             return
 
 
-ASK = {"likelihood": _likelihood, "greedy": _greedy, "medalpaca": _medalpaca}
+def _ultramedical(engine, rows, config, ledger, bar, unfit):
+    """0-shot chain of thought, greedy: UltraMedical, section 4.1; how a reply is read is ours, its own was not released."""
+    _greedy(engine, rows, config.model_copy(update={"answer_form": "reasoned"}), ledger, bar, unfit)
+
+
+ASK = {"likelihood": _likelihood, "greedy": _greedy, "medalpaca": _medalpaca, "ultramedical": _ultramedical}
 
 
 def read_answers(artifact: Artifact) -> pd.DataFrame:

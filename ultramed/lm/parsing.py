@@ -1,13 +1,23 @@
-"""Answers out of text: an ordered cascade of named rules. What no rule reads is *unparsed*, never a guess.
+"""Answers out of text: an ordered cascade of named rules, which never knows the gold answer. What no rule reads is
+*unparsed*, never a guess.
 
-The order matters: a reply that states a final answer is believed before one that merely mentions an option.
-`strict` marks a reply in exactly the form that was asked for; the share of such replies is the format compliance.
+A reply that states its answer is believed before one that merely mentions an option, and of several statements the last
+one counts, so that a change of mind does. Negations ("not B") and enumerations ("A or B") are no statements. `strict` marks a
+reply in exactly the form that was asked for; the share of such replies is the format compliance.
 """
 
 import re
 from dataclasses import dataclass
 
+from ultramed.data.messages import FINAL
+
 _TAIL = r"(?![A-Za-z0-9])"
+NONE_OF_THEM = r"\b[Nn]one of the (?:above|options|choices|provided|given|listed|answers)\b"
+REFUSAL = re.compile(
+    r"\b(?:I(?:'m| am) (?:sorry|unable)|I can(?:not|'t| not) (?:answer|assist|help|provide|give|comply|determine)|as an AI\b"
+    r"|(?:un)?able to (?:answer|provide)|consult (?:a|your) (?:doctor|physician|healthcare)|content (?:filter|management policy))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -25,32 +35,40 @@ UNPARSED = Parsed(None, "unparsed")
 def squeeze(text: str) -> str:
     """Lower case, markup and outer punctuation gone, one space between words: for comparing option texts."""
     text = re.sub(r"[*_`]+", "", text)
-    return re.sub(r"\s+", " ", text).strip().strip(".,;:!\"'").lower()
+    return re.sub(r"\s+", " ", text).strip(" .,;:!\"'").lower()
 
 
 def parse(text: str, options: dict[str, str], answer_form: str = "letter_first") -> Parsed:
     """Read the chosen option of a reply.
 
-    options: letter -> text. answer_form: 'letter_first' ('B: text') or 'content_first' ('text (B)'); in the second the
-    text decides where text and letter disagree, because a small model learns the text before the letter.
+    options: letter -> text. answer_form: 'letter_first' ('B: text'), 'content_first' ('text (B)'), or 'reasoned' (a last line
+    'Answer: text (B)'). Where text and letter disagree, the letter decides in letter_first, the text in the others, because
+    a small model learns the text before the letter.
     """
     letters = "".join(options)
     by_text = {}
     for letter, option in options.items():  # an option text that stands twice names no letter
         by_text[squeeze(option)] = None if squeeze(option) in by_text else letter
-    reply = re.sub(r"[*`]+", "", text).strip()
-    rules = (_content, _letter) if answer_form == "content_first" else (_letter, _content)
-    for rule in (*rules, _statement, _lone_letter, _whole_text, _only_mention):
-        found = rule(reply, letters, by_text)
+    for rule in RULES[answer_form]:
+        found = rule(text if rule in ON_MARKUP else re.sub(r"[*`]+", "", text).strip(), letters, by_text)
         if found is not None:
-            strict = found.strict and rule is rules[0]
-            return Parsed(found.letter, found.rule, strict)
+            return Parsed(found.letter, found.rule, found.strict and rule is RULES[answer_form][0])
     return UNPARSED
+
+
+def unread(text: str, finished: bool) -> str:
+    """What became of a reply that no rule read: 'truncated', 'refused' or 'unparsed'."""
+    if not finished:
+        return "truncated"
+    return "refused" if REFUSAL.search(text) else "unparsed"
+
+
+# ---------------------------------------------------------------------------------------------------------- asked forms
 
 
 def _letter(reply: str, letters: str, by_text: dict) -> Parsed | None:
     """'B: text', 'B. text', 'B) text', '(B) text'. Needs the punctuation: 'A patient' and 'I think' are no answers."""
-    hit = re.match(rf"\(?([{letters}])(?:\)\s*[:.]?|\s*[:.])(?:\s+|$)(.*)", reply, re.S)
+    hit = re.match(rf"\(?([{letters}])(?:\)\s*[:.]?|\s*[:.])(?:\s+|$)(.*)", reply, re.DOTALL)
     if hit is None or (not hit[2] and ":" not in hit[0]):
         return None
     body = squeeze(hit[2].split("\n")[0])
@@ -68,32 +86,86 @@ def _content(reply: str, letters: str, by_text: dict) -> Parsed | None:
     return None if len(hit[1].split()) > 12 else Parsed(hit[2], "other text (letter)")
 
 
-def _statement(reply: str, letters: str, by_text: dict) -> Parsed | None:
-    r"""'the answer is B', 'Answer: (B)', '\boxed{B}': the last such statement, so that a change of mind counts."""
-    pattern = (
-        rf"(?:answer|option|choice)(?:\s+(?:to the question|is|should be|would be))*\s*[:=]?\s*\(?([{letters}])\)?{_TAIL}"
-        rf"|\\boxed\{{\s*(?:\\text\{{)?\s*([{letters}])\b"
-    )
-    # The letter is matched as written: the article in "the answer is a disease" is not option A.
-    hits = [h[1] or h[2] for h in re.finditer(pattern, reply.replace("Answer", "answer").replace("Option", "option"))]
-    if hits:
-        return Parsed(hits[-1], "statement")
-    texts = "|".join(sorted((re.escape(t) for t in by_text if t), key=len, reverse=True))
-    named = re.findall(rf"answer(?: is| would be)?\s*:?\s*(?:the )?\"?({texts}){_TAIL}", squeeze(reply)) if texts else []
-    return Parsed(by_text[named[-1]], "statement of the text") if named and by_text[named[-1]] else None
+def _final_line(reply: str, letters: str, by_text: dict) -> Parsed | None:
+    """The last line is 'Answer: text (B)', or less strictly 'Answer: B' or 'Answer: text'."""
+    line = reply.rsplit("\n", 1)[-1].strip()
+    if not line.startswith(FINAL):
+        return None
+    rest = line.removeprefix(FINAL).strip()
+    found = _content(rest, letters, by_text) or _lone_letter(rest, letters, by_text) or _letter(rest, letters, by_text)
+    found = found or _whole_text(rest, letters, by_text)
+    return Parsed(found.letter, "final line", strict=found.strict) if found else None
+
+
+# ----------------------------------------------------------------------------------------------------------- statements
+
+
+def _stated(reply: str, letters: str, by_text: dict) -> Parsed | None:
+    r"""The last explicit statement: '\boxed{B}', '<answer>B</answer>', '"answer_choice": "B"', 'the answer is (B)', '**B**', or
+    an option's own text and letter, 'text (B)'. Unparsed where the last thing stated is that none fits."""
+    one = rf"\(?([{letters}])\)?{_TAIL}"
+    # What follows must not make the letter one of several: 'A or B', 'A, B', 'A and B', 'A/B'; nor a question: 'is it B?'
+    alone = rf"(?!\s*(?:,|/|or|and|&)\s*(?:or\s+|and\s+)?(?:option\s+)?\(?[{letters}]\)?{_TAIL})(?!\s*\?)"
+    verb = r"(?:\s+(?:to the question|is|was|should be|would be|must be|therefore|thus))"
+    says = rf"(?:(?:[Aa]nswer|ANSWER)(?:[ _]choice)?{verb}*|(?:[Oo]ption|[Cc]hoice|[Dd]iagnosis)(?:{verb}+|(?=\s*[:=])))"
+    patterns = {
+        "boxed": rf"\\boxed\{{\s*(?:\\text(?:bf)?\{{)?\s*{one}",
+        "tag": rf"<(?:answer|final_answer|choice)>\s*(?:[Oo]ption\s+)?{one}",
+        "json": rf"[\"'](?:answer|answer_choice|choice|final_answer)[\"']\s*:\s*[\"']{one}",
+        "statement": rf"(?<![Ii]f the )(?<!hether the ){says}[\"'*]*\s*[:=]?\s*[\"'*]*(?:[Oo]ption\s+)?{one}{alone}",
+        "chosen": rf"\b(?:choose|select|pick|go with|answer with)\s+(?:[Oo]ption\s+|\*+)?{one}{alone}",
+        "correct": rf"(?<![A-Za-z(]){one}[\"'*.]*\s+(?:is|would be)\s+(?:the\s+)?(?:most\s+likely\s+|best\s+)?(?:correct|right|answer|best)",
+        "bold": rf"\*\*\s*{one}[.:)]?[^*\n]*\*\*",
+    }
+    hits = [(m.start(), rule, next(g for g in m.groups() if g)) for rule, p in patterns.items() for m in re.finditer(p, reply)]
+    declared = r"[\"'](?:answer|answer_choice|choice|final_answer)[\"']\s*:\s*[\"'](?!\(?[A-Z]\b)"
+    hits += [(m.start(), "abstained", None) for m in re.finditer(rf"{declared}|{NONE_OF_THEM}", reply)]
+    texts = _alternatives(by_text)
+    if texts:
+        # Lower-casing and squeezing keep no positions, so texts are looked for in the reply as it stands.
+        own = rf"(?<![A-Za-z0-9])({texts})[\"'*.]*\s*\(([{letters}])\)"
+        for m in re.finditer(own, reply, re.IGNORECASE):
+            letter = by_text.get(squeeze(m[1]))
+            if letter:
+                hits.append((m.start(), "text (letter)", letter))
+        named = rf"answer(?: is| was| would be| should be)?\s*:?\s*(?:the )?[\"'*]*({texts}){_TAIL}"
+        several = rf"(?!\s*(?:,|/|or|and)\s+(?:{texts}))"
+        for m in re.finditer(named + several, reply, re.IGNORECASE):
+            letter = by_text.get(squeeze(m[1]))
+            if letter:
+                hits.append((m.start(), "statement of the text", letter))
+    if not hits:
+        return None
+    _, rule, letter = max(hits, key=lambda hit: hit[:1])
+    return Parsed(letter, rule) if letter else UNPARSED
+
+
+def _alternatives(by_text: dict) -> str:
+    """The options' texts as one pattern, the longest first, so that 'aspirin with codeine' is not read as 'aspirin'."""
+    return "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in sorted(by_text, key=len, reverse=True) if t)
+
+
+# ------------------------------------------------------------------------------------------------------------- mentions
 
 
 def _lone_letter(reply: str, letters: str, by_text: dict) -> Parsed | None:
-    hit = re.fullmatch(rf"\(?([{letters}])[).:]?", reply)
+    hit = re.fullmatch(rf"\(?([{letters}])[).:]*", reply)
     return Parsed(hit[1], "lone letter") if hit else None
 
 
 def _whole_text(reply: str, letters: str, by_text: dict) -> Parsed | None:
-    """The first line, or the whole reply, is the text of one option."""
-    for part in (reply, reply.split("\n")[0]):
+    """The first line, the last one, or the whole reply is the text of one option."""
+    for part in (reply, reply.split("\n")[0], reply.rsplit("\n", 1)[-1]):
         if by_text.get(squeeze(part)):
             return Parsed(by_text[squeeze(part)], "option text")
     return None
+
+
+def _last_line(reply: str, letters: str, by_text: dict) -> Parsed | None:
+    """The last line alone is 'B', '(B)', 'B. text' or 'text (B)'."""
+    line = reply.rsplit("\n", 1)[-1].strip()
+    found = _lone_letter(line, letters, by_text) or _letter(line, letters, by_text)
+    return Parsed(found.letter, "last line") if found else None
 
 
 def _only_mention(reply: str, letters: str, by_text: dict) -> Parsed | None:
@@ -107,3 +179,11 @@ def _only_mention(reply: str, letters: str, by_text: dict) -> Parsed | None:
         return None
     letter = by_text[found.pop()]
     return Parsed(letter, "only option mentioned") if letter else None
+
+
+RULES = {
+    "letter_first": (_letter, _content, _stated, _lone_letter, _whole_text, _only_mention),
+    "content_first": (_content, _letter, _stated, _lone_letter, _whole_text, _only_mention),
+    "reasoned": (_final_line, _stated, _last_line, _lone_letter, _letter, _whole_text, _only_mention),
+}
+ON_MARKUP = {_stated}  # reads asterisks

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from ultramed.core.errors import ConfigError
-from ultramed.data.messages import HINTS
+from ultramed.data.messages import HINTS, REASON
 
 RELEASED = "ultramedical_released"
 
@@ -127,7 +127,7 @@ def without_system(messages: list[dict]) -> list[dict]:
 def wording(config=None) -> str:
     """Hash of every text above; part of the key of each stage that renders prompts (a model's chat template is part of
     the model's own artifact)."""
-    return hashlib.sha256(repr((HINTS, TEMPLATES)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((HINTS, REASON, TEMPLATES)).encode()).hexdigest()[:12]
 
 
 def role_header(tokenizer) -> str:
