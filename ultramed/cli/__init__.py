@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ultramed.cli import annotate, book, data, models, store, train
+from ultramed.cli import annotate, bench, book, data, models, store, train
 from ultramed.core.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(book.book_app)
 app.add_typer(models.models_app)
+app.add_typer(bench.bench_app)
 app.add_typer(train.train_app, name="train")
 app.add_typer(data.data_app, name="data")
 app.add_typer(annotate.annotate_app, name="annotate")

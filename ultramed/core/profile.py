@@ -196,6 +196,24 @@ class CostSection(Strict):
     arms: dict[str, ChangesToTrain]
 
 
+class BenchSection(Strict):
+    """`ultramed bench` and notebook 40. `models`: by key, folder, hub id or url#model; empty: the profile's first."""
+
+    models: list[str] = Field([])
+    protocol: Literal["likelihood", "ultramedical", "greedy"] = "likelihood"
+    limit: Rows = Field(0, ge=0)  # questions of each task; 0: all
+    samples: int = Field(0, ge=0)  # with protocol ultramedical: the majority of so many samples; 0: the greedy reply
+    shuffle: int = Field(0, ge=0)  # other orders of the options
+    max_new_tokens: int = Field(1024, ge=1)  # of a reasoned reply
+    batch_tokens: int = Field(8192, ge=64)
+
+    @model_validator(mode="after")
+    def _reasons(self):
+        if self.samples and self.protocol != "ultramedical":
+            raise ValueError(f"samples are of reasoned replies: protocol ultramedical, not {self.protocol}")
+        return self
+
+
 class Profile(Strict):
     name: str
     description: str
@@ -208,6 +226,7 @@ class Profile(Strict):
     ultramedical: UltraMedicalConfig | None = None
     collection: CollectionConfig | None = None
     cost: CostSection | None = None
+    bench: BenchSection = BenchSection()
     judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
     limit: int = Field(0, ge=0)  # a quick look: no more rows, questions or prompts than this of any source; 0: as they are
     open_rows: Rows = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)

@@ -29,6 +29,13 @@ class Source:
     folder: str = ""
     was: str = ""
 
+    def where(self) -> str:
+        """Where to get it, in a line."""
+        hub = next((entry[0] for entry in self.hub.values()), None)
+        files = ", ".join(file for file, _ in self.files.values())
+        own = f"$ULTRAMED_DATA/{self.folder or self.name}/{{{files}}}" if files else ""
+        return f"{self.name}: " + " or ".join(part for part in (f"hub {hub}" if hub else "", own) if part)
+
     @property
     def adapt(self) -> Callable[[dict, int], dict]:
         return getattr(adapters, self.adapter)

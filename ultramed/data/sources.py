@@ -6,6 +6,7 @@ error: papers' numbers are over known splits.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from ultramed.data import rows as canonical
 from ultramed.data.catalog import Source, get
 from ultramed.data.exam import exam
 from ultramed.data.formats import BadRow, read_table
+
+log = logging.getLogger(__name__)
 
 
 class SourceConfig(Strict):
@@ -45,6 +48,15 @@ def local_files(name: str) -> dict[str, Path]:
     spec = get(name)
     files = {side: root / (spec.folder or name) / file for side, (file, _) in spec.files.items()} if root else {}
     return {side: path for side, path in files.items() if path.is_file()}
+
+
+def at_hand(name: str) -> Artifact | None:
+    """The data set, if it is in ULTRAMED_DATA or the hub gives it; None, with a line in the log why, if not."""
+    try:
+        return source(SourceConfig(name=name))
+    except ConfigError as err:
+        log.info("%s", err)
+        return None
 
 
 def _content(config: SourceConfig) -> dict:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -43,6 +44,21 @@ def placement(dtype: str = "auto") -> Placement:
 def at_most_on_cpu(tokens: int, most: int) -> int:
     """Tokens of a batch, for a CPU no more than `most`: GPU profiles ask for what its memory does not hold."""
     return min(tokens, most) if placement().device == "cpu" else tokens
+
+
+@functools.cache
+def matrix_gflops(side: int = 2048) -> float:
+    """GFLOP/s of this machine's matrix products in the dtype that it runs models in: the median of a few, after a warm-up."""
+    place = placement()
+    a = torch.randn(side, side).to(place.device, place.dtype)
+    times = []
+    for _ in range(8):
+        clock = time.perf_counter()
+        a @ a
+        if place.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - clock)
+    return 2 * side**3 / sorted(times[2:])[3] / 1e9
 
 
 @functools.cache

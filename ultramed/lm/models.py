@@ -170,6 +170,16 @@ def weights_of(model: Artifact) -> dict:
     return {**where, "use_safetensors": True} | ({"attn_implementation": "eager"} if eager else {})
 
 
+def parameters(model: Artifact) -> int:
+    """How many parameters the whole model has, from its configuration: no weights are read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**location(model)))
+    return net.num_parameters()
+
+
 def load_tokenizer(model: Artifact):
     """Tokenizer with a pad token of its own."""
     from transformers import AutoTokenizer

@@ -188,3 +188,35 @@ def rounds(frame: pd.DataFrame):
     left.legend(frameon=False)
     fig.tight_layout()
     return fig
+
+
+def timeline(frame: pd.DataFrame):
+    """MedQA accuracy by month of release (UltraMedical, Figure 1). frame: model, released ('2024-04'), access, medqa_usmle.
+
+    Models measured here ('here') are drawn large; no accuracy is joined to another by a line, since protocols differ.
+    """
+    dates = pd.to_datetime(frame.released)
+    fig, ax = plt.subplots(figsize=(8.4, 4.6))
+    styles = {"closed": ("o", "0.45", 40), "open": ("s", "C0", 40), "here": ("*", "C3", 190)}
+    texts = []
+    for access, part in frame.groupby("access", sort=False):
+        marker, color, size = styles.get(access, ("D", "C2", 40))
+        name = "measured here" if access == "here" else access
+        ax.scatter(dates[part.index], part.medqa_usmle, marker=marker, c=color, s=size, label=name, zorder=3)
+        texts += [(dates[i], part.medqa_usmle[i], part.model[i], access == "here") for i in part.index]
+    taken: list[tuple[float, float, float]] = []  # first and last day of a name, and its height
+    for when, value, name, ours in sorted(texts, key=lambda t: t[1]):
+        day, width = (when - dates.min()).days, 17 * len(str(name)) + 30
+        span, height = (day - width, day) if ours else (day, day + width), value
+        while any(first < span[1] and span[0] < last and abs(y - height) < 3 for first, last, y in taken):
+            height += 1  # names must not lie on one another
+        taken.append((*span, height))
+        away, side = ((-9 if ours else 6), 3.1 * (height - value)), "right" if ours else "left"
+        look = {"textcoords": "offset points", "fontsize": 7.5, "va": "center", "ha": side}
+        ax.annotate(str(name), (when, value), away, **look, fontweight="bold" if ours else "normal")
+    ax.axhline(25, color="0.4", ls=":", lw=1.2)
+    ax.text(dates.min(), 25.6, "chance", fontsize=8, color="0.3")
+    ax.set(ylabel="MedQA accuracy (%)", xlabel="released (published) or measured (here)", ylim=(0, 100))
+    ax.legend(frameon=False, loc="upper right")
+    fig.tight_layout()
+    return fig

@@ -1,0 +1,192 @@
+"""`ultramed bench`: anyone's models in the papers' tables."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ultramed.cli.common import console
+from ultramed.core import config
+from ultramed.core.errors import ConfigError
+from ultramed.core.profile import BenchSection
+from ultramed.core.progress import duration
+
+bench_app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@bench_app.command()
+def bench(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            "-m",
+            help="Artifact key, folder, hub id, bundled:smollm2-135m, or http://host/v1#name; my name=KEY gives it a name. Repeatable.",
+        ),
+    ],
+    suite: Annotated[str, typer.Option(help="medical (Table 2's nine tasks), reward or general.")] = "medical",
+    protocol: Annotated[
+        str, typer.Option(help="likelihood (weights only), ultramedical (0-shot chain of thought) or greedy (bare answer).")
+    ] = "likelihood",
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each task; 0 for all.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=0, help="With ultramedical: the majority of so many samples, as the paper's 10.")
+    ] = 0,
+    shuffle: Annotated[int, typer.Option(min=0, help="Ask again under so many other orders of the options.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the leaderboard, which grows from run to run.")] = Path("figures/bench"),
+    prices: Annotated[str, typer.Option(help="Dollars a million tokens of a hosted model: in,out, e.g. 0.15,0.6.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
+    overrides: Annotated[list[str], typer.Option("--set", "-s", help="More: --set max_new_tokens=512.")] = [],  # noqa: B006
+) -> None:
+    """Where does a model stand in UltraMedical's tables? Ctrl-C and run again: what is answered is not asked twice."""
+    from ultramed.core.log import quiet_libraries
+    from ultramed.experiments import bench as benches
+    from ultramed.lm import models
+
+    quiet_libraries()
+    config.known(suite, benches.SUITES, "suites")
+    given = {"models": model, "protocol": protocol, "limit": limit, "samples": samples, "shuffle": shuffle}
+    setting = config.validate(BenchSection, config.overridden(given, overrides), "bench")
+    dollars = _prices(prices)
+    found = {label: models.resolve(name) for label, name in map(benches.named, model)}
+    clock = time.monotonic()
+    {"medical": _medical, "reward": _reward, "general": _general}[suite](setting, found, out, dollars, yes)
+    console.print(
+        f"leaderboard   {out / 'leaderboard.csv'}, page {out / 'index.html'} ({duration(time.monotonic() - clock)})",
+        soft_wrap=True,
+    )
+
+
+def _prices(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(",")) if text else (0.0, 0.0)
+        return first, second
+    except ValueError:
+        raise ConfigError(
+            f"--prices {text!r}: wanted two numbers, dollars a million tokens in and out, such as 0.15,0.6"
+        ) from None
+
+
+def _ask_first(benches, setting, questions, found, dollars, yes) -> None:
+    """Say what it will take, and on a terminal ask whether to go on."""
+    from ultramed.experiments.bench import estimate
+    from ultramed.lm import models
+    from ultramed.lm.device import matrix_gflops
+
+    e = estimate(setting, questions)
+    console.print(
+        f"{e.questions} questions: about {e.prompt_tokens:,} tokens to read, at most {e.new_tokens:,} to write, a model"
+    )
+    for name, art in found.items():
+        if models.card(art)["kind"] == "server":
+            cost = f"about ${e.cost(*dollars):.2f} at most" if any(dollars) else "cost unknown (give --prices)"
+            console.print(f"  {name}: {cost}; how long is the server's to say", highlight=False)
+        else:
+            seconds = e.seconds(models.parameters(art), matrix_gflops())
+            console.print(f"  {name}: at most about {duration(seconds)} here", highlight=False)
+    if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm("start?", default=True):
+        raise typer.Exit(1)
+
+
+def _medical(setting, found, out, dollars, yes) -> None:
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from ultramed.experiments import bench as benches
+    from ultramed.report import bench as report
+    from ultramed.report import figures
+
+    questions, missing = benches.medical_questions(setting.limit)
+    _tell(missing)
+    _ask_first(benches, setting, questions, found, dollars, yes)
+    answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
+    table = benches.by_task(answered)
+    protocol = setting.protocol + (f", {setting.samples} samples" if setting.samples else "")
+    out.mkdir(parents=True, exist_ok=True)
+    keyed = table.assign(artifact=table.model.map({n: f"{a.stage}/{a.key}" for n, a in found.items()}))
+    report.merge(out, keyed.assign(suite="medical", protocol=protocol, limit=setting.limit))
+    for name, made in answered.items():
+        report.write_harness(out, name, *report.harness_results(table, made, name, setting.model_dump()))
+    shown = {"Accuracy by task, per cent with 95% intervals": report.shown(table)}
+    if len(found) > 1:
+        pairs = benches.compare_models(answered)
+        pairs.to_csv(out / "comparisons.csv", index=False)
+        shown["Every two models on the same questions, each task counting alike (fractions)"] = pairs.round(4)
+        shown["Row less column in points; * is p < 0.05 after Holm"] = benches.win_matrix(pairs)
+    if len({"medqa"} & set(table.task)):
+        shown["Beside UltraMedical's Table 2"] = benches.beside_table2(table)
+        figures.style()
+        fig = figures.timeline(benches.timeline(table))
+        fig.savefig(out / "timeline.png", dpi=130, metadata={"Software": None})
+        plt.close(fig)
+    for name, made in answered.items():
+        if len(rescored := benches.rescored(made, questions)):
+            shown[f"{name}: the same replies under other projects' scorers"] = rescored.round(4)
+    if setting.shuffle:
+        orders = [{"model": n, **benches.option_order(setting, a, questions, answered[n])} for n, a in found.items()]
+        shown["The same questions with their options in other orders"] = pd.DataFrame(orders).round(4)
+    for caption, frame in shown.items():
+        if not caption.startswith("Beside"):
+            console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, soft_wrap=True)
+    notes = [
+        f"Protocol: {protocol}. Unparsed replies count as wrong; `upper` in leaderboard.csv counts them as right.",
+        *missing,
+    ]
+    charts = ["timeline.png"] if (out / "timeline.png").exists() else []
+    report.page(out, "Medical bench", shown, charts, notes)
+
+
+def _reward(setting, found, out, dollars, yes) -> None:
+    import pandas as pd
+
+    from ultramed.core.store import write_json
+    from ultramed.experiments import bench as benches
+    from ultramed.report import bench as report
+
+    pairs, missing = benches.reward_pairs()
+    _tell(missing)
+    out.mkdir(parents=True, exist_ok=True)
+    shown, rows = {}, []
+    for name, art in found.items():
+        for bench_name, data in pairs.items():
+            table, biases, _ = benches.score_reward(art, data, setting.batch_tokens)
+            parts = [table.rename(columns={"subset": "task"}).assign(task=lambda t, b=bench_name: f"{b}: " + t.task)]
+            if bench_name == "rewardbench":
+                parts.append(benches.sections(table).rename(columns={"section": "task"}))
+            made = pd.concat(parts, ignore_index=True).assign(model=name, artifact=f"{art.stage}/{art.key}")
+            rows.append(made)
+            caption = f"{name} on {bench_name}: " + ", ".join(f"{k} {v:.3g}" for k, v in biases.items())
+            shown[caption] = made.drop(columns=["model", "artifact"]).round(4)
+            folder = out / report.folder_name(name)
+            result = {"model": name, "model_type": "Seq. Classifier", "chat_template": "tokenizer"}
+            write_json(folder / f"{bench_name}.json", result | dict(zip(table.subset, table.accuracy, strict=True)))
+    report.merge(out, pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=0))
+    for caption, frame in shown.items():
+        console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, soft_wrap=True)
+    report.page(out, "Reward bench", shown, [], missing)
+
+
+def _general(setting, found, out, dollars, yes) -> None:
+    import pandas as pd
+
+    from ultramed.experiments import bench as benches
+    from ultramed.report import bench as report
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, art in found.items():
+        table, missing, _ = benches.general(setting, art)
+        rows.append(table.assign(model=name, artifact=f"{art.stage}/{art.key}"))
+    _tell([*missing, "mt_bench and alpaca_eval need a judge: notebook 27 with --set judge=url#model"])
+    made = pd.concat(rows, ignore_index=True)
+    report.merge(out, made.assign(suite="general", protocol=setting.protocol, limit=setting.limit))
+    caption = "General abilities"
+    console.print(made.drop(columns="artifact").to_string(index=False), highlight=False, soft_wrap=True)
+    report.page(out, caption, {caption: made.round(4)}, [], missing)
+
+
+def _tell(missing: list[str]) -> None:
+    for line in missing:
+        console.print(f"not at hand   {line}", highlight=False, soft_wrap=True)

@@ -1,0 +1,428 @@
+"""Anyone's model in the papers' tables: UltraMedical's nine medical tasks, reward benches, general abilities (notebook 40).
+
+What is at hand is run, the rest is named with where it is to be had. Every number comes out of a stage, so an interrupted bench goes
+on where it stopped.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from ultramed.core.errors import ConfigError
+from ultramed.core.profile import BenchSection
+from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, ScoringConfig, Strict
+from ultramed.core.store import Artifact, stage
+from ultramed.data import rows as canonical
+from ultramed.data.catalog import get
+from ultramed.data.exam import exam
+from ultramed.data.messages import question_prompt
+from ultramed.data.public_pairs import PublicConfig, public_pairs
+from ultramed.data.sources import at_hand
+from ultramed.evaluate import stats
+from ultramed.evaluate.accuracy import answers, read_answers
+from ultramed.evaluate.arms import Answers, artifacts_of
+from ultramed.evaluate.generate import item_rng
+from ultramed.evaluate.open_ended import ReplyConfig, read_replies, replies
+from ultramed.evaluate.rerank import Votes
+from ultramed.evaluate.reward_bench import length_correlation, pair_scores, read_scores
+from ultramed.evaluate.sample import samples
+from ultramed.evaluate.scorers import sensitivity
+from ultramed.papers import published
+
+TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
+    "medqa": ("medqa", "medqa"),
+    "medmcqa": ("medmcqa", "medmcqa"),
+    "pubmedqa": ("pubmedqa", "pubmedqa"),
+    **{
+        f"mmlu_{name}": ("mmlu_medical", name)
+        for name in (
+            "clinical_knowledge",
+            "medical_genetics",
+            "anatomy",
+            "professional_medicine",
+            "college_biology",
+            "college_medicine",
+        )
+    },
+}
+EXAM_TASKS = {f"exam_{step}": ("exam", step) for step in ("step1", "step2", "step3")}  # where none of the nine is at hand
+REWARD_BENCHES = ("medical_rewardbench", "rewardbench", "rewardbench2")
+SUITES = ("medical", "reward", "general")
+
+
+def named(text: str) -> tuple[str, str]:
+    """(label, model) of 'my label=sft/0123abcd', or the model under its own name."""
+    label, sign, model = text.partition("=")
+    return (label.strip(), model.strip()) if sign and not set(label) & set("/:#") else (text, text)
+
+
+def setting(config: BenchSection) -> EvalConfig:
+    """How questions are asked: the harness's likelihood, 0-shot chain of thought, or the bare answer."""
+    if config.protocol == "likelihood":
+        return EvalConfig(protocol="likelihood", likelihood_prompt="lm_eval", batch_tokens=config.batch_tokens)
+    if config.protocol == "ultramedical":
+        given = {"answer_form": "reasoned", "max_new_tokens": config.max_new_tokens}
+        return EvalConfig(protocol="ultramedical", batch_tokens=config.batch_tokens, **given)
+    return EvalConfig(protocol="greedy", answer_form="letter_first", max_new_tokens=32, batch_tokens=config.batch_tokens)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of some tasks of one data set, and which of them are asked."""
+
+    name: str
+    artifact: Artifact
+    tasks: dict[str, str]  # subset -> task
+    counts: dict[str, int]  # subset -> questions
+
+    @property
+    def select(self) -> dict[str, list[int]]:
+        return {subset: [0, count] for subset, count in self.counts.items()}
+
+
+def medical_questions(limit: int = 0) -> tuple[list[Questions], list[str]]:
+    """(questions of the tasks at hand, what is missing with where it is to be had); the bundled exam where none is."""
+    found, missing = [], []
+    wanted: dict[str, dict[str, str]] = {}
+    for task, (name, subset) in TASKS.items():
+        wanted.setdefault(name, {})[subset] = task
+    for name, tasks in wanted.items():
+        if data := at_hand(name):
+            found.append(_questions(name, data, tasks, limit))
+        else:
+            missing.append(get(name).where())
+    if not found:
+        tasks = {subset: task for task, (_, subset) in EXAM_TASKS.items()}
+        found.append(_questions("exam", exam(ExamConfig()), tasks, limit))
+    return found, missing
+
+
+def _questions(name: str, artifact: Artifact, tasks: dict[str, str], limit: int) -> Questions:
+    there = pd.Series([row["subset"] for row in canonical.read_questions(artifact / "test.parquet")]).value_counts()
+    counts = {subset: min(int(there.get(subset, 0)), limit or 1 << 60) for subset in tasks}
+    return Questions(name, artifact, tasks, {subset: n for subset, n in counts.items() if n})
+
+
+def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -> Answers:
+    """One model's answers to all questions, with a column `task`. With `samples` the majority of so many reasoned samples
+    (UltraMedical's ensemble: T 0.7, top-p 0.9)."""
+    frames, artifacts = [], [model]
+    for part in questions:
+        given = {"model": model, "questions": part.artifact, "select": part.select}
+        answered = answers(setting(config), **given)
+        frame = read_answers(answered)
+        made = Answers(frame.assign(seed=0), (answered, part.artifact))
+        if config.samples:
+            drawn = SampleConfig(
+                n=config.samples, answer_form="reasoned", max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens
+            )
+            made = Votes({"model": samples(drawn, **given)}).select("self_consistency", made)
+        frames.append(made.frame.assign(task=made.frame.subset.map(part.tasks)))
+        artifacts += artifacts_of([made])
+    frame = pd.concat(frames, ignore_index=True)
+    return Answers(frame.assign(id=frame.task + ":" + frame.id.astype(str)), tuple(dict.fromkeys(artifacts)))
+
+
+# ------------------------------------------------------------------------------------------------------------ summaries
+
+
+def by_task(answered: Mapping[str, Answers]) -> pd.DataFrame:
+    """A row a model and task, and a row 'mean of tasks': accuracy with its 95% interval, n, the unparsed, and the accuracy if
+    all of those were right (`upper`)."""
+    rows = []
+    for name, made in answered.items():
+        parts = []
+        for task in [t for t in (*TASKS, *EXAM_TASKS) if (made.frame.task == t).any()]:
+            part = made.frame[made.frame.task == task]
+            e, unparsed = stats.wilson(part.correct), int(part.letter.isna().sum())
+            parts.append({"model": name, "task": task, **_row(e), "unparsed": unparsed, "upper": e.value + unparsed / e.n})
+        rows += [*parts, {"model": name, "task": "mean of tasks", **_mean(parts)}]
+    return pd.DataFrame(rows)
+
+
+def _row(e: stats.Estimate) -> dict:
+    return {"accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se}
+
+
+def _mean(parts: list[dict]) -> dict:
+    """The mean over tasks, as Table 2 averages, with a normal interval from the tasks' own errors."""
+    value, se = np.mean([p["accuracy"] for p in parts]), np.sqrt(sum(p["se"] ** 2 for p in parts)) / len(parts)
+    width = norm.isf(0.025) * se
+    counts = {"n": sum(p["n"] for p in parts), "unparsed": sum(p["unparsed"] for p in parts)}
+    return {"accuracy": value, "low": value - width, "high": value + width, "se": se, **counts} | {
+        "upper": np.mean([p["upper"] for p in parts])
+    }
+
+
+def compare_models(answered: Mapping[str, Answers]) -> pd.DataFrame:
+    """Every two models on the same questions, stratified by task (each task counts alike): difference with its interval, the
+    smallest detectable at 80% power, p of a sign-flip test, Holm's over all pairs."""
+    rows = []
+    for a, b in combinations(answered, 2):
+        both = answered[a].frame.merge(answered[b].frame, on=["id", "task"], suffixes=("_a", "_b"), validate="one_to_one")
+        d = both.correct_a.astype(float) - both.correct_b.astype(float)
+        parts = [part for _, part in d.groupby(both.task)]
+        value = np.mean([part.mean() for part in parts])
+        se = np.sqrt(sum(part.var(ddof=1) / len(part) if len(part) > 1 else 0.25 for part in parts)) / len(parts)
+        weight = (len(d) / (len(parts) * both.groupby("task").task.transform("size"))).to_numpy()
+        p = stats.sign_flip(both.correct_a * weight, both.correct_b * weight, both.id)
+        width = norm.isf(0.025) * se
+        found = {"difference": value, "low": value - width, "high": value + width, "detectable": stats.detectable(se), "p": p}
+        rows.append({"A": a, "B": b, **found, "n": len(both)})
+    frame = pd.DataFrame(rows, columns=["A", "B", "difference", "low", "high", "detectable", "p", "n"])
+    return frame.assign(p_holm=stats.holm(frame.p.tolist()))
+
+
+def win_matrix(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Difference in points of the row's model over the column's; starred where Holm's p is below 0.05."""
+    names = list(dict.fromkeys([*pairs.A, *pairs.B]))
+    table = pd.DataFrame("", index=names, columns=names)
+    for row in pairs.itertuples():
+        star = "*" if row.p_holm < 0.05 else ""
+        table.loc[row.A, row.B] = f"{100 * row.difference:+.1f}{star}"
+        table.loc[row.B, row.A] = f"{-100 * row.difference:+.1f}{star}"
+    return table.rename_axis("row less column").reset_index()
+
+
+def beside_table2(table: pd.DataFrame) -> pd.DataFrame:
+    """Table 2 as printed, and below it a row for each of ours."""
+    printed = published.table("ultramedical_table2")
+    shown = table.assign(task=table.task.replace("mean of tasks", "avg"), score=(100 * table.accuracy).round(1))
+    ours = shown.pivot_table(index="model", columns="task", values="score", sort=False).reset_index()
+    return pd.concat([printed, ours.assign(segment="measured here")], ignore_index=True)[printed.columns]
+
+
+def timeline(table: pd.DataFrame) -> pd.DataFrame:
+    """Figure 1: published MedQA accuracies by month, and ours today (`access` 'here')."""
+    printed = published.table("ultramedical_medqa_timeline")
+    mine = table[table.task == "medqa"]
+    ours = pd.DataFrame({"model": mine.model, "released": f"{date.today():%Y-%m}", "access": "here"})
+    return pd.concat([printed, ours.assign(medqa_usmle=100 * mine.accuracy)], ignore_index=True)
+
+
+def rescored(answered: Answers, questions: Sequence[Questions]) -> pd.DataFrame:
+    """Stored replies under other projects' rules (evaluate/scorers.py); empty where there are no replies (likelihood)."""
+    if "reply" not in answered.frame:
+        return pd.DataFrame()
+    options = {}
+    for part in questions:
+        for row in canonical.read_questions(part.artifact / "test.parquet"):
+            if row["subset"] in part.tasks:
+                options[f"{part.tasks[row['subset']]}:{row['id']}"] = row["options"]
+    frame = answered.frame
+    return sensitivity((r.reply, options[r.id], r.gold) for r in frame.itertuples())
+
+
+# ---------------------------------------------------------------------------------------------------------- option order
+
+
+class ShuffleConfig(Strict):
+    seed: int = 0
+
+
+@stage(version=1)
+def shuffled(out: Path, config: ShuffleConfig, *, questions: Artifact, select: dict) -> dict:
+    """The selected questions with their options dealt to other letters; `meta.was` tells which letter each one had."""
+    from ultramed.evaluate.accuracy import select_rows
+
+    made = []
+    for row in select_rows(canonical.read_questions(questions / "test.parquet"), select):
+        letters = list(row["options"])
+        order = item_rng("shuffle", config.seed, row["id"]).sample(letters, len(letters))
+        options = {new: row["options"][old] for new, old in zip(letters, order, strict=True)}
+        gold = letters[order.index(row["gold"])]
+        made.append({**row, "options": options, "gold": gold, "meta": {"was": "".join(order)}})
+    canonical.write_rows(out / "test.parquet", canonical.check_rows(canonical.Question, made, "shuffled"))
+    return {"questions": len(made)}
+
+
+def option_order(config: BenchSection, model: Artifact, questions: Sequence[Questions], first: Answers) -> dict:
+    """Accuracy over `config.shuffle` other orders of the options, and what answers follow when an order changes.
+
+    follows_letter: of questions where the two cannot both be kept, the share that keeps its letter and not its text.
+    """
+    accuracy, letter, text = [first.accuracy], 0, 0
+    for seed in range(1, config.shuffle + 1):
+        dealt = [
+            Questions(q.name, shuffled(ShuffleConfig(seed=seed), questions=q.artifact, select=q.select), q.tasks, q.counts)
+            for q in questions
+        ]
+        again = ask(config, model, dealt)
+        accuracy.append(again.accuracy)
+        was = {
+            f"{q.tasks[row['subset']]}:{row['id']}": row["meta"]["was"]
+            for q in dealt
+            for row in canonical.read_questions(q.artifact / "test.parquet")
+        }
+        both = first.frame.merge(again.frame, on="id", suffixes=("_a", "_b")).dropna(subset=["letter_a", "letter_b"])
+        for row in both.itertuples():
+            old = was[row.id]["ABCDEFGHIJ".index(row.letter_b)]  # the letter that today's choice had in the first order
+            letter += row.letter_b == row.letter_a and old != row.letter_a
+            text += old == row.letter_a and row.letter_b != row.letter_a
+    moved = letter + text
+    return {
+        "orders": len(accuracy),
+        "accuracy_min": min(accuracy),
+        "accuracy_max": max(accuracy),
+        "accuracy_sd": float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else 0.0,
+        "follows_letter": letter / moved if moved else float("nan"),
+        "n": moved,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- reward
+
+
+def reward_pairs() -> tuple[dict[str, Artifact], list[str]]:
+    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand."""
+    found, missing = {}, []
+    for name in REWARD_BENCHES:
+        if data := at_hand(name):
+            found[name] = pairs_of(data=data)
+        else:
+            missing.append(get(name).where())
+    if "rewardbench" not in found:
+        try:
+            found["public_pairs"] = public_pairs(PublicConfig(count=500))
+        except ConfigError as err:
+            missing.append(str(err))
+    if not found:
+        raise ConfigError("no reward bench is at hand: " + "; ".join(missing))
+    return found, missing
+
+
+@stage(version=1)
+def pairs_of(out: Path, config, *, data: Artifact) -> dict:
+    """A data set of pairs, its test side, as the artifact that scoring takes."""
+    rows = canonical.read_pairs(data / "test.parquet")
+    canonical.write_rows(out / "pairs.parquet", rows)
+    return {"pairs": len(rows)}
+
+
+def score_reward(model: Artifact, pairs: Artifact, batch_tokens: int = 8192) -> tuple[pd.DataFrame, dict, Artifact]:
+    """(accuracy by subset and over sections, biases, artifact) of a reward model. Ties count half and are shown."""
+    scored = pair_scores(ScoringConfig(batch_tokens=batch_tokens), reward=model, pairs=pairs)
+    frame = read_scores(scored.path)
+    tie = frame.chosen_score == frame.rejected_score
+    frame = frame.assign(credit=frame.correct.astype(float).where(~tie, 0.5), tie=tie)
+    rows = []
+    for subset, part in frame.groupby("subset", sort=False):
+        e = stats.clustered(part.credit, part.concept)
+        rows.append({"subset": subset, **_row(e), "ties": int(part.tie.sum())})
+    biases = {"length correlation": length_correlation(frame), "ties": int(tie.sum()), "too long": scored.metrics["too_long"]}
+    return pd.DataFrame(rows), biases, scored
+
+
+REWARDBENCH_SECTIONS = {  # RewardBench, rewardbench/constants.py: subsets of the sections; within one, pairs count alike
+    "Chat": ["alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"],
+    "Chat Hard": [
+        *("mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor"),
+        *("llmbar-adver-GPTInst", "llmbar-adver-GPTOut", "llmbar-adver-manual"),
+    ],
+    "Safety": ["refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer"],
+    "Reasoning": ["math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"],
+}
+
+
+def sections(table: pd.DataFrame) -> pd.DataFrame:
+    """RewardBench's four sections and their mean. Subsets weigh by their pairs; math-prm weighs as much as all code together."""
+    rows = []
+    for name, subsets in REWARDBENCH_SECTIONS.items():
+        part = table[table.subset.isin(subsets)]
+        if part.empty:
+            continue
+        weight = part.n.astype(float)
+        if name == "Reasoning" and {"math-prm"} < set(part.subset):
+            weight = weight.where(part.subset != "math-prm", weight[part.subset != "math-prm"].sum())
+        rows.append({"section": name, "accuracy": float((part.accuracy * weight).sum() / weight.sum()), "n": int(part.n.sum())})
+    frame = pd.DataFrame(rows, columns=["section", "accuracy", "n"])
+    if len(frame):
+        mean = {"section": "mean of sections", "accuracy": frame.accuracy.mean(), "n": int(frame.n.sum())}
+        frame = pd.concat([frame, pd.DataFrame([mean])], ignore_index=True)
+    return frame
+
+
+# --------------------------------------------------------------------------------------------------------------- general
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, without thousands' commas; None where there is none. GSM8K's answers are read so."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "").rstrip(".")) if found else None
+
+
+def gsm8k(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
+    """Exact match on the last number, 0-shot, greedy."""
+    asked = ReplyConfig(max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, limit=config.limit)
+    answered = replies(asked, model=model, data=data)
+    frame = read_replies(answered)
+    said, want = frame.reply.map(last_number), frame.reference.map(last_number)
+    e = stats.wilson(said == want)
+    return {"task": "gsm8k", **_row(e), "unparsed": int(said.isna().sum())}, answered
+
+
+def mmlu(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
+    """All 57 subjects, by the bench's protocol; pooled over questions as the harness does."""
+    rows = canonical.read_questions(data / "test.parquet")
+    subsets = pd.Series([row["subset"] for row in rows]).value_counts()
+    select = {name: [0, min(int(n), config.limit or int(n))] for name, n in subsets.items()}
+    answered = answers(setting(config), model=model, questions=data, select=select)
+    frame = read_answers(answered)
+    return {"task": "mmlu", **_row(stats.wilson(frame.correct)), "unparsed": int(frame.letter.isna().sum())}, answered
+
+
+GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu}
+
+
+def general(config: BenchSection, model: Artifact) -> tuple[pd.DataFrame, list[str], list[Artifact]]:
+    """(a row a task at hand, what is missing, artifacts)."""
+    rows, missing, artifacts = [], [], []
+    for name, run in GENERAL.items():
+        if data := at_hand(name):
+            row, answered = run(config, model, data)
+            rows.append(row)
+            artifacts.append(answered)
+        else:
+            missing.append(get(name).where())
+    return pd.DataFrame(rows), missing, artifacts
+
+
+# -------------------------------------------------------------------------------------------------------------- estimate
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a bench of one model asks for before it starts: tokens read and, at most, written."""
+
+    questions: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def seconds(self, parameters: float, gflops: float, utilisation: float = 0.5) -> float:
+        """Of weights here: two operations a parameter and token, at a part of the machine's matrix speed."""
+        return 2 * parameters * (self.prompt_tokens + self.new_tokens) / (gflops * 1e9 * utilisation)
+
+    def cost(self, dollars_in: float, dollars_out: float) -> float:
+        """Of a hosted model, prices in dollars a million tokens."""
+        return (self.prompt_tokens * dollars_in + self.new_tokens * dollars_out) / 1e6
+
+
+def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 200) -> Estimate:
+    """Counted in characters (four a token) of some of each data set's questions; at most, since replies may end early."""
+    total = prompt = 0
+    for part in questions:
+        count = sum(part.counts.values())
+        rows = [row for row in canonical.read_questions(part.artifact / "test.parquet") if row["subset"] in part.tasks]
+        some = canonical.spread(rows, shown)
+        prompt += count * sum(len(question_prompt(row, "reasoned")[-1]["content"]) for row in some) / len(some) / 4
+        total += count
+    longest = {"likelihood": 1, "greedy": 32}.get(config.protocol, config.max_new_tokens)
+    times = 1 + config.samples
+    return Estimate(total, round(prompt * times * (1 + config.shuffle)), total * longest * times * (1 + config.shuffle))

@@ -1,0 +1,72 @@
+"""What a bench leaves behind: a leaderboard that grows, results in the shapes of lm-evaluation-harness and RewardBench, a page."""
+
+import json
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from ultramed.core.store import environment, write_json, write_text
+from ultramed.evaluate.arms import Answers, percent
+
+LEADERBOARD = "leaderboard.csv"
+KEY = ["model", "artifact", "suite", "protocol", "limit", "task"]  # a row with these takes the place of an older one
+
+
+def merge(out: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add rows (columns KEY and the numbers) to `leaderboard.csv`; rows of other models and settings stay."""
+    path, new = out / LEADERBOARD, rows.assign(when=f"{datetime.now(UTC):%Y-%m-%d}").astype({k: str for k in KEY})
+    old = pd.read_csv(path, dtype={k: str for k in KEY}, keep_default_na=False, na_values=[""]) if path.exists() else new[:0]
+    kept = old.merge(new[KEY], on=KEY, how="left", indicator=True).query("_merge == 'left_only'").drop(columns="_merge")
+    merged = pd.concat([kept, new], ignore_index=True) if len(kept) else new
+    merged = merged.sort_values(KEY, kind="stable").round(6)
+    write_text(path, merged.to_csv(index=False))
+    return merged
+
+
+def harness_results(table: pd.DataFrame, answered: Answers, name: str, config: dict) -> tuple[dict, dict[str, list[dict]]]:
+    """(results.json, samples by task) of one model in lm-evaluation-harness 0.4's shape."""
+    tasks = table[(table.model == name) & (table.task != "mean of tasks")]
+    results = {r.task: {"alias": r.task, "acc,none": r.accuracy, "acc_stderr,none": r.se} for r in tasks.itertuples()}
+    counts = {r.task: {"original": r.n, "effective": r.n} for r in tasks.itertuples()}
+    made = {"results": results, "n-samples": counts, "config": {"model": name, **config}, "versions": environment()["versions"]}
+    samples = {
+        task: [
+            {"doc_id": row.id, "target": row.gold, "filtered_resps": [row.letter], "acc": float(row.correct)}
+            | ({"resps": [[row.reply]]} if isinstance(getattr(row, "reply", None), str) else {})
+            for row in part.itertuples()
+        ]
+        for task, part in answered.frame.groupby("task", sort=False)
+    }
+    return made, samples
+
+
+def write_harness(out: Path, name: str, made: dict, samples: dict[str, list[dict]]) -> None:
+    folder = out / folder_name(name)
+    write_json(folder / "results.json", made)
+    for task, rows in samples.items():
+        write_text(folder / f"samples_{task}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def folder_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`by_task` as a reader wants it: a row a model, '48.7 [45.4, 51.9]' a task, the mean of tasks last."""
+    cells = table.assign(score=percent(table))
+    made = cells.pivot_table(index="model", columns="task", values="score", aggfunc="first", sort=False)
+    overall = table[table.task == "mean of tasks"].set_index("model")
+    return made.join(overall[["n", "unparsed"]]).reset_index()
+
+
+def page(out: Path, title: str, tables: dict[str, pd.DataFrame], figures: list[str], notes: list[str]) -> Path:
+    """`index.html` with every table and figure of the bench."""
+    template = jinja2.Environment(autoescape=True).from_string(files("ultramed.report").joinpath("bench.html").read_text())
+    shown_tables = [
+        (caption, list(f.columns), f.astype(object).where(f.notna(), "").values.tolist()) for caption, f in tables.items()
+    ]
+    write_text(out / "index.html", template.render(title=title, tables=shown_tables, figures=figures, notes=notes))
+    return out / "index.html"
