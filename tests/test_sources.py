@@ -83,7 +83,7 @@ def test_a_rejected_row_names_file_row_and_reason():
 
 def test_a_set_that_is_not_at_hand_says_what_to_put_where(monkeypatch):
     monkeypatch.delenv("ULTRAMED_DATA", raising=False)
-    with pytest.raises(ConfigError, match=r"questions\.jsonl into \$ULTRAMED_DATA/usmle_self_assessment"):
+    with pytest.raises(ConfigError, match=r"\$ULTRAMED_DATA/usmle_self_assessment/\{questions\.jsonl\}"):
         source(SourceConfig(name="usmle_self_assessment"))
     with pytest.raises(ConfigError, match="did you mean 'pubmedqa'"):
         sources.get("pubmedq")

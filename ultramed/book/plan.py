@@ -8,10 +8,12 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ultramed.core.errors import UserError
 from ultramed.core.profile import Profile
 from ultramed.core.schema import PreferenceConfig
 from ultramed.data.catalog import get
-from ultramed.data.sources import local_files, names_in
+from ultramed.data.mixture import source_rows
+from ultramed.data.sources import dataset, hub_root, local_files, names_in
 from ultramed.experiments.jobs import Job
 from ultramed.experiments.medalpaca import MedAlpaca
 from ultramed.experiments.ultramedical import UltraMedical
@@ -102,18 +104,62 @@ def _too_large(costs: list[Cost]) -> list[str]:
 
 
 def _not_at_hand(profile: Profile) -> list[str]:
-    """The model and the data sets that would have to be fetched or brought."""
-    name, missing = profile.models[0].name, []
-    if ":" not in name and not Path(name).expanduser().is_dir():
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        gated = "; gated: accept its licence on the hub first" if name.startswith("meta-llama/") else ""
-        missing.append(f"model {name}: from the hub{offline}{gated}")
-    counts = [profile.train.mixture, profile.usmle.questions]
+    """The model that would have to be fetched."""
+    name = profile.models[0].name
+    if ":" in name or Path(name).expanduser().is_dir():
+        return []
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    gated = "; gated: accept its licence on the hub first" if name.startswith("meta-llama/") else ""
+    return [f"model {name}: from the hub{offline}{gated}"]
+
+
+def requests(profile: Profile) -> dict[tuple[str, str], float]:
+    """(source as the profile names it, side) -> the most rows that something asks of it; a fraction is a multiple."""
+    found: dict[tuple[str, str], float] = {}
+
+    def ask(side: str, *counts: dict) -> None:
+        for part in counts:
+            for name, count in part.items():
+                if name.partition(":")[2].startswith("general"):  # the bundled exam has them in files of their own
+                    continue
+                found[name, side] = max(found.get((name, side), 0), count)
+
+    usmle = profile.usmle
+    ask("train", profile.train.mixture, *(arm["mixture"] for arm in usmle.arms.values() if "mixture" in arm))
+    ask("test", {name: count for name, count in usmle.questions.items()})
+    ask("dev", dict.fromkeys(usmle.dev_sources, usmle.tuning_questions))
     if section := profile.ultramedical:
-        counts += [*section.sft.mixtures.values(), *section.test.questions.values(), *section.candidates.prompts.values()]
-    for source in sorted({name for part in counts for name in names_in(part)} - {"exam"}):
-        if not local_files(source):
-            spec = get(source)
-            where = ", ".join(sorted({hub[0] for hub in spec.hub.values()}))
-            missing.append(f"data {source}: " + (f"from the hub ({where})" if where else f"bring your own; {spec.note}"))
-    return missing
+        ask("train", *section.sft.mixtures.values(), *section.candidates.prompts.values(), section.iterative.prompts)
+        ask("dev", *section.candidates.held_prompts.values())
+        ask("test", *section.test.questions.values())
+    return found
+
+
+def open_data(profile: Profile) -> tuple[list[str], list[str]]:
+    """(what was opened, what is wrong): every data set of a profile is read, as a run would read it, unless that would mean to
+    fetch it; its sides and the numbers of rows asked of them are checked."""
+    opened, wrong = [], []
+    asked = requests(profile)
+    for name in names_in(source for source, _ in asked):
+        spec = None if name == "exam" else get(name)
+        here = spec is None or local_files(name) or hub_root()
+        sides = sorted({side for source, side in asked if names_in([source]) == [name]})
+        if not here and not spec.hub:
+            wrong.append(f"data {spec.where()}")
+            continue
+        if not here:
+            lacking = [side for side in sides if side not in spec.sides]
+            wrong += [f"data {name}: has no {side} side" for side in lacking]
+            opened.append(f"data {name}: would be fetched from the hub, not opened ({spec.where()})")
+            continue
+        try:
+            data = dataset(profile, name)
+            for (source, side), count in sorted(asked.items()):
+                if names_in([source]) == [name]:
+                    rows = len(source_rows(source, side, {name: data}))
+                    if isinstance(count, int) and count > rows and side != "test":
+                        wrong.append(f"data {source}: {count} rows asked of its {side} side, it has {rows}")
+            opened.append(f"data {name}: " + ", ".join(f"{side} {n:,}" for side, n in data.metrics["counts"].items()))
+        except UserError as err:
+            wrong.append(f"data {name}: {err}")
+    return opened, wrong

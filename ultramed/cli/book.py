@@ -47,6 +47,19 @@ def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> None:
         console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
 
 
+def _open_data(resolved: Profile) -> None:
+    """What a dry run finds in the data at hand; exit status 1 if something would stop the run."""
+    from ultramed.book.plan import open_data
+
+    opened, wrong = open_data(resolved)
+    for line in opened:
+        console.print(line, highlight=False, soft_wrap=True)
+    for line in wrong:
+        console.print(f"[red]wrong[/]  {line}", highlight=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
 def _submit(name: str, tasks: list[str], last: str, profile: str, where: str, options: list[str], wait: bool) -> None:
     """Scripts and logs go to `figures/PROFILE/cluster`; exit status 1 if something failed."""
     from ultramed.book.cluster import submit
@@ -124,7 +137,12 @@ def run(
     cluster: ClusterOption = "",
     sbatch: SbatchOption = [],  # noqa: B006
     wait: WaitOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, how long, and what is missing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would run and how long, open the data at hand; status 1 if something is missing."
+        ),
+    ] = False,
     gpus: GpusOption = 1,
     tflops: TflopsOption = 989.0,
     row_tokens: RowTokensOption = 512,
@@ -133,7 +151,9 @@ def run(
     from ultramed.book import runner as batch
 
     if dry_run:
-        _plan(config.load_profile(profile, overrides), gpus, tflops, row_tokens)
+        resolved = config.load_profile(profile, overrides)
+        _plan(resolved, gpus, tflops, row_tokens)
+        _open_data(resolved)
         return
     if cluster:
         from ultramed.book import cluster as on

@@ -226,6 +226,7 @@ class Profile(Strict):
     ultramedical: UltraMedicalConfig | None = None
     collection: CollectionConfig | None = None
     cost: CostSection | None = None
+    prefer: Literal["local", "hub"] = "local"  # where a data set is read from if both ULTRAMED_DATA and the hub have it
     bench: BenchSection = BenchSection()
     judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
     limit: int = Field(0, ge=0)  # a quick look: no more rows, questions or prompts than this of any source; 0: as they are

@@ -25,8 +25,19 @@ def medqa(row: dict, i: int) -> dict:
 
 
 def medmcqa(row: dict, i: int) -> dict:
+    return _medmcqa(row, int(row["cop"]) - 1)
+
+
+def medmcqa_from_0(row: dict, i: int) -> dict:
+    """openlifescienceai/medmcqa counts its options from 0; the official files, and lighteval's copy, from 1."""
+    return _medmcqa(row, int(row["cop"]))
+
+
+def _medmcqa(row: dict, number: int) -> dict:
+    if not 0 <= number < 4:  # a negative one would be the last option without a word
+        raise ValueError(f"cop: {row['cop']} is no option of four")
     options = lettered([row["opa"], row["opb"], row["opc"], row["opd"]])
-    return {"question": row["question"].strip(), "options": options, "gold": "ABCD"[int(row["cop"]) - 1], "subset": "medmcqa"}
+    return {"question": row["question"].strip(), "options": options, "gold": "ABCD"[number], "subset": "medmcqa"}
 
 
 def pubmedqa(row: dict, i: int) -> dict:
@@ -38,6 +49,27 @@ def pubmedqa(row: dict, i: int) -> dict:
         "options": options,
         "gold": {v: k for k, v in options.items()}[row["final_decision"]],
         "subset": "pubmedqa",
+    }
+
+
+def pubmedqa_hub(row: dict, i: int) -> dict:
+    """qiaojin/PubMedQA: other names, and the abstract's parts inside `context`."""
+    named = {"PMID": row["pubid"], "QUESTION": row["question"], "CONTEXTS": row["context"]["contexts"]}
+    return pubmedqa({**named, "final_decision": row["final_decision"]}, i)
+
+
+def mmlu_hub(row: dict, i: int) -> dict:
+    """cais/mmlu: `choices`, and the answer as a number from 0."""
+    number = int(row["answer"])
+    if not 0 <= number < len(row["choices"]):
+        raise ValueError(f"answer: {number} is none of {len(row['choices'])} choices")
+    options = lettered(row["choices"])
+    return {
+        "id": f"mmlu:{row['subject']}:{i}",
+        "question": row["question"],
+        "options": options,
+        "gold": list(options)[number],
+        "subset": row["subject"],
     }
 
 
@@ -88,6 +120,10 @@ def question_answer(question: str, answer: str, **more) -> dict:
 
 def medquad(row: dict, i: int) -> dict:
     return question_answer(row["question"], row["answer"], qtype=row["qtype"], focus=row["focus"] or "", origin=row["source"])
+
+
+def medquad_hub(row: dict, i: int) -> dict:
+    return question_answer(row["Question"], row["Answer"], qtype=row["qtype"] or "")
 
 
 def medinstruct(row: dict, i: int) -> dict:
@@ -180,20 +216,39 @@ def avey(row: dict, i: int) -> dict:
 
 
 def preference(row: dict, i: int) -> dict:
-    """UltraMedical-Preference and its like: `chosen` and `rejected` as message lists that end with the answer."""
+    """UltraMedical-Preference: `chosen` and `rejected` as message lists that end with the reply; subset is `label_type`."""
     chosen, rejected = row["chosen"], row["rejected"]
     score = {k: row[k] for k in ("chosen_score", "rejected_score") if row.get(k) is not None}
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:], "meta": score}
+    subset = row.get("label_type") or "all"
+    named = {"prompt_id": str(row["prompt_id"])} if row.get("prompt_id") is not None else {}
+    turns = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    return {"subset": subset, **turns, "meta": {**named, **score}}
 
 
 def rewardbench(row: dict, i: int) -> dict:
     turns = {k: as_completion(row[k]) for k in ("chosen", "rejected")}
     return {
-        "id": f"rewardbench:{row['id']}",
+        "id": f"rewardbench:{row['subset']}:{row['id']}",
         "subset": row["subset"],
         "prompt": [{"role": "user", "content": row["prompt"]}],
         **turns,
     }
+
+
+def rewardbench2(row: dict, i: int) -> list[dict]:
+    """One right reply against each of the wrong ones; `meta.prompt_id` keeps them together."""
+    prompt = [{"role": "user", "content": row["prompt"]}]
+    return [
+        {
+            "id": f"rewardbench2:{row['id']}#{n}",
+            "subset": row["subset"],
+            "prompt": prompt,
+            "chosen": as_completion(row["chosen"][0]),
+            "rejected": as_completion(wrong),
+            "meta": {"prompt_id": str(row["id"])},
+        }
+        for n, wrong in enumerate(row["rejected"])
+    ]
 
 
 def messages(row: dict, i: int) -> dict:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Source:
     """`files`: side -> (file under ULTRAMED_DATA/<folder or name>, rows). `hub`: side -> (hub id, config, split, rows
-    or None where their number was not at hand). `was`: an older name, which still works and says so."""
+    or None where their number was not at hand); for the rest see catalog.yaml. `was`: an older name, which still works and says so."""
 
     name: str
     kind: str  # questions, instructions, prompts or pairs
@@ -25,6 +25,11 @@ class Source:
     adapter: str  # of data/adapters.py
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
     hub: dict[str, tuple[str, str | None, str, int | None]] = field(default_factory=dict)
+    hub_adapter: str = ""
+    held: dict[str, tuple[str, int]] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, list[str]] = field(default_factory=dict)
+    revision: str | None = None
     note: str = ""
     folder: str = ""
     was: str = ""
@@ -37,8 +42,13 @@ class Source:
         return f"{self.name}: " + " or ".join(part for part in (f"hub {hub}" if hub else "", own) if part)
 
     @property
-    def adapt(self) -> Callable[[dict, int], dict]:
-        return getattr(adapters, self.adapter)
+    def sides(self) -> list[str]:
+        """The sides that files or the hub give."""
+        return list(dict.fromkeys([*self.files, *self.hub, *self.held]))
+
+    def adapt(self, from_hub: bool) -> Callable[[dict, int], dict]:
+        """The function that makes a canonical row of a raw one, of the files or of the hub."""
+        return getattr(adapters, (self.hub_adapter if from_hub else "") or self.adapter)
 
 
 def _read() -> dict[str, Source]:

@@ -1,6 +1,7 @@
 """Named data sets: where they are, how many rows they have, and how their rows become canonical ones.
 
-A data set is read from `ULTRAMED_DATA/<folder>/` if that is there, else from the hub. The artifact holds
+A data set is read from `ULTRAMED_DATA/<folder>/` if that is there, else from the hub (or the other way round, see
+`prefer`), or from a folder that is laid out as the hub (`ULTRAMED_HUB`). The artifact holds
 `train.parquet`, `dev.parquet`, `test.parquet` (whichever the set has). A count that differs from the known one is an
 error: papers' numbers are over known splits.
 """
@@ -9,7 +10,9 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.ledger import write_lines
@@ -21,12 +24,17 @@ from ultramed.data import rows as canonical
 from ultramed.data.catalog import Source, get
 from ultramed.data.exam import exam
 from ultramed.data.formats import BadRow, read_table
+from ultramed.data.knowledge import uniform_hash
 
 log = logging.getLogger(__name__)
 
 
 class SourceConfig(Strict):
+    """`prefer`: where a set is read from if both have it: 'local' (ULTRAMED_DATA), or the 'hub', of which local files may be a
+    sample."""
+
     name: str
+    prefer: Literal["local", "hub"] = "local"
 
 
 def data_root() -> Path | None:
@@ -59,64 +67,163 @@ def at_hand(name: str) -> Artifact | None:
         return None
 
 
+def hub_root() -> Path | None:
+    """A folder laid out as the hub (`ULTRAMED_HUB`): <hub id>/ with the files of the repository. For machines without network,
+    and for tests; with a file SAMPLE in it, it holds a part of every set and rows are not counted."""
+    root = os.environ.get("ULTRAMED_HUB")
+    if root and not Path(root).is_dir():
+        raise ConfigError(f"ULTRAMED_HUB names {root!r}, which is not a folder")
+    return Path(root) if root else None
+
+
+def _local(config: SourceConfig) -> dict[str, Path]:
+    """The files to read, none if the hub is to be asked."""
+    return local_files(config.name) if config.prefer == "local" or not get(config.name).hub else {}
+
+
 def _content(config: SourceConfig) -> dict:
-    local = local_files(config.name)
-    return {side: sha256(path) for side, path in local.items()} or {"hub": sorted(get(config.name).hub.items())}
+    spec, local, mirror = get(config.name), _local(config), hub_root()
+    if local:
+        return {side: sha256(path) for side, path in local.items()}
+    told = {"hub": sorted(spec.hub.items()), "held": spec.held, "chosen": spec.chosen, "revision": spec.revision}
+    if mirror:
+        told["sample"] = (mirror / "SAMPLE").exists()
+        folders = sorted({mirror / entry[0] for entry in spec.hub.values()})
+        told["files"] = {f"{p.parent.name}/{p.name}": sha256(p) for f in folders for p in sorted(f.rglob("*")) if p.is_file()}
+    return told
 
 
-@stage(version=2, also=_content)
+@stage(version=3, also=_content)
 def source(out: Path, config: SourceConfig) -> dict:
     """Canonical rows of one data set, a Parquet file a side. Raises ConfigError where it cannot be had or counts differ.
 
-    A row that cannot be read is set aside in `rejected.jsonl` with file, row and reason.
+    A row that cannot be read is set aside in `rejected.jsonl` with file, row and reason; many of them are an error, because
+    then the columns are not what this expects. Training pairs whose prompt is in the test side, too, are left out.
     """
-    spec, local = get(config.name), local_files(config.name)
+    spec, local = get(config.name), _local(config)
     if not local and not spec.hub:
-        raise ConfigError(
-            f"data set {spec.name!r} is not at hand: put {', '.join(f for f, _ in spec.files.values())} into "
-            f"$ULTRAMED_DATA/{spec.folder or spec.name}/ ({spec.licence}; {spec.cite})"
-        )
-    counts, rejected = {}, []
+        raise ConfigError(f"data set {spec.name!r} is not at hand: {spec.where()} ({spec.licence}; {spec.cite})")
+    whole = {side: rows for side, (*_, rows) in spec.hub.items() if rows}
+    for side, path in local.items():
+        if spec.files[side][1] < whole.get(side, 0):
+            log.info(
+                "%s, %s: %d rows of %s stand for the hub's %d", spec.name, side, spec.files[side][1], path.name, whole[side]
+            )
+    counts, rejected, kept = {}, [], {}
     for side, label, expected, rows in _raw(spec, local):
         if expected is not None and len(rows) != expected:
-            raise ConfigError(f"{label}: {len(rows)} rows, {expected} expected; another version of {spec.name}?")
-        good, bad = adapt(spec, rows, side, label)
-        rejected += bad
-        canonical.write_rows(out / f"{side}.parquet", good)
-        counts[side] = len(good)
+            raise ConfigError(f"{label}, {side}: {len(rows)} rows, {expected} expected; another version of {spec.name}?")
+        good, bad = adapt(spec, rows, side, label, from_hub=not local)
+        if len(bad) > max(5, 0.05 * len(rows)) or (bad and not good):
+            raise ConfigError(f"{label}, {side}: {len(bad)} of {len(rows)} rows cannot be read, the first: {bad[0]}")
+        rejected, kept[side] = rejected + bad, good
+    if spec.kind == "pairs" and {"train", "test"} <= kept.keys():
+        tested = {_asked(row) for row in kept["test"]}
+        kept["train"] = [row for row in kept["train"] if _asked(row) not in tested]
+    for side, rows in kept.items():
+        _no_letter_missing(spec, side, rows)
+        canonical.write_rows(out / f"{side}.parquet", rows)
+        counts[side] = len(rows)
     (out / "rejected.jsonl").write_text("".join(f"{line}\n" for line in rejected))
     return {"counts": counts, "rejected": len(rejected), "licence": spec.licence, "local": bool(local)}
 
 
+def _asked(row: dict) -> str:
+    return " ".join(row["prompt"][-1]["content"].casefold().split())
+
+
+def _no_letter_missing(spec: Source, side: str, rows: list[dict]) -> None:
+    """Raises ConfigError if, among many questions, some letter is never the answer: the answers are counted wrongly then."""
+    if spec.kind != "questions" or len(rows) < 200:
+        return
+    gold = {row["gold"] for row in rows}
+    if missing := [k for k in min((row["options"] for row in rows), key=len) if k not in gold]:
+        raise ConfigError(f"{spec.name}, {side}: {', '.join(missing)} is the answer of none of {len(rows)} questions")
+
+
 def _raw(spec: Source, local: dict[str, Path]) -> Iterator[tuple[str, str, int | None, list[dict]]]:
+    """(side, where it is from, rows expected, raw rows) of every side."""
     if local:
         for side, path in local.items():
             yield side, str(path), spec.files[side][1], read_table(path)
         return
-    from datasets import load_dataset
+    sample = (hub_root() or Path("/nowhere")).joinpath("SAMPLE").exists()
+    for side, (hub_id, _, _, expected) in spec.hub.items():
+        rows = _from_hub(spec, side)
+        if spec.keep:
+            rows = [row for row in rows if all(row[column] in values for column, values in spec.keep.items())]
+        if spec.chosen:
+            names = {s: set(files("ultramed.data").joinpath(f).read_text().split()) for s, f in spec.chosen.items()}
+            there = names.get(side) or set().union(*names.values())
+            rows = [row for row in rows if (str(row["pubid"]) in there) == (side in names)]
+        if not sample and expected is not None and len(rows) != expected:
+            raise ConfigError(f"{hub_id}, {side}: {len(rows)} rows, {expected} expected; another version of {spec.name}?")
+        for other, (whole, count) in spec.held.items():
+            if whole == side:
+                order = sorted(range(len(rows)), key=lambda i: uniform_hash("held", rows[i]["question"]))
+                first = set(order[: min(count, len(rows) // 5)])
+                yield other, hub_id, None, [rows[i] for i in sorted(first)]
+                rows = [row for i, row in enumerate(rows) if i not in first]
+        yield side, hub_id, None, rows
 
-    for side, (hub_id, name, split, expected) in spec.hub.items():
-        try:
-            data = load_dataset(hub_id, name, split=split)
-        except Exception as err:  # the hub's client raises a dozen kinds; all mean the same here
-            raise ConfigError(
-                f"data set {spec.name!r}: cannot fetch {hub_id} from the hub: {str(err).splitlines()[0]}"
-            ) from None
-        yield side, hub_id, expected, data.to_list()
+
+def _from_hub(spec: Source, side: str) -> list[dict]:
+    """Raw rows of one split; `steps` are the USMLE's files, questions and solutions apart."""
+    hub_id, name, split, _ = spec.hub[side]
+    mirror = hub_root()
+    try:
+        if split == "steps":
+            return _steps(spec)
+        from datasets import load_dataset
+
+        if mirror:
+            return load_dataset(str(mirror / hub_id), name, split=split).to_list()
+        return load_dataset(hub_id, name, split=split, revision=spec.revision).to_list()
+    except Exception as err:  # the hub's client raises a dozen kinds; all mean the same here
+        why = str(err).splitlines()[0] if str(err) else type(err).__name__
+        raise ConfigError(f"data set {spec.name!r}: cannot fetch {hub_id} from the hub ({why}). {spec.where()}") from None
 
 
-def adapt(spec: Source, rows: list[dict], side: str, label: str) -> tuple[list[dict], list[str]]:
-    """(canonical rows, complaints about the rows left out)."""
-    model = canonical.KINDS[spec.kind]
+def _steps(spec: Source) -> list[dict]:
+    """The USMLE self-assessment: step1.json to step3.json (no, question, options), and a file of solutions by number for each;
+    questions that `question_with_images.json` lists are left out."""
+    hub_id, found = spec.hub["test"][0], []
+
+    def fetch(name: str) -> Path:
+        if mirror := hub_root():
+            return mirror / hub_id / name
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(hub_id, name, repo_type="dataset", revision=spec.revision))
+
+    try:
+        pictures = json.loads(fetch("question_with_images.json").read_text())
+    except Exception:
+        pictures = {}  # an earlier revision has no such file
+    for step in (1, 2, 3):
+        solutions = json.loads(fetch(f"step{step}_solutions.json").read_text())
+        with_image = {str(n) for n in pictures.get(f"step{step}", [])}
+        for row in json.loads(fetch(f"step{step}.json").read_text()):
+            number = str(row["no"])
+            if number in solutions and number not in with_image:
+                found.append({**row, "step": step, "answer_idx": solutions[number]})
+    return found
+
+
+def adapt(spec: Source, rows: list[dict], side: str, label: str, from_hub: bool = False) -> tuple[list[dict], list[str]]:
+    """(canonical rows, complaints about the rows left out). An adapter may make several rows of one."""
+    model, make = canonical.KINDS[spec.kind], spec.adapt(from_hub)
     good, bad = [], []
     for i, raw in enumerate(rows):
         try:
-            row = {"id": f"{spec.name}:{side}:{i}", **spec.adapt(raw, i), "source": spec.name}
-            if spec.kind == "questions":
-                row["dataset"] = spec.name
-            elif spec.kind == "instructions" and not row["completion"][0]["content"]:
-                raise ValueError("the answer is empty")
-            good.append(canonical.check_rows(model, [row], label)[0])
+            made = make(raw, i)
+            for one in made if isinstance(made, list) else [made]:
+                row = {"id": f"{spec.name}:{side}:{i}", **one, "source": spec.name}
+                if spec.kind == "questions":
+                    row["dataset"] = spec.name
+                elif spec.kind == "instructions" and not row["completion"][0]["content"]:
+                    raise ValueError("the answer is empty")
+                good.append(canonical.check_rows(model, [row], label)[0])
         except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
             bad.append(json.dumps({"file": Path(label).name, "row": i + 1, "reason": f"{type(err).__name__}: {err}"}))
     return good, bad
@@ -124,7 +231,7 @@ def adapt(spec: Source, rows: list[dict], side: str, label: str) -> tuple[list[d
 
 def dataset(profile: Profile, name: str) -> Artifact:
     """The artifact of a data set: 'exam' is the bundled one, anything else is a named source."""
-    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=get(name).name))
+    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=get(name).name, prefer=profile.prefer))
 
 
 def user_file(
