@@ -32,7 +32,7 @@ def samples(
     """`config.n` replies to each question of `questions/<side>.parquet`; `samples.jsonl` has a row a question.
 
     Reply k of a question depends on the seed, the question and k only: the first four of ten are the four of four.
-    An interrupted run goes on after the last finished batch. Questions that do not fit into the model's context get no
+    An interrupted run goes on after the last finished reply (`replies.jsonl`). Questions that do not fit into the model's context get no
     replies; `too_long` counts them.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
@@ -43,15 +43,16 @@ def samples(
             opening = {"budget": config.batch_tokens, "dtype": place.dtype, "engine": config.engine}
             what = (len(rows), f"{config.n} samples", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
-                _sample(engine, todo, config, ledger, bar)
+                _sample(engine, todo, config, ledger, out, bar)
         kept = [row for row in ledger.rows.values() if row["replies"]]
+    (out / "replies.jsonl").unlink(missing_ok=True)  # all of it is in samples.jsonl
     replies = [reply for row in kept for reply in row["replies"]]
     right = sum(reply["letter"] == row["gold"] for row in kept for reply in row["replies"])
     return {
         "prompts": len(kept),
         "too_long": len(rows) - len(kept),
         "samples": len(replies),
-        "mean_sample_accuracy": right / len(replies),
+        "mean_sample_accuracy": right / len(replies) if replies else None,
         "unparsed": sum(r["letter"] is None for r in replies),
         "tokens": sum(r["tokens"] for r in replies),
         "template": models.template_of(model, template).name,
@@ -104,38 +105,48 @@ def _about(row: dict, index: int, config: SampleConfig) -> dict:
     }
 
 
-def _sample(engine, todo, config: SampleConfig, ledger, bar) -> None:
+def _sample(engine, todo, config: SampleConfig, ledger, out: Path, bar) -> None:
+    """Ask for the replies of `todo` that `replies.jsonl` lacks; a question whose replies are all there goes into the ledger."""
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.stop)
     messages = [question_prompt(row, config.answer_form) for _, row in todo]
-    waiting: dict[int, dict[int, dict]] = {n: {} for n in range(len(todo))}
+    with Ledger(out / "replies.jsonl") as made:
+        names = [f"{row['id']}#{k}" for _, row in todo for k in range(config.n)]
+        asked = [item for item, name in enumerate(names) if name not in made]
 
-    def done(batch, made):
-        for item, reply in zip(batch, made, strict=True):
-            n, k = divmod(item, config.n)
-            index, row = todo[n]
-            found = parse(reply.text, row["options"], config.answer_form)
-            waiting[n][k] = {
-                "text": reply.text.strip(),
-                "letter": found.letter,
-                "rule": found.rule,
-                "strict": found.strict,
-                "tokens": reply.tokens,
-                "finished": reply.finished,
-            }
-            if len(waiting[n]) == config.n:
-                given = [waiting[n][k] for k in range(config.n)]
-                ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": given})
+        def keep(questions: set[int]) -> None:
+            for n in sorted(questions):
+                own = names[n * config.n : (n + 1) * config.n]
+                if all(name in made for name in own):
+                    index, row = todo[n]
+                    given = [{k: v for k, v in made.rows[name].items() if k != "key"} for name in own]
+                    ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": given})
+                    bar.update(1)
+
+        def done(batch, replies):
+            for i, reply in zip(batch, replies, strict=True):
+                _, row = todo[asked[i] // config.n]
+                found = parse(reply.text, row["options"], config.answer_form)
+                read = {"letter": found.letter, "rule": found.rule, "strict": found.strict}
+                how = {"tokens": reply.tokens, "finished": reply.finished}
+                made.add({"key": names[asked[i]], "text": reply.text.strip(), **read, **how})
+            keep({asked[i] // config.n for i in batch})
+
+        def unfit(items: list[int]) -> None:
+            for n in sorted({asked[i] // config.n for i in items}):
+                index, row = todo[n]
+                ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": []})
                 bar.update(1)
 
-    def unfit(items: list[int]) -> None:
-        for n in sorted({item // config.n for item in items}):
-            index, row = todo[n]
-            ledger.add({**_about(row, index, config), "prompt": messages[n], "replies": []})
-            bar.update(1)
+        keep({n for n in range(len(todo)) if all(names[n * config.n + k] in made for k in range(config.n))})
+        rngs = [item_rng(config.seed, *_numbered(names[item])) for item in asked]
+        if asked:
+            engine.replies([messages[item // config.n] for item in asked], sampling, done, rngs, unfit)
 
-    repeated = [m for m in messages for _ in range(config.n)]
-    rngs = [item_rng(config.seed, row["id"], k) for _, row in todo for k in range(config.n)]
-    engine.replies(repeated, sampling, done, rngs, unfit)
+
+def _numbered(name: str) -> tuple[str, int]:
+    """'id#3' as the id and the number of the reply."""
+    question, _, number = name.rpartition("#")
+    return question, int(number)
 
 
 def read_samples(artifact: Artifact) -> list[dict]:

@@ -1,0 +1,249 @@
+"""`ultramed bench` as someone with a model of their own uses it: the numbers, interruptions, servers that fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import hub
+import numpy as np
+import pandas as pd
+import pytest
+from faulty import Faulty
+from test_cli import ultramed
+
+from ultramed.core.config import load_profile
+from ultramed.core.errors import ConfigError
+from ultramed.core.profile import BenchSection
+from ultramed.evaluate.arms import Answers
+from ultramed.experiments import bench
+from ultramed.lm import models
+from ultramed.report import bench as report
+
+
+def answered(*tasks, seed=0):
+    """Made-up answers: tasks are (name, questions, share right)."""
+    rng, rows = np.random.default_rng(seed), []
+    for name, count, share in tasks:
+        for n, right in enumerate(rng.permutation(count) < round(share * count)):
+            rows.append(
+                {"id": f"{name}:{n}", "task": name, "gold": "A", "letter": "A" if right else None, "correct": bool(right)}
+            )
+    return Answers(pd.DataFrame(rows))
+
+
+def test_the_mean_of_tasks_counts_every_task_alike():
+    table = bench.by_task({"m": answered(("medqa", 100, 0.5), ("pubmedqa", 20, 0.9))}).set_index("task")
+    assert list(table.index) == ["medqa", "pubmedqa", "mean of tasks"]
+    mean = table.loc["mean of tasks"]
+    assert mean.accuracy == pytest.approx(0.7)
+    se = np.sqrt(0.5 * 0.5 / 100 + 0.9 * 0.1 / 20) / 2
+    assert mean.se == pytest.approx(se)
+    assert mean.high - mean.low == pytest.approx(2 * 1.959964 * se)
+    assert (mean.n, mean.unparsed, mean.upper) == (120, 52, 1.0)
+
+
+def test_models_are_compared_question_by_question_within_tasks():
+    a, b = answered(("medqa", 200, 0.8), ("anatomy", 50, 0.6)), answered(("medqa", 200, 0.6), ("anatomy", 50, 0.6))
+    a, b = (
+        Answers(
+            x.frame.sort_values("correct", ascending=False).assign(
+                id=lambda f: f.groupby("task").cumcount().astype(str) + f.task
+            )
+        )
+        for x in (a, b)
+    )
+    (row,) = bench.compare_models({"a": a, "b": b}).to_dict("records")
+    assert row["difference"] == pytest.approx(0.1), "20 points in one task of two"
+    assert row["low"] < 0.1 < row["high"]
+    assert row["p"] == row["p_holm"] < 0.001
+    assert row["detectable"] == pytest.approx(2.8 * (row["high"] - row["low"]) / 3.92, rel=0.01)
+    matrix = bench.win_matrix(bench.compare_models({"a": a, "b": b})).set_index("row less column")
+    assert (matrix.loc["a", "b"], matrix.loc["b", "a"]) == ("+10.0*", "-10.0*")
+
+
+def test_rewardbenchs_sections_weigh_subsets_by_size_and_math_as_all_code():
+    given = [
+        ("alpacaeval-easy", 1.0, 100),
+        ("mt-bench-easy", 0.5, 300),
+        ("math-prm", 0.2, 447),
+        ("hep-cpp", 0.8, 164),
+        ("hep-go", 1.0, 164),
+    ]
+    made = bench.sections(pd.DataFrame(given, columns=["subset", "accuracy", "n"])).set_index("section").accuracy
+    assert made["Chat"] == pytest.approx((100 + 150) / 400)
+    assert made["Reasoning"] == pytest.approx((0.2 + 0.9) / 2)
+    assert made["mean of sections"] == pytest.approx((made["Chat"] + made["Reasoning"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 1,234.", 1234.0),
+        ("3 + 4 = 7", 7.0),
+        ("#### -12", -12.0),
+        ("it is 0.5.", 0.5),
+        ("none", None),
+        ("5 apples, then 3 left", 3.0),
+    ],
+)
+def test_the_last_number_counts(text, number):
+    assert bench.last_number(text) == number
+
+
+def test_the_leaderboard_replaces_its_own_rows_and_keeps_the_others(tmp_path):
+    def row(model, accuracy, limit=0):
+        return {
+            "model": model,
+            "artifact": "a/1",
+            "suite": "medical",
+            "protocol": "greedy",
+            "limit": limit,
+            "task": "medqa",
+        } | {"accuracy": accuracy}
+
+    report.merge(tmp_path, pd.DataFrame([row("a", 0.1), row("b", 0.2)]))
+    made = report.merge(tmp_path, pd.DataFrame([row("a", 0.3), row("a", 0.4, limit=5)]))
+    assert made.set_index(["model", "limit"]).accuracy.to_dict() == {("a", "0"): 0.3, ("a", "5"): 0.4, ("b", "0"): 0.2}
+    assert len(pd.read_csv(tmp_path / "leaderboard.csv")) == 3
+
+
+def test_names_prices_and_protocols():
+    assert bench.named("my model=sft/0123abcd") == ("my model", "sft/0123abcd")
+    assert bench.named("http://localhost:8000/v1#a=b") == ("http://localhost:8000/v1#a=b",) * 2
+    with pytest.raises(ValueError, match="samples are of reasoned replies"):
+        BenchSection(protocol="greedy", samples=3)
+    e = bench.Estimate(10, 2_000_000, 1_000_000)
+    assert e.cost(0.5, 2.0) == pytest.approx(3.0)
+    assert e.seconds(1e9, gflops=100, utilisation=0.5) == pytest.approx(2 * 1e9 * 3e6 / 5e10)
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    return hub.build(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def from_hub(mirror, monkeypatch):
+    monkeypatch.setenv("ULTRAMED_HUB", str(mirror))
+    monkeypatch.delenv("ULTRAMED_DATA", raising=False)
+
+
+def test_all_nine_tasks_from_the_command_line(from_hub, medalpaca, tmp_path):
+    model = f"base_model/{medalpaca.base.key}"
+    done = ultramed(
+        "bench", "-m", f"tiny={model}", "-m", f"same={model}", "--limit", 3, "--shuffle", 1, "--out", tmp_path / "b"
+    )
+    assert done.returncode == 0, done.stderr
+    board = pd.read_csv(tmp_path / "b/leaderboard.csv")
+    assert set(board.task) == {*bench.TASKS, "mean of tasks"}
+    assert (board[board.task != "mean of tasks"].n == 3).all()
+    assert "27 questions" in done.stdout
+    results = json.loads((tmp_path / "b/tiny/results.json").read_text())
+    medqa = board[(board.model == "tiny") & (board.task == "medqa")].iloc[0]
+    assert results["results"]["medqa"]["acc,none"] == pytest.approx(medqa.accuracy, abs=1e-6)
+    assert len((tmp_path / "b/tiny/samples_medqa.jsonl").read_text().splitlines()) == 3
+    page = (tmp_path / "b/index.html").read_text()
+    assert all(text in page for text in ("UltraMix Best (Ens)", "measured here", "timeline.png"))
+    pairs = pd.read_csv(tmp_path / "b/comparisons.csv")
+    assert (pairs.difference == 0).all()
+
+
+def test_reasoned_replies_samples_and_scorers(from_hub, medalpaca, tmp_path):
+    model = f"base_model/{medalpaca.base.key}"
+    more = ("--protocol", "ultramedical", "--samples", 2, "--set", "max_new_tokens=6")
+    done = ultramed("bench", "-m", model, "--limit", 2, *more, "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert "other projects' scorers" not in done.stdout, "a vote is no reply"
+    done = ultramed("bench", "-m", model, "--limit", 2, *more[:2], *more[4:], "--out", tmp_path / "b")
+    assert "HuatuoGPT-o1" in done.stdout
+    assert len(pd.read_csv(tmp_path / "b/leaderboard.csv").protocol.unique()) == 2
+
+
+def test_general_and_reward_suites(from_hub, medalpaca, tmp_path, smoke):
+    from ultramed.experiments.ultramedical import UltraMedical
+
+    model = f"base_model/{medalpaca.base.key}"
+    more = ("--limit", 2, "--set", "max_new_tokens=6", "--out", tmp_path / "b")
+    done = ultramed("bench", "-m", model, "--suite", "general", *more)
+    assert done.returncode == 0, done.stderr
+    assert set(pd.read_csv(tmp_path / "b/leaderboard.csv").task) == {"gsm8k", "mmlu"}
+    scorer = UltraMedical.of(smoke).train_reward_model("medical")
+    done = ultramed("bench", "-m", f"rm=reward/{scorer.key}", "--suite", "reward", *more[-2:])
+    assert done.returncode == 0, done.stderr
+    board = pd.read_csv(tmp_path / "b/leaderboard.csv")
+    assert {"medical_rewardbench: human", "rewardbench: math-prm", "mean of sections"} <= set(board.task)
+    assert json.loads((tmp_path / "b/rm/rewardbench.json").read_text())["model_type"] == "Seq. Classifier"
+    assert len(board[board.suite == "general"]), "the other suite's rows stay"
+
+
+def test_nothing_at_hand_means_the_bundled_exam_and_says_what_to_fetch(medalpaca, tmp_path, monkeypatch):
+    monkeypatch.delenv("ULTRAMED_DATA", raising=False)
+    monkeypatch.delenv("ULTRAMED_HUB", raising=False)
+    done = ultramed("bench", "-m", f"base_model/{medalpaca.base.key}", "--limit", 2, "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert "not at hand   medqa: hub GBaker/MedQA-USMLE-4-options" in done.stdout
+    assert "exam_step3" in done.stdout
+
+
+def test_killed_five_times_it_ends_with_the_same_files(from_hub, medalpaca, tmp_path, fresh_store):
+    """kill -9 at any moment, then again: the finished bench is the one that nobody touched."""
+    model = models.base_model(medalpaca.config)
+    command = [sys.executable, "-m", "ultramed", "bench", "-m", f"tiny=base_model/{model.key}", "--limit", "12"]
+    command += ["--protocol", "ultramedical", "--samples", "3", "--set", "max_new_tokens=24", "--set", "batch_tokens=600"]
+    kills = 0
+    for wait in (6, 8, 9, 10, 11, 300):
+        running = subprocess.Popen(
+            [*command, "--out", tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        clock = time.monotonic()
+        while running.poll() is None and time.monotonic() - clock < wait:
+            time.sleep(0.05)
+        if running.poll() is None:
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+            kills += 1
+    assert kills >= 1
+    assert running.returncode == 0
+    whole = {**os.environ, "ULTRAMED_STORE": str(tmp_path / "other")}
+    done = subprocess.run(
+        [*command[:5], "tiny=tiny:llama", *command[6:], "--out", tmp_path / "whole"], env=whole, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for path in sorted((tmp_path / "whole").rglob("*")):
+        if path.suffix in (".jsonl",):
+            assert (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path.name
+    boards = [pd.read_csv(tmp_path / name / "leaderboard.csv").drop(columns="artifact") for name in ("killed", "whole")]
+    pd.testing.assert_frame_equal(*boards)
+
+
+def test_a_server_that_fails_loses_nothing_and_is_not_asked_twice(from_hub, tmp_path, fresh_store, monkeypatch):
+    """One request in five fails or is dropped; every question is answered once, and the second run asks nothing."""
+    monkeypatch.setattr("random.random", lambda: 0.0)  # no waiting between tries
+
+    def answer(body):
+        return "I think so.\nAnswer: A"
+
+    with Faulty(faults=lambda n: ("drop", 500, 429)[n // 5 % 3] if n % 5 == 4 else None, answer=answer) as server:
+        where = server.config()
+        model = models.resolve(f"{where.url}#{where.model}")
+        config = BenchSection(protocol="ultramedical", limit=4, max_new_tokens=16)
+        questions, _ = bench.medical_questions(4)
+        made = bench.ask(config, model, questions)
+        asked = len(server.bodies)
+        assert bench.ask(config, model, questions).frame.equals(made.frame)
+        assert len(server.bodies) == asked
+    assert len(made.frame) == 36
+    assert set(made.frame.letter) == {"A"}
+    texts = [body["messages"][-1]["content"] for body in server.bodies]
+    assert len(set(texts)) == 36
+    assert asked < 36 * 1.5, "what was answered is not asked again"
+
+
+def test_notebook_parameters_name_the_models():
+    profile = load_profile("smoke")
+    assert profile.bench.models == []
+    with pytest.raises(ConfigError, match=r"bench\.protocol"):
+        load_profile("smoke", ["bench.protocol=guess"])
