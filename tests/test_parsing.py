@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.lm.parsing import parse, squeeze, unread
+from ultramed.lm.parsing import UNPARSED, parse, squeeze, unread
 
 OPTIONS = {"A": "aspirin", "B": "ibuprofen", "C": "aspirin with codeine", "D": "no treatment"}
 YESNO = {"A": "yes", "B": "no", "C": "maybe"}
@@ -83,6 +83,7 @@ def test_yes_no_maybe():
 
 def test_an_option_that_stands_twice_cannot_be_chosen_by_its_text():
     assert parse("same", {"A": "same", "B": "same"}).letter is None
+    assert parse("It is the same thing", {"A": "same", "B": "same"}) == UNPARSED
 
 
 option_texts = st.lists(
@@ -124,6 +125,14 @@ def test_every_gold_answer_of_the_exam_grades_right_and_a_wrong_one_wrong(exam):
     [
         ("It blocks both enzymes.\nAnswer: ibuprofen (B)", "B", "final line"),
         ("Reasons.\nAnswer: B", "B", "final line"),
+        ("Many.\nGood.\nReasons.\nAnswer: B", "B", "final line"),
+        ("Reasons.\nAnswer: B. ibuprofen", "B", "final line"),
+        ("Reasons.\nAnswer: B. something else", "B", "final line"),
+        ("It must be IBUPROFEN (B), I am sure", "B", "text (letter)"),
+        ("The ANSWER is Ibuprofen, I am sure", "B", "statement of the text"),
+        ("The answer is aspirin  with\ncodeine.", "C", "statement of the text"),
+        ("Many.\nGood.\nReasons.\nB. ibuprofen", "B", "last line"),
+        ("Many.\nGood.\nReasons.\nibuprofen", "B", "option text"),
         ("Reasons.\nAnswer: Ibuprofen.", "B", "final line"),
         ("Answer: aspirin (A) is tempting.\nAnswer: ibuprofen (B)", "B", "final line"),
         ("A is a form of B, which concerns aspirin. ibuprofen (B)", "B", "text (letter)"),
@@ -171,6 +180,8 @@ def test_reasoned_replies_and_the_rules_that_read_them(text, letter, rule):
         '{"reasons": "The answer would be B if so", "answer_choice": "None of the above"}',
         "I first thought the answer is B. None of the options fits.",
         "A patient with fever.\nI do not know",
+        "Reasons.\nAnswer: unclear",
+        "X",
     ],
 )
 def test_negations_enumerations_and_abstentions_are_no_answers(text):
@@ -183,6 +194,7 @@ def test_negations_enumerations_and_abstentions_are_no_answers(text):
     [
         ("B: ibuprofen", "B", "letter: text", "letter_first"),
         ("B: aspirin", "B", "letter: text", ""),
+        ("B: ibuprofen\nbecause", "B", "letter: text", "letter_first"),
         ("B:", "B", "letter: text", ""),
         ("B:\nibuprofen", "B", "letter: text", "letter_first"),
         ("**B**: ibuprofen", "B", "letter: text", "letter_first"),

@@ -59,10 +59,10 @@ def test_kto_pair_against_numpy(ratios, beta):
 
 
 def test_bradley_terry_by_hand():
-    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    chosen, rejected = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 3.0])
     want = (np.log(1 + np.exp(-1)) + np.log(1 + np.exp(2))) / 2
     assert losses.bradley_terry(chosen, rejected).item() == pytest.approx(want, abs=1e-6)
-    assert losses.bradley_terry(chosen, rejected, 0.1).item() == pytest.approx(want + 0.1 * 2.5, abs=1e-6)
+    assert losses.bradley_terry(chosen, rejected, 0.1).item() == pytest.approx(want + 0.1 * (1 + 16) / 2, abs=1e-6)
 
 
 def test_pairs_are_tokenised_once_and_end_with_eos(experiment, rows, tokenizer):

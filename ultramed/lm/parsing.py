@@ -94,7 +94,9 @@ def _final_line(reply: str, letters: str, by_text: dict) -> Parsed | None:
     rest = line.removeprefix(FINAL).strip()
     found = _content(rest, letters, by_text) or _lone_letter(rest, letters, by_text) or _letter(rest, letters, by_text)
     found = found or _whole_text(rest, letters, by_text)
-    return Parsed(found.letter, "final line", strict=found.strict) if found else None
+    if found is None:
+        return None
+    return Parsed(found.letter, "final line", strict=found.strict and found.rule == "text (letter)")
 
 
 # ----------------------------------------------------------------------------------------------------------- statements
@@ -119,7 +121,7 @@ def _stated(reply: str, letters: str, by_text: dict) -> Parsed | None:
     }
     hits = [(m.start(), rule, next(g for g in m.groups() if g)) for rule, p in patterns.items() for m in re.finditer(p, reply)]
     declared = r"[\"'](?:answer|answer_choice|choice|final_answer)[\"']\s*:\s*[\"'](?!\(?[A-Z]\b)"
-    hits += [(m.start(), "abstained", None) for m in re.finditer(rf"{declared}|{NONE_OF_THEM}", reply)]
+    hits += [(m.start(), "", None) for m in re.finditer(rf"{declared}|{NONE_OF_THEM}", reply)]
     texts = _alternatives(by_text)
     if texts:
         # Lower-casing and squeezing keep no positions, so texts are looked for in the reply as it stands.

@@ -1,0 +1,86 @@
+"""Every profile of the papers' scale, notebook by notebook, from a folder in the hub's layout, with a tiny model in place of the
+large one and a few rows of everything: what proves that the way from the hub to the last stage is open."""
+
+import json
+import os
+import subprocess
+import sys
+
+import hub
+import pytest
+from conftest import REPO
+
+TINY = {
+    "models": '[{name: "tiny:llama", label: tiny, template: chat}]',
+    "limit": 6,
+    "prefer": "hub",
+    "train.max_steps": 1,
+    "eval.max_new_tokens": 4,
+    "eval.tries": 2,
+    "usmle.seeds": "[0]",
+    "usmle.tuning_fraction": 1.0,
+    "ultramedical.sample.max_new_tokens": 4,
+    "ultramedical.preference.train.max_steps": 1,
+    "ultramedical.reward.train.max_steps": 1,
+    "ultramedical.rerank.n": 2,
+    "ultramedical.iterative.n": 2,
+    # a tiny random model never gives a right candidate: the reference and a guesser do
+    "ultramedical.candidates.pool": "[{policy: base, n: 1}, {policy: ultramix, n: 1}, {policy: reference, n: 1}, {policy: guess, n: 3}]",
+    "exam": "{train_per_step: 60, dev_per_step: 20, test_per_step: 60, general_train: 1100, general_test: 20, open_instructions: 20}",
+    "cost": "{shape: {hidden: 64, intermediate: 128, layers: 2, heads: 2, kv_heads: 2, words: 2048}, rows: 2, length: 16, steps: 3}",
+    "collection.planted": 6,
+    "collection.map_rows": 60,
+    "collection.clusters": 3,
+    "open_rows": 2,
+    "open_tokens": 4,
+    "bench.max_new_tokens": 4,
+}
+ALL: list[str] = []
+PROFILES = {  # notebooks; of a profile that extends another, those in which it differs
+    "gpu": ["11", "20", "22", "90"],
+    "medalpaca-7b": ["10", "11", "12", "90"],
+    "medalpaca-13b": ["11", "90"],
+    "paper-8b": ALL,
+    "paper-70b": ["22", "24", "90"],
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    for name in ("params", "notebooks"):
+        (home / name).symlink_to(REPO / name)
+    mirror = hub.build(tmp_path_factory.mktemp("hub"))
+    places = {"ULTRAMED_HOME": home, "ULTRAMED_HUB": mirror, "ULTRAMED_STORE": tmp_path_factory.mktemp("store")}
+    return {**os.environ, **{k: str(v) for k, v in places.items()}, "ULTRAMED_DATA": "", "HF_HUB_OFFLINE": "1"}
+
+
+def run(environment, *arguments):
+    changes = [f"--set={key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-m", "ultramed", "run", *map(str, arguments), *changes]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_dry_run_opens_every_data_set(environment, profile):
+    done = run(environment, "--profile", profile, "--dry-run")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
+    assert "data medqa: dev 8, train 34, test 42" in done.stdout
+
+
+def test_a_dry_run_names_what_is_missing(environment, tmp_path):
+    done = run({**environment, "ULTRAMED_HUB": str(tmp_path)}, "--profile", "paper-8b", "--dry-run")
+    assert done.returncode == 1
+    assert "wrong  data ultramedical: data set 'ultramedical': cannot fetch TsinghuaC3I/UltraMedical" in done.stdout
+    done = run(environment, "--profile", "gpu", "--dry-run", "--set=limit=0")
+    assert done.returncode == 1
+    assert "wrong  data medqa: 1000 rows asked of its train side, it has 34" in done.stdout
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_notebook_runs_to_its_end(environment, profile):
+    done = run(environment, *PROFILES[profile], "--profile", profile, "--no-report", "--jobs", 2)
+    assert done.returncode == 0, done.stdout[-3000:]
+    folder = f"{environment['ULTRAMED_HOME']}/figures/{profile}"
+    with open(f"{folder}/scorecard.json") as fh:
+        assert json.load(fh)
