@@ -18,7 +18,7 @@ from ultramed.core.config import load_profile
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
 from ultramed.evaluate.arms import Answers
-from ultramed.experiments import bench
+from ultramed.experiments import bench, bench_reward
 from ultramed.lm import models
 from ultramed.report import bench as report
 
@@ -72,7 +72,7 @@ def test_rewardbenchs_sections_weigh_subsets_by_size_and_math_as_all_code():
         ("hep-cpp", 0.8, 164),
         ("hep-go", 1.0, 164),
     ]
-    made = bench.sections(pd.DataFrame(given, columns=["subset", "accuracy", "n"])).set_index("section").accuracy
+    made = bench_reward.sections(pd.DataFrame(given, columns=["subset", "accuracy", "n"])).set_index("section").accuracy
     assert made["Chat"] == pytest.approx((100 + 150) / 400)
     assert made["Reasoning"] == pytest.approx((0.2 + 0.9) / 2)
     assert made["mean of sections"] == pytest.approx((made["Chat"] + made["Reasoning"]) / 2)
@@ -175,6 +175,8 @@ def test_general_and_reward_suites(from_hub, medalpaca, tmp_path, smoke):
     assert done.returncode == 0, done.stderr
     board = pd.read_csv(tmp_path / "b/leaderboard.csv")
     assert {"medical_rewardbench: human", "rewardbench: math-prm", "mean of sections"} <= set(board.task)
+    two = board[board.task == "rewardbench2: Factuality"].iloc[0]
+    assert two.n == 42, "a prompt counts once, not once for each of its three wrong replies"
     assert json.loads((tmp_path / "b/rm/rewardbench.json").read_text())["model_type"] == "Seq. Classifier"
     assert len(board[board.suite == "general"]), "the other suite's rows stay"
 

@@ -6,6 +6,7 @@ import pytest
 
 from ultramed.core.errors import ConfigError
 from ultramed.data.messages import as_instruction, question_prompt
+from ultramed.lm.parsing import Parsed, parse
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
 from ultramed.lm.tokens import TemplateError, encode_row, lint, preview
 
@@ -145,6 +146,17 @@ def test_question_rows_become_instructions_in_both_forms(tokenizer):
     assert as_instruction(QUESTION, "content_first")["completion"][0]["content"] == "eye (A)"
     assert question_prompt(QUESTION, "letter_first") == first["prompt"]
     assert first["prompt"][1]["content"] == "Which organ?\nA. eye\nB. ear"
+
+
+def test_a_reasoned_answer_gives_reasons_and_a_last_line(tokenizer):
+    row = {**QUESTION, "context": "An abstract.", "meta": {"rationale": "Sight is of the eye."}}
+    made = as_instruction(row, "reasoned")
+    assert made["completion"][0]["content"] == "Sight is of the eye.\nAnswer: eye (A)"
+    assert as_instruction(QUESTION, "reasoned")["completion"][0]["content"] == "Answer: eye (A)"
+    (turn,) = made["prompt"]
+    assert turn["role"] == "user", "UltraMedical's format has no system turn"
+    assert turn["content"].startswith("An abstract.\n\nWhich organ?\n\nA. eye\nB. ear\n\nThink step by step.")
+    assert parse(made["completion"][0]["content"], QUESTION["options"], "reasoned") == Parsed("A", "final line", True)
 
 
 def test_preview_marks_trained_tokens_and_escapes(tokenizer):

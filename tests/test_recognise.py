@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ultramed.core.errors import ConfigError
+from ultramed.data.columns import parse_map
 from ultramed.data.formats import BadRow, read_table
-from ultramed.data.recognise import parse_map, questions, read
+from ultramed.data.recognise import questions, read
 
 TEXTS = [
     ["eye", "ear", "nose", "skin"],

@@ -35,6 +35,7 @@ def bench(
         int, typer.Option(min=0, help="With ultramedical: the majority of so many samples, as the paper's 10.")
     ] = 0,
     shuffle: Annotated[int, typer.Option(min=0, help="Ask again under so many other orders of the options.")] = 0,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch tasks from the hub that are not in ULTRAMED_DATA.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the leaderboard, which grows from run to run.")] = Path("figures/bench"),
     prices: Annotated[str, typer.Option(help="Dollars a million tokens of a hosted model: in,out, e.g. 0.15,0.6.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
@@ -47,7 +48,7 @@ def bench(
 
     quiet_libraries()
     config.known(suite, benches.SUITES, "suites")
-    given = {"models": model, "protocol": protocol, "limit": limit, "samples": samples, "shuffle": shuffle}
+    given = {"models": model, "protocol": protocol, "limit": limit, "samples": samples, "shuffle": shuffle, "fetch": fetch}
     setting = config.validate(BenchSection, config.overridden(given, overrides), "bench")
     dollars = _prices(prices)
     found = {label: models.resolve(name) for label, name in map(benches.named, model)}
@@ -98,7 +99,7 @@ def _medical(setting, found, out, dollars, yes) -> None:
     from ultramed.report import bench as report
     from ultramed.report import figures
 
-    questions, missing = benches.medical_questions(setting.limit)
+    questions, missing = benches.medical_questions(setting.limit, setting.fetch)
     _tell(missing)
     _ask_first(benches, setting, questions, found, dollars, yes)
     answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
@@ -142,16 +143,16 @@ def _reward(setting, found, out, dollars, yes) -> None:
     import pandas as pd
 
     from ultramed.core.store import write_json
-    from ultramed.experiments import bench as benches
+    from ultramed.experiments import bench_reward as benches
     from ultramed.report import bench as report
 
-    pairs, missing = benches.reward_pairs()
+    pairs, missing = benches.reward_pairs(setting.fetch)
     _tell(missing)
     out.mkdir(parents=True, exist_ok=True)
     shown, rows = {}, []
     for name, art in found.items():
         for bench_name, data in pairs.items():
-            table, biases, _ = benches.score_reward(art, data, setting.batch_tokens)
+            table, biases, _ = benches.score_reward(art, data, setting.batch_tokens, best_of=bench_name == "rewardbench2")
             parts = [table.rename(columns={"subset": "task"}).assign(task=lambda t, b=bench_name: f"{b}: " + t.task)]
             if bench_name == "rewardbench":
                 parts.append(benches.sections(table).rename(columns={"section": "task"}))

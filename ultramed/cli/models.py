@@ -47,7 +47,7 @@ def evaluate(
     import shutil
 
     from ultramed.core.log import quiet_libraries
-    from ultramed.data.recognise import parse_map
+    from ultramed.data.columns import parse_map
     from ultramed.data.sources import user_file
     from ultramed.evaluate import stats
     from ultramed.evaluate.accuracy import answers, read_answers
@@ -100,7 +100,7 @@ def agreement(
 ) -> None:
     """Ask the same questions by several engines, dtypes, batch sizes: how many answers flip, and does the accuracy move?"""
     from ultramed.core.log import quiet_libraries
-    from ultramed.data.recognise import parse_map
+    from ultramed.data.columns import parse_map
     from ultramed.data.sources import user_file
     from ultramed.evaluate import agreement as agree
     from ultramed.evaluate.arms import percent

@@ -21,9 +21,9 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.schema import Strict
 from ultramed.core.store import sha256, stage
 from ultramed.data import rows as canonical
+from ultramed.data.conversations import transcript
 from ultramed.data.formats import read_table
 from ultramed.data.messages import as_completion
-from ultramed.data.recognise import transcript
 from ultramed.data.sources import data_root
 
 Made = Iterator[tuple[list[dict], str, str]]  # prompt, chosen, rejected

@@ -58,8 +58,11 @@ def local_files(name: str) -> dict[str, Path]:
     return {side: path for side, path in files.items() if path.is_file()}
 
 
-def at_hand(name: str) -> Artifact | None:
-    """The data set, if it is in ULTRAMED_DATA or the hub gives it; None, with a line in the log why, if not."""
+def at_hand(name: str, fetch: bool = False) -> Artifact | None:
+    """The data set, if it is in ULTRAMED_DATA or ULTRAMED_HUB; with `fetch` also from the hub, which is not asked otherwise.
+    None, with a line in the log why, if it cannot be had."""
+    if not (local_files(name) or fetch or (get(name).hub and hub_root())):
+        return None
     try:
         return source(SourceConfig(name=name))
     except ConfigError as err:

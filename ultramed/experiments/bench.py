@@ -15,15 +15,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
-from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, ScoringConfig, Strict
+from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import get
 from ultramed.data.exam import exam
 from ultramed.data.messages import question_prompt
-from ultramed.data.public_pairs import PublicConfig, public_pairs
 from ultramed.data.sources import at_hand
 from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers
@@ -31,7 +29,6 @@ from ultramed.evaluate.arms import Answers, artifacts_of
 from ultramed.evaluate.generate import item_rng
 from ultramed.evaluate.open_ended import ReplyConfig, read_replies, replies
 from ultramed.evaluate.rerank import Votes
-from ultramed.evaluate.reward_bench import length_correlation, pair_scores, read_scores
 from ultramed.evaluate.sample import samples
 from ultramed.evaluate.scorers import sensitivity
 from ultramed.papers import published
@@ -53,7 +50,6 @@ TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
     },
 }
 EXAM_TASKS = {f"exam_{step}": ("exam", step) for step in ("step1", "step2", "step3")}  # where none of the nine is at hand
-REWARD_BENCHES = ("medical_rewardbench", "rewardbench", "rewardbench2")
 SUITES = ("medical", "reward", "general")
 
 
@@ -87,14 +83,15 @@ class Questions:
         return {subset: [0, count] for subset, count in self.counts.items()}
 
 
-def medical_questions(limit: int = 0) -> tuple[list[Questions], list[str]]:
-    """(questions of the tasks at hand, what is missing with where it is to be had); the bundled exam where none is."""
+def medical_questions(limit: int = 0, fetch: bool = False) -> tuple[list[Questions], list[str]]:
+    """(questions of the tasks at hand, what is missing with where it is to be had); the bundled exam where none is. fetch: also
+    from the hub, which nothing asks otherwise."""
     found, missing = [], []
     wanted: dict[str, dict[str, str]] = {}
     for task, (name, subset) in TASKS.items():
         wanted.setdefault(name, {})[subset] = task
     for name, tasks in wanted.items():
-        if data := at_hand(name):
+        if data := at_hand(name, fetch):
             found.append(_questions(name, data, tasks, limit))
         else:
             missing.append(get(name).where())
@@ -277,78 +274,6 @@ def option_order(config: BenchSection, model: Artifact, questions: Sequence[Ques
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- reward
-
-
-def reward_pairs() -> tuple[dict[str, Artifact], list[str]]:
-    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand."""
-    found, missing = {}, []
-    for name in REWARD_BENCHES:
-        if data := at_hand(name):
-            found[name] = pairs_of(data=data)
-        else:
-            missing.append(get(name).where())
-    if "rewardbench" not in found:
-        try:
-            found["public_pairs"] = public_pairs(PublicConfig(count=500))
-        except ConfigError as err:
-            missing.append(str(err))
-    if not found:
-        raise ConfigError("no reward bench is at hand: " + "; ".join(missing))
-    return found, missing
-
-
-@stage(version=1)
-def pairs_of(out: Path, config, *, data: Artifact) -> dict:
-    """A data set of pairs, its test side, as the artifact that scoring takes."""
-    rows = canonical.read_pairs(data / "test.parquet")
-    canonical.write_rows(out / "pairs.parquet", rows)
-    return {"pairs": len(rows)}
-
-
-def score_reward(model: Artifact, pairs: Artifact, batch_tokens: int = 8192) -> tuple[pd.DataFrame, dict, Artifact]:
-    """(accuracy by subset and over sections, biases, artifact) of a reward model. Ties count half and are shown."""
-    scored = pair_scores(ScoringConfig(batch_tokens=batch_tokens), reward=model, pairs=pairs)
-    frame = read_scores(scored.path)
-    tie = frame.chosen_score == frame.rejected_score
-    frame = frame.assign(credit=frame.correct.astype(float).where(~tie, 0.5), tie=tie)
-    rows = []
-    for subset, part in frame.groupby("subset", sort=False):
-        e = stats.clustered(part.credit, part.concept)
-        rows.append({"subset": subset, **_row(e), "ties": int(part.tie.sum())})
-    biases = {"length correlation": length_correlation(frame), "ties": int(tie.sum()), "too long": scored.metrics["too_long"]}
-    return pd.DataFrame(rows), biases, scored
-
-
-REWARDBENCH_SECTIONS = {  # RewardBench, rewardbench/constants.py: subsets of the sections; within one, pairs count alike
-    "Chat": ["alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"],
-    "Chat Hard": [
-        *("mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor"),
-        *("llmbar-adver-GPTInst", "llmbar-adver-GPTOut", "llmbar-adver-manual"),
-    ],
-    "Safety": ["refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer"],
-    "Reasoning": ["math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"],
-}
-
-
-def sections(table: pd.DataFrame) -> pd.DataFrame:
-    """RewardBench's four sections and their mean. Subsets weigh by their pairs; math-prm weighs as much as all code together."""
-    rows = []
-    for name, subsets in REWARDBENCH_SECTIONS.items():
-        part = table[table.subset.isin(subsets)]
-        if part.empty:
-            continue
-        weight = part.n.astype(float)
-        if name == "Reasoning" and {"math-prm"} < set(part.subset):
-            weight = weight.where(part.subset != "math-prm", weight[part.subset != "math-prm"].sum())
-        rows.append({"section": name, "accuracy": float((part.accuracy * weight).sum() / weight.sum()), "n": int(part.n.sum())})
-    frame = pd.DataFrame(rows, columns=["section", "accuracy", "n"])
-    if len(frame):
-        mean = {"section": "mean of sections", "accuracy": frame.accuracy.mean(), "n": int(frame.n.sum())}
-        frame = pd.concat([frame, pd.DataFrame([mean])], ignore_index=True)
-    return frame
-
-
 # --------------------------------------------------------------------------------------------------------------- general
 
 
@@ -385,7 +310,7 @@ def general(config: BenchSection, model: Artifact) -> tuple[pd.DataFrame, list[s
     """(a row a task at hand, what is missing, artifacts)."""
     rows, missing, artifacts = [], [], []
     for name, run in GENERAL.items():
-        if data := at_hand(name):
+        if data := at_hand(name, config.fetch):
             row, answered = run(config, model, data)
             rows.append(row)
             artifacts.append(answered)

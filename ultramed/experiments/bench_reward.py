@@ -1,0 +1,106 @@
+"""Reward benches for anyone's reward model: Medical RewardBench, RewardBench with its sections, RewardBench 2's best of four."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import ScoringConfig
+from ultramed.core.store import Artifact, stage
+from ultramed.data import rows as canonical
+from ultramed.data.catalog import get
+from ultramed.data.public_pairs import PublicConfig, public_pairs
+from ultramed.data.sources import at_hand
+from ultramed.evaluate import stats
+from ultramed.evaluate.reward_bench import length_correlation, pair_scores, read_scores
+
+REWARD_BENCHES = ("medical_rewardbench", "rewardbench", "rewardbench2")
+
+
+def reward_pairs(fetch: bool = False) -> tuple[dict[str, Artifact], list[str]]:
+    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand."""
+    found, missing = {}, []
+    for name in REWARD_BENCHES:
+        if data := at_hand(name, fetch):
+            found[name] = pairs_of(data=data)
+        else:
+            missing.append(get(name).where())
+    if "rewardbench" not in found:
+        try:
+            found["public_pairs"] = public_pairs(PublicConfig(count=500))
+        except ConfigError as err:
+            missing.append(str(err))
+    if not found:
+        raise ConfigError("no reward bench is at hand: " + "; ".join(missing))
+    return found, missing
+
+
+@stage(version=1)
+def pairs_of(out: Path, config, *, data: Artifact) -> dict:
+    """A data set of pairs, its test side, as the artifact that scoring takes."""
+    rows = canonical.read_pairs(data / "test.parquet")
+    canonical.write_rows(out / "pairs.parquet", rows)
+    return {"pairs": len(rows)}
+
+
+def score_reward(
+    model: Artifact, pairs: Artifact, batch_tokens: int = 8192, best_of: bool = False
+) -> tuple[pd.DataFrame, dict, Artifact]:
+    """(accuracy by subset, biases, artifact) of a reward model. Ties count half and are shown.
+
+    best_of: a prompt's pairs are won together or not at all, as in RewardBench 2, where one reply stands against three.
+    """
+    scored = pair_scores(ScoringConfig(batch_tokens=batch_tokens), reward=model, pairs=pairs)
+    frame = read_scores(scored.path)
+    tie = frame.chosen_score == frame.rejected_score
+    frame = frame.assign(credit=frame.correct.astype(float).where(~tie, 0.5), tie=tie)
+    counted = frame
+    if best_of:
+        counted = frame.groupby(["subset", "concept"], sort=False, as_index=False).agg(
+            credit=("credit", "min"), tie=("tie", "max")
+        )
+    rows = []
+    for subset, part in counted.groupby("subset", sort=False):
+        e = stats.clustered(part.credit, part.concept)
+        rows.append(
+            {
+                "subset": subset,
+                "accuracy": e.value,
+                "low": e.low,
+                "high": e.high,
+                "n": e.n,
+                "se": e.se,
+                "ties": int(part.tie.sum()),
+            }
+        )
+    biases = {"length correlation": length_correlation(frame), "ties": int(tie.sum()), "too long": scored.metrics["too_long"]}
+    return pd.DataFrame(rows), biases, scored
+
+
+REWARDBENCH_SECTIONS = {  # RewardBench, rewardbench/constants.py: subsets of the sections; within one, pairs count alike
+    "Chat": ["alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"],
+    "Chat Hard": [
+        *("mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor"),
+        *("llmbar-adver-GPTInst", "llmbar-adver-GPTOut", "llmbar-adver-manual"),
+    ],
+    "Safety": ["refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer"],
+    "Reasoning": ["math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"],
+}
+
+
+def sections(table: pd.DataFrame) -> pd.DataFrame:
+    """RewardBench's four sections and their mean. Subsets weigh by their pairs; math-prm weighs as much as all code together."""
+    rows = []
+    for name, subsets in REWARDBENCH_SECTIONS.items():
+        part = table[table.subset.isin(subsets)]
+        if part.empty:
+            continue
+        weight = part.n.astype(float)
+        if name == "Reasoning" and {"math-prm"} < set(part.subset):
+            weight = weight.where(part.subset != "math-prm", weight[part.subset != "math-prm"].sum())
+        rows.append({"section": name, "accuracy": float((part.accuracy * weight).sum() / weight.sum()), "n": int(part.n.sum())})
+    frame = pd.DataFrame(rows, columns=["section", "accuracy", "n"])
+    if len(frame):
+        mean = {"section": "mean of sections", "accuracy": frame.accuracy.mean(), "n": int(frame.n.sum())}
+        frame = pd.concat([frame, pd.DataFrame([mean])], ignore_index=True)
+    return frame
