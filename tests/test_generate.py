@@ -115,6 +115,11 @@ def test_batches_hold_every_index_once_and_keep_the_budget(lengths, budget):
     assert all(len(b) * max(lengths[i] for i in b) <= budget for b in made)
 
 
+def test_a_budget_may_be_used_up_and_long_rows_stand_alone():
+    assert list(batches([10, 10, 10, 10], 30)) == [[0, 1, 2], [3]]
+    assert list(batches([50, 50, 40, 40], 1000, alone_beyond=40)) == [[0], [1], [2, 3]]
+
+
 def test_scores_are_the_sums_of_a_plain_forward_pass(net, tokenizer):
     items = [
         ([5, 6, 7, 8], [[10], [11]]),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.lm.parsing import UNPARSED, parse, squeeze, unread
+from ultramed.lm.parsing import UNPARSED, Parsed, parse, squeeze, unread
 
 OPTIONS = {"A": "aspirin", "B": "ibuprofen", "C": "aspirin with codeine", "D": "no treatment"}
 YESNO = {"A": "yes", "B": "no", "C": "maybe"}
@@ -182,10 +182,11 @@ def test_reasoned_replies_and_the_rules_that_read_them(text, letter, rule):
         "A patient with fever.\nI do not know",
         "Reasons.\nAnswer: unclear",
         "X",
+        '{"reasons": "The answer is B", "answer_choice": "Insufficient information"}',
     ],
 )
 def test_negations_enumerations_and_abstentions_are_no_answers(text):
-    assert parse(text, OPTIONS, "reasoned").letter is None
+    assert parse(text, OPTIONS, "reasoned") == UNPARSED
 
 
 @pytest.mark.parametrize("form", ["letter_first", "content_first"])
@@ -221,6 +222,12 @@ def test_a_reply_without_an_answer_is_truncated_refused_or_unparsed():
     assert unread("The patient has", finished=False) == "truncated"
     assert unread("I'm sorry, but I cannot give medical advice.", finished=True) == "refused"
     assert unread("A difficult question.", finished=True) == "unparsed"
+
+
+def test_an_option_inside_a_longer_one_is_not_mentioned():
+    options = {"A": "codeine", "B": "aspirin with codeine"}
+    assert parse("I would give aspirin with codeine now", options, "reasoned") == Parsed("B", "only option mentioned")
+    assert squeeze("X-ray") == "x-ray"
 
 
 def test_squeezing_twice_changes_nothing():
