@@ -45,7 +45,8 @@ class Faulty:
                 else:
                     status, extra = fault or 200, {}
                     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-                    choice = {"message": {"role": "assistant", "content": answer(body)}, "finish_reason": "stop"}
+                    content = answer(body) if status == 200 else ""
+                    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
                     text = json.dumps({"choices": [choice], "usage": usage}) if status == 200 else "no"
                     outer.done[body["messages"][0]["content"]] += status == 200
                 data = text.encode()

@@ -73,6 +73,36 @@ def test_samples_come_from_a_server_too(url, weights, exam):
     assert (made / "requests.jsonl").read_text().count("\n") == 6
 
 
+def test_a_bench_through_a_line_that_fails_every_fifth_time(url, weights, data, fresh_store):
+    """A proxy before the real server drops, refuses or breaks one request in five: the answers are those of the server asked
+    directly, the server itself is asked each question once, and every request is counted."""
+    from faulty import Faulty
+
+    from ultramed.core.profile import BenchSection
+    from ultramed.experiments import bench
+
+    forwarded = []
+
+    def forward(body):
+        forwarded.append(body)
+        reply = httpx.post(f"{url}/chat/completions", json={**body, "model": str(weights.path)}, timeout=300)
+        return reply.json()["choices"][0]["message"]["content"]
+
+    config = BenchSection(protocol="ultramedical", limit=1, max_new_tokens=6)
+    questions, missing = bench.medical_questions(1)
+    assert not missing
+    with Faulty(faults=lambda n: ("drop", 500, 429)[n // 5 % 3] if n % 5 == 4 else None, answer=forward) as proxy:
+        where = proxy.config()
+        made = bench.ask(config, models.resolve(f"{where.url}#{where.model}"), questions)
+        again = bench.ask(config, models.resolve(f"{where.url}#{where.model}"), questions)
+        asked = len(proxy.bodies)
+    direct = bench.ask(config, models.resolve(f"{url}#{weights.path}"), questions)
+    assert list(made.frame.reply) == list(direct.frame.reply)
+    assert again.frame.equals(made.frame)
+    assert len(made.frame) == len(forwarded) == 9
+    assert bench.paid(made)["requests"] == asked > 9
+
+
 class Verdict(BaseModel):
     score: int
 

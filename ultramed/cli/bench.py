@@ -103,6 +103,9 @@ def _medical(setting, found, out, dollars, yes) -> None:
     _tell(missing)
     _ask_first(benches, setting, questions, found, dollars, yes)
     answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
+    for name, made in answered.items():
+        if paid := benches.paid(made):
+            console.print(f"{name}: {paid['requests']:,} requests, {paid['tokens']:,} tokens", highlight=False)
     table = benches.by_task(answered)
     protocol = setting.protocol + (f", {setting.samples} samples" if setting.samples else "")
     out.mkdir(parents=True, exist_ok=True)

@@ -162,6 +162,7 @@ class _Run:
                         self.failed[request.id] = str(err)
                         continue
                     self.ledger.add({"key": key, "id": request.id, "model": self.server.model, **row})
+                    self.bar.set_postfix_str(f"{self.tokens:,} tokens")
                     self.bar.update(1)
 
             async with asyncio.TaskGroup() as group:

@@ -48,7 +48,7 @@ class _Bar:
 
     def __init__(self, total: int, desc: str, unit: str, initial: int):
         self.total, self.desc, self.unit, self.n = total, desc, unit, initial
-        self._first, self._begun, self._shown = initial, time.monotonic(), float("-inf")
+        self._first, self._begun, self._shown, self.note = initial, time.monotonic(), float("-inf"), ""
         self._show()
 
     def _show(self):
@@ -65,7 +65,8 @@ class _Bar:
         self._show()
 
     def set_postfix_str(self, text: str):
-        """Only a bar has room for it."""
+        """Something that is shown with the next count: tokens so far, why it waits."""
+        self.note = text
 
     def close(self):
         """Nothing to end."""
@@ -101,4 +102,5 @@ class _LineBar(_Bar):
             line += f", {duration(spent)}"
             if self.n < self.total:
                 line += f", about {duration(spent / made * (self.total - self.n))} left"
+        line += f" ({self.note})" if self.note else ""
         print(line, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ What is at hand is run, the rest is named with where it is to be had. Every numb
 on where it stopped.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -337,6 +338,13 @@ class Estimate:
     def cost(self, dollars_in: float, dollars_out: float) -> float:
         """Of a hosted model, prices in dollars a million tokens."""
         return (self.prompt_tokens * dollars_in + self.new_tokens * dollars_out) / 1e6
+
+
+def paid(answered: Answers) -> dict:
+    """Requests and tokens that a server's answers took, faults included; empty for weights."""
+    ledgers = [art / "requests.jsonl" for art in answered.artifacts if (art / "requests.jsonl").exists()]
+    rows = [json.loads(line) for path in ledgers for line in path.read_text().splitlines()]
+    return {name: sum(row[name] for row in rows) for name in ("requests", "tokens")} if rows else {}
 
 
 def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 200) -> Estimate:
