@@ -181,6 +181,27 @@ def test_general_and_reward_suites(from_hub, medalpaca, tmp_path, smoke):
     assert len(board[board.suite == "general"]), "the other suite's rows stay"
 
 
+def test_a_judge_behind_a_url_is_asked_in_both_orders(from_hub, fresh_store):
+    """It prefers whatever stands first, except that a reply which says "Right" always wins."""
+
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        first, second = text.split("Reply A:")[1].split("Reply B:")
+        better = "A" if "Right" in first else "B" if "Right" in second else "A"
+        return json.dumps({"reason": "x", "better": better})
+
+    with Faulty(answer=answer) as server:
+        where = server.config()
+        model = models.resolve(f"{where.url}#{where.model}")
+        found, _ = bench_reward.reward_pairs()
+        table, biases, _ = bench_reward.score_reward(model, found["rewardbench"])
+        assert (table.accuracy == 1).all()
+        assert (biases["orders agree"], biases["ties"]) == (1.0, 0)
+        table, biases, _ = bench_reward.score_reward(model, found["medical_rewardbench"])
+    assert (table.accuracy == 0.5).all(), "first place decides: no order agrees with the other"
+    assert (biases["orders agree"], biases["ties"]) == (0.0, 42)
+
+
 def test_nothing_at_hand_means_the_bundled_exam_and_says_what_to_fetch(medalpaca, tmp_path, monkeypatch):
     monkeypatch.delenv("ULTRAMED_DATA", raising=False)
     monkeypatch.delenv("ULTRAMED_HUB", raising=False)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ultramed.annotate.judge import LLMConfig, pairwise
+from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError
 from ultramed.core.schema import ScoringConfig
 from ultramed.core.store import Artifact, stage
@@ -13,6 +15,7 @@ from ultramed.data.public_pairs import PublicConfig, public_pairs
 from ultramed.data.sources import at_hand
 from ultramed.evaluate import stats
 from ultramed.evaluate.reward_bench import length_correlation, pair_scores, read_scores
+from ultramed.lm import models
 
 REWARD_BENCHES = ("medical_rewardbench", "rewardbench", "rewardbench2")
 
@@ -48,12 +51,18 @@ def score_reward(
 ) -> tuple[pd.DataFrame, dict, Artifact]:
     """(accuracy by subset, biases, artifact) of a reward model. Ties count half and are shown.
 
+    A model behind a URL judges every pair in both orders; where the orders disagree it is a tie, and an unread one is lost.
     best_of: a prompt's pairs are won together or not at all, as in RewardBench 2, where one reply stands against three.
     """
-    scored = pair_scores(ScoringConfig(batch_tokens=batch_tokens), reward=model, pairs=pairs)
-    frame = read_scores(scored.path)
-    tie = frame.chosen_score == frame.rejected_score
-    frame = frame.assign(credit=frame.correct.astype(float).where(~tie, 0.5), tie=tie)
+    if models.card(model)["kind"] == "server":
+        frame, biases, scored = _judged(model, pairs)
+    else:
+        scored = pair_scores(ScoringConfig(batch_tokens=batch_tokens), reward=model, pairs=pairs)
+        frame = read_scores(scored.path)
+        tie = frame.chosen_score == frame.rejected_score
+        frame = frame.assign(credit=frame.correct.astype(float).where(~tie, 0.5), tie=tie)
+        biases = {"length correlation": length_correlation(frame), "too long": scored.metrics["too_long"]}
+    biases["ties"] = int(frame.tie.sum())
     counted = frame
     if best_of:
         counted = frame.groupby(["subset", "concept"], sort=False, as_index=False).agg(
@@ -73,8 +82,29 @@ def score_reward(
                 "ties": int(part.tie.sum()),
             }
         )
-    biases = {"length correlation": length_correlation(frame), "ties": int(tie.sum()), "too long": scored.metrics["too_long"]}
     return pd.DataFrame(rows), biases, scored
+
+
+def _judged(model: Artifact, pairs: Artifact) -> tuple[pd.DataFrame, dict, Artifact]:
+    card = models.card(model)
+    made = pairwise(LLMConfig(server=ServerConfig(url=card["url"], model=card["model"])), pairs=pairs)
+    frame = pd.read_json(made / "verdicts.jsonl", lines=True, dtype={"id": str})
+    tie = frame.verdict.isin(["tie", "inconsistent"])
+    prompts = {row["id"]: row["meta"].get("prompt_id", row["id"]) for row in canonical.read_pairs(pairs / "pairs.parquet")}
+    frame = frame.assign(
+        tie=tie, concept=frame.id.map(prompts), credit=(frame.verdict == "chosen").astype(float).where(~tie, 0.5)
+    )
+    longer = _longer(pairs)
+    biases = {"orders agree": made.metrics["consistency"] or 0.0, "not read": made.metrics["unread"]}
+    preferred = frame.id.map(longer)[frame.verdict.isin(["chosen", "rejected"])]
+    picked = (frame.verdict == preferred.reindex(frame.index))[preferred.index]
+    return frame, biases | {"longer reply preferred": float(picked.mean()) if len(picked) else float("nan")}, made
+
+
+def _longer(pairs: Artifact) -> dict[str, str]:
+    """pair -> which of its sides is the longer text."""
+    rows = canonical.read_pairs(pairs / "pairs.parquet")
+    return {r["id"]: max(("chosen", "rejected"), key=lambda side: len(r[side][0]["content"])) for r in rows}
 
 
 REWARDBENCH_SECTIONS = {  # RewardBench, rewardbench/constants.py: subsets of the sections; within one, pairs count alike
