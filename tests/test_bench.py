@@ -202,6 +202,17 @@ def test_a_judge_behind_a_url_is_asked_in_both_orders(from_hub, fresh_store):
     assert (biases["orders agree"], biases["ties"]) == (0.0, 42)
 
 
+def test_mt_bench_is_graded_by_a_judge(data, medalpaca, monkeypatch, fresh_store):
+    monkeypatch.setenv("ULTRAMED_DATA", str(data))
+    with Faulty(
+        answer=lambda body: json.dumps({"reason": "x", "score": 4 if "User: " in body["messages"][-1]["content"] else 1})
+    ) as server:
+        where = server.config()
+        config = BenchSection(limit=2, max_new_tokens=4, judge=f"{where.url}#{where.model}")
+        row, _ = bench.mt_bench(config, models.base_model(medalpaca.config), bench.at_hand("mt_bench"))
+    assert (row["task"], row["accuracy"], row["n"], row["unparsed"]) == ("mt_bench, of 10", 0.4, 4, 0)
+
+
 def test_nothing_at_hand_means_the_bundled_exam_and_says_what_to_fetch(medalpaca, tmp_path, monkeypatch):
     monkeypatch.delenv("ULTRAMED_DATA", raising=False)
     monkeypatch.delenv("ULTRAMED_HUB", raising=False)

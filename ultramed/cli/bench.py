@@ -35,6 +35,7 @@ def bench(
         int, typer.Option(min=0, help="With ultramedical: the majority of so many samples, as the paper's 10.")
     ] = 0,
     shuffle: Annotated[int, typer.Option(min=0, help="Ask again under so many other orders of the options.")] = 0,
+    judge: Annotated[str, typer.Option(help="url#model that grades MT-Bench in suite general.")] = "",
     fetch: Annotated[bool, typer.Option("--fetch", help="Fetch tasks from the hub that are not in ULTRAMED_DATA.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the leaderboard, which grows from run to run.")] = Path("figures/bench"),
     prices: Annotated[str, typer.Option(help="Dollars a million tokens of a hosted model: in,out, e.g. 0.15,0.6.")] = "",
@@ -48,7 +49,15 @@ def bench(
 
     quiet_libraries()
     config.known(suite, benches.SUITES, "suites")
-    given = {"models": model, "protocol": protocol, "limit": limit, "samples": samples, "shuffle": shuffle, "fetch": fetch}
+    given = {
+        "models": model,
+        "protocol": protocol,
+        "limit": limit,
+        "samples": samples,
+        "shuffle": shuffle,
+        "judge": judge,
+        "fetch": fetch,
+    }
     setting = config.validate(BenchSection, config.overridden(given, overrides), "bench")
     dollars = _prices(prices)
     found = {label: models.resolve(name) for label, name in map(benches.named, model)}
@@ -183,7 +192,7 @@ def _general(setting, found, out, dollars, yes) -> None:
     for name, art in found.items():
         table, missing, _ = benches.general(setting, art)
         rows.append(table.assign(model=name, artifact=f"{art.stage}/{art.key}"))
-    _tell([*missing, "mt_bench and alpaca_eval need a judge: notebook 27 with --set judge=url#model"])
+    _tell(missing)
     made = pd.concat(rows, ignore_index=True)
     report.merge(out, made.assign(suite="general", protocol=setting.protocol, limit=setting.limit))
     caption = "General abilities"

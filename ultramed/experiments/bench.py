@@ -16,6 +16,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from ultramed.annotate.judge import LLMConfig
+from ultramed.annotate.open_ended import grades
+from ultramed.core.client import ServerConfig
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, stage
@@ -304,14 +307,26 @@ def mmlu(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, A
     return {"task": "mmlu", **_row(stats.wilson(frame.correct)), "unparsed": int(frame.letter.isna().sum())}, answered
 
 
-GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu}
+def mt_bench(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
+    """Both turns graded from 1 to 10 by the judge; the row holds tenths, with an interval over questions."""
+    asked = ReplyConfig(max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, limit=config.limit, turns=True)
+    marked = grades(LLMConfig(server=ServerConfig.of(config.judge)), replies=replies(asked, model=model, data=data))
+    frame = pd.read_json(marked / "grades.jsonl", lines=True)
+    read = frame.dropna(subset="score")
+    e = stats.clustered(read.score / 10, read.question)
+    return {"task": "mt_bench, of 10", **_row(e), "unparsed": marked.metrics["unread"]}, marked
+
+
+GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu, "mt_bench": mt_bench}
 
 
 def general(config: BenchSection, model: Artifact) -> tuple[pd.DataFrame, list[str], list[Artifact]]:
     """(a row a task at hand, what is missing, artifacts)."""
     rows, missing, artifacts = [], [], []
     for name, run in GENERAL.items():
-        if data := at_hand(name, config.fetch):
+        if name == "mt_bench" and not config.judge:
+            missing.append("mt_bench: needs a judge (--judge http://host/v1#name)")
+        elif data := at_hand(name, config.fetch):
             row, answered = run(config, model, data)
             rows.append(row)
             artifacts.append(answered)
