@@ -27,7 +27,10 @@ TINY = {
     # a tiny random model never gives a right candidate: the reference and a guesser do
     "ultramedical.candidates.pool": "[{policy: base, n: 1}, {policy: ultramix, n: 1}, {policy: reference, n: 1}, {policy: guess, n: 3}]",
     "exam": "{train_per_step: 60, dev_per_step: 20, test_per_step: 60, general_train: 1100, general_test: 20, open_instructions: 20}",
-    "cost": "{shape: {hidden: 64, intermediate: 128, layers: 2, heads: 2, kv_heads: 2, words: 2048}, rows: 2, length: 16, steps: 3}",
+    "cost.shape": "{hidden: 64, intermediate: 128, layers: 2, heads: 2, kv_heads: 2, words: 2048}",
+    "cost.rows": 2,
+    "cost.length": 16,
+    "cost.steps": 3,
     "collection.planted": 6,
     "collection.map_rows": 60,
     "collection.clusters": 3,

@@ -104,13 +104,16 @@ def _too_large(costs: list[Cost]) -> list[str]:
 
 
 def _not_at_hand(profile: Profile) -> list[str]:
-    """The model that would have to be fetched."""
-    name = profile.models[0].name
-    if ":" in name or Path(name).expanduser().is_dir():
-        return []
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-    gated = "; gated: accept its licence on the hub first" if name.startswith("meta-llama/") else ""
-    return [f"model {name}: from the hub{offline}{gated}"]
+    """The model and the data sets that would have to be fetched or brought."""
+    name, missing = profile.models[0].name, []
+    if ":" not in name and not Path(name).expanduser().is_dir():
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        gated = "; gated: accept its licence on the hub first" if name.startswith("meta-llama/") else ""
+        missing.append(f"model {name}: from the hub{offline}{gated}")
+    for source in names_in(source for source, _ in requests(profile)):
+        if source != "exam" and not local_files(source) and not (get(source).hub and hub_root()):
+            missing.append(f"data {get(source).where()}")
+    return missing
 
 
 def requests(profile: Profile) -> dict[tuple[str, str], float]:
