@@ -58,8 +58,8 @@ def environment(tmp_path_factory):
     return {**os.environ, **{k: str(v) for k, v in places.items()}, "ULTRAMED_DATA": "", "HF_HUB_OFFLINE": "1"}
 
 
-def run(environment, *arguments):
-    changes = [f"--set={key}={value}" for key, value in TINY.items()]
+def run(environment, *arguments, **more):
+    changes = [f"--set={key}={value}" for key, value in {**TINY, **more}.items()]
     command = [sys.executable, "-m", "ultramed", "run", *map(str, arguments), *changes]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -75,7 +75,7 @@ def test_a_dry_run_names_what_is_missing(environment, tmp_path):
     done = run({**environment, "ULTRAMED_HUB": str(tmp_path)}, "--profile", "paper-8b", "--dry-run")
     assert done.returncode == 1
     assert "wrong  data ultramedical: data set 'ultramedical': cannot fetch TsinghuaC3I/UltraMedical" in done.stdout
-    done = run(environment, "--profile", "gpu", "--dry-run", "--set=limit=0")
+    done = run(environment, "--profile", "gpu", "--dry-run", limit=0)
     assert done.returncode == 1
     assert "wrong  data medqa: 1000 rows asked of its train side, it has 34" in done.stdout
 
