@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ultramed.core.errors import ConfigError
 from ultramed.core.schema import ModelConfig, OptimConfig
 from ultramed.lm import models
-from ultramed.lm.attention import BLOCK, NAME, SHORT, causal, masked
+from ultramed.lm.attention import BLOCK, NAME, SHORT, causal, cpu_attention, masked
 from ultramed.lm.batches import pack_shared_prefixes
 from ultramed.train.weights import load_for_training
 
@@ -46,6 +47,15 @@ def test_a_model_gives_the_same_logits_with_it_with_padding_cache_and_gradients(
     for a, b in zip(ours, outputs(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert torch.allclose(ours[0][:, 80:], ours[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
+def test_capped_scores_and_sinks_are_refused(kind):
+    from transformers import AttentionInterface
+
+    x = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ConfigError, match="eager"):
+        AttentionInterface()[cpu_attention()](torch.nn.Identity(), x, x, x, None, **kind)
 
 
 @pytest.mark.parametrize("tree", [False, True])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ultramed.evaluate.generate import Sampling, _pick, ends, generate, item_rng
 from ultramed.evaluate.likelihood import score
-from ultramed.lm import models
+from ultramed.lm import architecture, models
 from ultramed.lm.architecture import plain_length
 
 FAST = {"llama", "mistral_wide", "qwen3", "qwen3_moe", "gemma", "phi", "granite", "olmo2", "smollm3", "glm4", "gpt_neox"}
@@ -58,6 +58,15 @@ def test_the_fast_paths_serve_what_they_fit(family):
     name, ours, _ = family
     assert (plain_length(ours) > 4000) == (name in FAST | {"deepseek_v3", "gpt2"})
     assert plain_length(ours) < 24 or plain_length(ours) > 4000 or name == "phi3_long"
+
+
+def test_a_model_that_is_misread_is_left_to_transformers(monkeypatch, tmp_path):
+    art = save("llama", tmp_path)
+    monkeypatch.setattr(architecture, "_probed", {})
+    monkeypatch.setattr(architecture, "_packed_is_right", lambda net: False)
+    assert plain_length(models.load(art, dtype=torch.float32)) == 0
+    monkeypatch.undo()
+    assert plain_length(models.load(art, dtype=torch.float32)) > 4000
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

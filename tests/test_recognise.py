@@ -108,6 +108,18 @@ def test_every_kind_of_file_is_read(tmp_path, name, packed, mark, caplog):
     assert "gold from `Correct Answer`, 4 options from `Option A`..`Option D`" in caplog.text
 
 
+def test_a_long_column_of_dictionaries_is_a_column(tmp_path):
+    table = [{"options": dict(zip("AB", t, strict=False)), "question": f"q{n}", "gold": "A"} for n, t in enumerate(TEXTS * 10)]
+    (tmp_path / "q.json").write_text(json.dumps({k: [r[k] for r in table] for k in table[0]}))
+    assert len(read(tmp_path / "q.json", "questions")) == 30
+
+
+def test_a_line_separator_inside_a_cell_is_no_line(tmp_path):
+    (tmp_path / "q.csv").write_text("question,A,B,gold\nwhich\u2028organ,eye,ear,B\n", encoding="utf-8")
+    (row,) = read(tmp_path / "q.csv", "questions")
+    assert row["question"] == "which\u2028organ"
+
+
 def test_parquet_with_options_of_different_length(tmp_path):
     table = rows(FORMS["medqa"])
     del table[2]["options"]["D"]

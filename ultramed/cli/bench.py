@@ -79,7 +79,7 @@ def _prices(text: str) -> tuple[float, float]:
         ) from None
 
 
-def _ask_first(benches, setting, questions, found, dollars, yes) -> None:
+def _ask_first(setting, questions, found, dollars, yes) -> None:
     """Say what it will take, and on a terminal ask whether to go on."""
     from ultramed.experiments.bench import estimate
     from ultramed.lm import models
@@ -110,7 +110,7 @@ def _medical(setting, found, out, dollars, yes) -> None:
 
     questions, missing = benches.medical_questions(setting.limit, setting.fetch)
     _tell(missing)
-    _ask_first(benches, setting, questions, found, dollars, yes)
+    _ask_first(setting, questions, found, dollars, yes)
     answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
     for name, made in answered.items():
         if paid := benches.paid(made):
@@ -128,7 +128,7 @@ def _medical(setting, found, out, dollars, yes) -> None:
         pairs.to_csv(out / "comparisons.csv", index=False)
         shown["Every two models on the same questions, each task counting alike (fractions)"] = pairs.round(4)
         shown["Row less column in points; * is p < 0.05 after Holm"] = benches.win_matrix(pairs)
-    if len({"medqa"} & set(table.task)):
+    if "medqa" in set(table.task):
         shown["Beside UltraMedical's Table 2"] = benches.beside_table2(table)
         figures.style()
         fig = figures.timeline(benches.timeline(table))

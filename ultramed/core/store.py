@@ -158,9 +158,10 @@ def _usable(path: Path) -> bool:
     """Whether a published artifact is there and whole. A damaged one is moved aside, so that it is made again."""
     if not path.exists():
         return False
-    problems = check(path, known=_verified(path))
+    known = _verified(path)
+    problems = check(path, known)
     if not problems:
-        _note_verified(path)
+        _note_verified(path, known)
         return True
     aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
     log.warning("%s/%s is damaged (%s); moved to %s and made again", path.parent.name, path.name, problems[0], aside.name)
@@ -186,11 +187,11 @@ def _verified(path: Path) -> dict[str, list[int]]:
         return {}
 
 
-def _note_verified(path: Path) -> None:
+def _note_verified(path: Path, known: dict[str, list[int]] | None = None) -> None:
     """Remember that the files are as published, so that the next process need not read them to know it."""
     files = json.loads((path / MANIFEST).read_text())["files"]
     seen = {name: _stat(path / name) for name in files}
-    if seen != _verified(path):
+    if seen != known:
         write_text(_note_path(path), json.dumps(seen))
 
 

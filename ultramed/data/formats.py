@@ -3,6 +3,7 @@ of the text formats also gzipped, with or without a byte order mark."""
 
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -45,13 +46,12 @@ def read_table(path: Path) -> list[dict]:
 
 def _separated(text: str, path: Path, suffix: str) -> list[dict]:
     """Rows of CSV or TSV. A file with another separator in its header than its name says is read by what stands there."""
-    lines = text.splitlines()
-    head = lines[0] if lines else ""
+    head = text.partition("\n")[0]
     mark = "\t" if suffix == ".tsv" else ","
     if mark not in head:
         mark = max(",\t;", key=head.count)
     rows = []
-    for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True), delimiter=mark), 2):
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark), 2):
         if None in row:
             raise BadRow(f"{path}, line {number}: {len(row[None])} more values than the header has columns")
         rows.append({k.strip(): v for k, v in row.items()})
@@ -97,7 +97,7 @@ def _whole(value, path: Path) -> list[dict]:
         if columns and all(name.isdigit() for name in names):  # pandas' to_json(): column -> row number -> cell
             return [{column: cells[name] for column, cells in value.items()} for name in names]
         return [{"id": name, **row} for name, row in value.items()]
-    lists = [name for name, v in value.items() if isinstance(v, list) and _are_rows(v)]
+    lists = [name for name, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
     if len(lists) == 1:
         return value[lists[0]]
     if len(lists) > 1:
@@ -106,8 +106,6 @@ def _whole(value, path: Path) -> list[dict]:
 
 
 def _are_rows(cells: list) -> bool:
-    return (
-        bool(cells)
-        and isinstance(cells[0], dict)
-        and ({"question", "prompt", "instruction"} & {k.lower() for k in cells[0]} != set() or len(cells) > 26)
-    )
+    """Whether a list holds rows, and not the cells of a column, which may be dictionaries, too (options)."""
+    named = {key.lower() for key in cells[0]} if cells and isinstance(cells[0], dict) else set()
+    return bool(named & {"question", "query", "prompt", "instruction", "messages", "conversations"})

@@ -113,9 +113,7 @@ def source(out: Path, config: SourceConfig) -> dict:
                 "%s, %s: %d rows of %s stand for the hub's %d", spec.name, side, spec.files[side][1], path.name, whole[side]
             )
     counts, rejected, kept = {}, [], {}
-    for side, label, expected, rows in _raw(spec, local):
-        if expected is not None and len(rows) != expected:
-            raise ConfigError(f"{label}, {side}: {len(rows)} rows, {expected} expected; another version of {spec.name}?")
+    for side, label, rows in _raw(spec, local):
         good, bad = adapt(spec, rows, side, label, from_hub=not local)
         if len(bad) > max(5, 0.05 * len(rows)) or (bad and not good):
             raise ConfigError(f"{label}, {side}: {len(bad)} of {len(rows)} rows cannot be read, the first: {bad[0]}")
@@ -144,11 +142,18 @@ def _no_letter_missing(spec: Source, side: str, rows: list[dict]) -> None:
         raise ConfigError(f"{spec.name}, {side}: {', '.join(missing)} is the answer of none of {len(rows)} questions")
 
 
-def _raw(spec: Source, local: dict[str, Path]) -> Iterator[tuple[str, str, int | None, list[dict]]]:
-    """(side, where it is from, rows expected, raw rows) of every side."""
+def _counted(spec: Source, side: str, label: str, rows: list[dict], expected: int | None) -> list[dict]:
+    """The rows. Raises ConfigError if there are not as many as expected."""
+    if expected is not None and len(rows) != expected:
+        raise ConfigError(f"{label}, {side}: {len(rows)} rows, {expected} expected; another version of {spec.name}?")
+    return rows
+
+
+def _raw(spec: Source, local: dict[str, Path]) -> Iterator[tuple[str, str, list[dict]]]:
+    """(side, where it is from, raw rows) of every side."""
     if local:
         for side, path in local.items():
-            yield side, str(path), spec.files[side][1], read_table(path)
+            yield side, str(path), _counted(spec, side, str(path), read_table(path), spec.files[side][1])
         return
     sample = (hub_root() or Path("/nowhere")).joinpath("SAMPLE").exists()
     for side, (hub_id, _, _, expected) in spec.hub.items():
@@ -159,15 +164,14 @@ def _raw(spec: Source, local: dict[str, Path]) -> Iterator[tuple[str, str, int |
             names = {s: set(files("ultramed.data").joinpath(f).read_text().split()) for s, f in spec.chosen.items()}
             there = names.get(side) or set().union(*names.values())
             rows = [row for row in rows if (str(row["pubid"]) in there) == (side in names)]
-        if not sample and expected is not None and len(rows) != expected:
-            raise ConfigError(f"{hub_id}, {side}: {len(rows)} rows, {expected} expected; another version of {spec.name}?")
+        _counted(spec, side, hub_id, rows, None if sample else expected)
         for other, (whole, count) in spec.held.items():
             if whole == side:
                 order = sorted(range(len(rows)), key=lambda i: uniform_hash("held", rows[i]["question"]))
                 first = set(order[: min(count, len(rows) // 5)])
-                yield other, hub_id, None, [rows[i] for i in sorted(first)]
+                yield other, hub_id, [rows[i] for i in sorted(first)]
                 rows = [row for i, row in enumerate(rows) if i not in first]
-        yield side, hub_id, None, rows
+        yield side, hub_id, rows
 
 
 def _from_hub(spec: Source, side: str) -> list[dict]:

@@ -53,13 +53,17 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def tell_unfit(long: list[int], of: int, room: str, unfit: Unfit | None) -> None:
-    """Pass on which of `of` conversations do not fit into `room`, with a line in the log."""
+def fitting(fits: list[bool], room: str, unfit: Unfit | None) -> list[int]:
+    """Indices of the conversations that fit into `room`; the others are passed on to `unfit`, with a line in the log."""
+    long = [i for i, fit in enumerate(fits) if not fit]
     if long and unfit is None:
-        raise ConfigError(f"{len(long)} of {of} conversations do not fit into {room}: shorten them, or ask for shorter replies")
+        raise ConfigError(
+            f"{len(long)} of {len(fits)} conversations do not fit into {room}: shorten them, or ask for shorter replies"
+        )
     if long:
-        log.warning("%d of %d conversations do not fit into %s: they are not asked, and counted", len(long), of, room)
+        log.warning("%d of %d conversations do not fit into %s: they are not asked, and counted", len(long), len(fits), room)
         unfit(long)
+    return [i for i, fit in enumerate(fits) if fit]
 
 
 class Local:
@@ -78,10 +82,9 @@ class Local:
 
     def fitting(self, given: list[list[int]], new_tokens: int, unfit: Unfit | None) -> list[int]:
         """Indices of the prompts (token ids) that fit into the model's context with `new_tokens` more."""
-        room = context_length(self.net) - new_tokens
-        long = [i for i, ids in enumerate(given) if len(ids) > room]
-        tell_unfit(long, len(given), f"{room + new_tokens} positions with {new_tokens} new tokens", unfit)
-        return [i for i, ids in enumerate(given) if len(ids) <= room]
+        context = context_length(self.net)
+        fits = [len(ids) + new_tokens <= context for ids in given]
+        return fitting(fits, f"{context} positions with {new_tokens} new tokens", unfit)
 
     def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
         given = [self.ids(self.shown(messages)) for messages in conversations]
@@ -117,9 +120,7 @@ class Server:
             for i, messages in enumerate(conversations)
         ]
         rows = ask(self.config, requests, self.path, desc=f"{self.config.model} replies")
-        fit = [i for i, row in enumerate(rows) if row["status"] != "too_long"]
-        long = [i for i, row in enumerate(rows) if row["status"] == "too_long"]
-        tell_unfit(long, len(rows), f"the context of {self.config.model}", unfit)
+        fit = fitting([row["status"] != "too_long" for row in rows], f"the context of {self.config.model}", unfit)
         done(fit, [Reply(rows[i]["text"], rows[i]["completion_tokens"], rows[i]["finish_reason"] != "length") for i in fit])
 
     def close(self) -> None:

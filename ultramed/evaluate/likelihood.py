@@ -59,8 +59,9 @@ def score(
     """
     results: list[list[float]] = [[] for _ in items]
     lengths = [len(context) + max(map(len, endings)) for context, endings in items]
-    long = [i for i, length in enumerate(lengths) if length > plain_length(model)]
-    short = [i for i, length in enumerate(lengths) if length <= plain_length(model)]
+    limit = plain_length(model)
+    long = [i for i, length in enumerate(lengths) if length > limit]
+    short = [i for i, length in enumerate(lengths) if length <= limit]
     for part in batches([lengths[i] for i in long], budget, alone_beyond(model)):
         batch = [long[n] for n in part]
         for i, sums in zip(batch, _whole(model, [items[i] for i in batch], tokenizer.pad_token_id, budget), strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
-from ultramed.evaluate.engine import tell_unfit
+from ultramed.evaluate.engine import fitting
 from ultramed.evaluate.generate import Sampling, cut, ends
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
@@ -68,9 +68,8 @@ class OpenVino:
 
         stop = re.compile(sampling.stop) if sampling.stop else None
         ids = [self.tokenizer(self.shown(m), add_special_tokens=False)["input_ids"] for m in conversations]
-        fit = [i for i, tokens in enumerate(ids) if len(tokens) + sampling.max_new_tokens <= self.context]
-        long = [i for i, tokens in enumerate(ids) if len(tokens) + sampling.max_new_tokens > self.context]
-        tell_unfit(long, len(ids), f"{self.context} positions", unfit)
+        fits = [len(tokens) + sampling.max_new_tokens <= self.context for tokens in ids]
+        fit = fitting(fits, f"{self.context} positions", unfit)
         for start in range(0, len(fit), PART):
             batch = fit[start : start + PART]
             given = [openvino.Tensor(np.array([ids[i]], dtype=np.int64)) for i in batch]

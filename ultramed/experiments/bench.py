@@ -28,7 +28,7 @@ from ultramed.data.exam import exam
 from ultramed.data.messages import question_prompt
 from ultramed.data.sources import at_hand
 from ultramed.evaluate import stats
-from ultramed.evaluate.accuracy import answers, read_answers
+from ultramed.evaluate.accuracy import answers, read_answers, select_rows
 from ultramed.evaluate.arms import Answers, artifacts_of
 from ultramed.evaluate.generate import item_rng
 from ultramed.evaluate.open_ended import ReplyConfig, read_replies, replies
@@ -117,14 +117,13 @@ def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -
     frames, artifacts = [], [model]
     for part in questions:
         given = {"model": model, "questions": part.artifact, "select": part.select}
-        answered = answers(setting(config), **given)
-        frame = read_answers(answered)
-        made = Answers(frame.assign(seed=0), (answered, part.artifact))
         if config.samples:
-            drawn = SampleConfig(
-                n=config.samples, answer_form="reasoned", max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens
-            )
-            made = Votes({"model": samples(drawn, **given)}).select("self_consistency", made)
+            lengths = {"max_new_tokens": config.max_new_tokens, "batch_tokens": config.batch_tokens}
+            drawn = samples(SampleConfig(n=config.samples, answer_form="reasoned", **lengths), **given)
+            made = Votes({"model": drawn}).select("self_consistency", Answers(pd.DataFrame({"seed": [0]}), (part.artifact,)))
+        else:
+            answered = answers(setting(config), **given)
+            made = Answers(read_answers(answered).assign(seed=0), (answered, part.artifact))
         frames.append(made.frame.assign(task=made.frame.subset.map(part.tasks)))
         artifacts += artifacts_of([made])
     frame = pd.concat(frames, ignore_index=True)
@@ -231,8 +230,6 @@ class ShuffleConfig(Strict):
 @stage(version=1)
 def shuffled(out: Path, config: ShuffleConfig, *, questions: Artifact, select: dict) -> dict:
     """The selected questions with their options dealt to other letters; `meta.was` tells which letter each one had."""
-    from ultramed.evaluate.accuracy import select_rows
-
     made = []
     for row in select_rows(canonical.read_questions(questions / "test.parquet"), select):
         letters = list(row["options"])
@@ -372,5 +369,5 @@ def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 
         prompt += count * sum(len(question_prompt(row, "reasoned")[-1]["content"]) for row in some) / len(some) / 4
         total += count
     longest = {"likelihood": 1, "greedy": 32}.get(config.protocol, config.max_new_tokens)
-    times = 1 + config.samples
+    times = config.samples or 1
     return Estimate(total, round(prompt * times * (1 + config.shuffle)), total * longest * times * (1 + config.shuffle))

@@ -8,6 +8,7 @@ longer sequences by transformers' own means.
 """
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_BY_LENGTH = {"dynamic", "longrope"}  # rotary frequencies depend on the longest sequence of the batch
 UNLIMITED = 1 << 60
-_probed: dict[tuple, bool] = {}
+_probed: dict[tuple, bool] = {}  # architecture -> whether a packed row was read right
+_misread = weakref.WeakSet()  # models of an architecture for which it was not
 
 
 def causal_lm(net):
@@ -48,7 +50,7 @@ def plain_length(net) -> int:
     ready = net._supports_sdpa and net._supports_attention_backend and config._attn_implementation != "eager"
     if not ready or net._is_stateful or config.is_encoder_decoder or kinds - ATTENTION_LAYERS:
         return 0
-    if not _probed.get(_identity(net), True):
+    if net in _misread:
         return 0
     limits = [rope_limit(config)]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -77,8 +79,17 @@ def probe(net) -> None:
     transformers from then on, which is told in a line of the log.
     """
     net = causal_lm(net)
-    if _identity(net) in _probed or plain_length(net) < 32:
+    if plain_length(net) < 32:
         return
+    kind = _identity(net)
+    if kind not in _probed:
+        _probed[kind] = _packed_is_right(net)
+    if not _probed[kind]:
+        _misread.add(net)
+
+
+def _packed_is_right(net) -> bool:
+    """Whether a packed row has the hidden states that each of its sequences has alone."""
     vocabulary = net.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary // 4, vocabulary, (27,), generator=torch.Generator().manual_seed(0)).tolist()
     sequences = [(tokens[:12], tokens[12:17]), (tokens[:12], tokens[17:20]), (tokens[:8] + tokens[20:24], tokens[24:])]
@@ -93,13 +104,14 @@ def probe(net) -> None:
         gaps.append(((ours[row, columns].float() - theirs).square().mean().sqrt() / theirs.std()).item())
     net.train(training)
     allowed = 1e-3 if net.dtype == torch.float32 and not getattr(net, "is_quantized", False) else 0.1
-    _probed[_identity(net)] = good = max(gaps) <= allowed
+    good = max(gaps) <= allowed
     if not good:
         log.warning(
             "%s: packed reading differs from transformers' by %.2g of the spread: it is read by transformers, more slowly",
             type(net).__name__,
             max(gaps),
         )
+    return good
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import functools
 
 import torch
 
+from ultramed.core.errors import ConfigError
+
 NAME = "ultramed_cpu"
 BLOCK = 64  # queries at a time; what lies beyond a block's last query is never multiplied
 SHORT = 512  # tokens up to which training keeps the weights of a whole row for its backward pass
@@ -40,7 +42,7 @@ def cpu_attention() -> str:
     def forward(module, query, key, value, mask, scaling=None, **kwargs):
         """query (B, H, T, D), key (B, G, S, D), value (B, G, S, E); returns (B, T, H, E) and no weights."""
         if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-            raise NotImplementedError(f"{type(module).__name__} caps its scores or has sinks: it needs eager attention")
+            raise ConfigError(f"{type(module).__name__} caps its scores or has sinks: load it with attn_implementation='eager'")
         scaling = scaling or query.shape[-1] ** -0.5
         whole = query.shape[2] == key.shape[2] and getattr(module, "is_causal", True)
         reading = mask is None and query.shape[2] > 1 and not torch.is_grad_enabled()

@@ -49,8 +49,9 @@ def parse(text: str, options: dict[str, str], answer_form: str = "letter_first")
     by_text = {}
     for letter, option in options.items():  # an option text that stands twice names no letter
         by_text[squeeze(option)] = None if squeeze(option) in by_text else letter
+    plain = re.sub(r"[*`]+", "", text).strip()
     for rule in RULES[answer_form]:
-        found = rule(text if rule in ON_MARKUP else re.sub(r"[*`]+", "", text).strip(), letters, by_text)
+        found = rule(text if rule in ON_MARKUP else plain, letters, by_text)
         if found is not None:
             return Parsed(found.letter, found.rule, found.strict and rule is RULES[answer_form][0])
     return UNPARSED
