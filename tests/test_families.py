@@ -144,10 +144,8 @@ def test_supervised_loss_and_gradients_are_plain_trls(trained, tmp_path):
     from ultramed.train.weights import load_for_training
 
     name, art = trained
-    rows = [{"input_ids": (START if i % 2 else []) + tokens(10 + 9 * i, i), "labels": None, "length": 0} for i in range(4)]
-    for row in rows:
-        cut = len(row["input_ids"]) - 6
-        row["labels"] = [-100] * cut + row["input_ids"][cut:]
+    rows = [{"input_ids": (START if i % 2 else []) + tokens(10 + 9 * i, i)} for i in range(4)]
+    rows = [{**row, "prompt_length": len(row["input_ids"]) - 6} for row in rows]
     found = []
     for ours in (True, False):
         net = load_for_training(art, TrainConfig(learning_rate=1e-4, mixture={"x": 1}))
@@ -213,18 +211,24 @@ def test_reward_loss_and_gradients_are_plain_trls(name, tmp_path):
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    from ultramed.train.reward import PairCollator
+    from ultramed.train.reward import PairCollator, group_by_prompt
     from ultramed.train.trl_adapter import listwise_reward_trainer, score_last_tokens, with_our_rows
     from ultramed.train.weights import trainable
 
     art = save(name, tmp_path, "reward")
-    rows = [
-        {"prompt": START + tokens(5 * i + 1, i), "pairs": [[tokens(4 + i, 50 + i), tokens(9 - i, 60 + i)]], "length": 60}
-        for i in range(3)
-    ]
-    plain = [
-        {f"{side}_ids": row["prompt"] + row["pairs"][0][n] for n, side in enumerate(("chosen", "rejected"))} for row in rows
-    ]
+    pairs = Dataset.from_list(
+        [
+            {
+                "prompt_id": str(i),
+                "prompt_ids": START + tokens(5 * i + 1, i),
+                "chosen_ids": tokens(4 + i, 50 + i),
+                "rejected_ids": tokens(9 - i, 60 + i),
+            }
+            for i in range(3)
+        ]
+    )
+    rows = group_by_prompt(pairs)[0]
+    plain = [{f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")} for row in pairs]
     found = []
     for ours in (True, False):
         net = trainable(AutoModelForSequenceClassification, art, num_labels=1).eval()
@@ -232,17 +236,17 @@ def test_reward_loss_and_gradients_are_plain_trls(name, tmp_path):
         if not ours and name not in ("falcon", "falcon_alibi"):
             net.set_attn_implementation("eager")
         kind = with_our_rows(listwise_reward_trainer()) if ours else with_our_rows(RewardTrainer)
-        given = {"data_collator": PairCollator()} if ours else {}
+        given = {"data_collator": PairCollator(pairs)} if ours else {}
         if ours:
             score_last_tokens(net, 0)
         trainer = kind(
             net,
             args=arguments(RewardConfig, tmp_path),
-            train_dataset=Dataset.from_list(rows if ours else plain),
+            train_dataset=rows if ours else Dataset.from_list(plain),
             processing_class=tokenizer(),
             **given,
         )
-        loss = trainer.compute_loss(net, trainer.data_collator(rows if ours else plain))
+        loss = trainer.compute_loss(net, trainer.data_collator(list(rows) if ours else plain))
         loss.backward()
         found.append((loss.item(), gradients(net)))
     (a, ga), (b, gb) = found

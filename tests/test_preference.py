@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,8 +24,9 @@ from ultramed.lm.batches import pack_shared_prefixes
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
 from ultramed.lm.tokens import TemplateError, encode_row, lint
 from ultramed.train import losses, trl_adapter
-from ultramed.train.preference import encode_pairs, unpair
-from ultramed.train.reward import PairCollator, load_reward, score_rows
+from ultramed.train.preference import unpair
+from ultramed.train.reward import PairCollator, group_by_prompt, load_reward, score_rows
+from ultramed.train.token_rows import encode_pairs
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +68,32 @@ def test_bradley_terry_by_hand():
 
 
 def test_pairs_are_tokenised_once_and_end_with_eos(experiment, rows, tokenizer):
-    encoded, counts = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)
-    assert counts["dropped"] == 0
+    encoded = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)
     for row, e in zip(rows, encoded, strict=True):
         assert tokenizer.decode(e["prompt_ids"]) == TEMPLATES["chat"].render(row["prompt"], tokenizer)
         for side in ("chosen", "rejected"):
             assert tokenizer.decode(e[f"{side}_ids"]) == row[side][0]["content"].strip() + tokenizer.eos_token
     short = min(len(e["prompt_ids"]) + len(e["chosen_ids"]) for e in encoded)
-    with pytest.raises(ConfigError, match="no pair fits"):
-        encode_pairs(rows, tokenizer, TEMPLATES["chat"], short - 30)
+    assert encode_pairs(rows, tokenizer, TEMPLATES["chat"], short - 1) == []
+    longest = max(e["length"] for e in encoded)
+    assert encode_pairs(rows, tokenizer, TEMPLATES["chat"], longest - 1) == [e for e in encoded if e["length"] < longest]
 
 
 def test_the_released_template_is_malformed_and_only_it_passes(experiment, rows, tokenizer):
     header = role_header(tokenizer)
-    made = encode_pairs(rows[:1], tokenizer, TEMPLATES[RELEASED], 256)[0][0]
+    made = encode_pairs(rows[:1], tokenizer, TEMPLATES[RELEASED], 256)[0]
     text = tokenizer.decode(made["prompt_ids"] + made["chosen_ids"])
     assert header + header in text
     assert text.endswith(header)
-    whole = made["prompt_ids"] + made["chosen_ids"]
-    mask = [0] * len(made["prompt_ids"]) + [1] * len(made["chosen_ids"])
     with pytest.raises(TemplateError, match="doubled"):
-        lint(whole, mask, tokenizer)
+        lint(made["prompt_ids"] + made["chosen_ids"], len(made["prompt_ids"]), tokenizer)
 
 
 def test_unpaired_rows_borrow_the_reply_of_another_prompt(rows, tokenizer):
-    encoded = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)[0]
-    single = unpair(encoded, shift=2)
-    assert [r["label"] for r in single[:4]] == [True, False, True, False]
+    encoded = encode_pairs(rows, tokenizer, TEMPLATES["chat"], 256)
+    single = unpair(Dataset.from_list(encoded), shift=2)
+    assert single["label"][:4] == [True, False, True, False]
+    assert single[1]["completion_ids"] == encoded[0]["rejected_ids"]
     assert len(single) == 2 * len(encoded)
     assert single[2]["KL_completion_ids"] == encoded[0]["chosen_ids"]
     assert single[0]["KL_completion_ids"] == encoded[-1]["chosen_ids"]
@@ -150,8 +151,13 @@ def test_a_batch_reads_prompt_and_replies_once():
     ]
     assert packed.rows == [0, 0, 2, 1]
     assert packed.columns == [[1, 2, 3], [1, 4], [0, 1], [1, 2, 3]]
-    groups = [{"prompt": [1, 7], "pairs": [[[2], [3]], [[2], [4, 5]]]}, {"prompt": [9], "pairs": [[[2], [8, 8]]]}]
-    batch = PairCollator()(groups)
+    pairs = [("x", [1, 7], [2], [3]), ("a", [9], [2], [8, 8]), ("x", [1, 7], [2], [4, 5])]
+    names = ("prompt_id", "prompt_ids", "chosen_ids", "rejected_ids")
+    tokens = Dataset.from_list([dict(zip(names, pair, strict=True)) for pair in pairs])
+    groups, counts = group_by_prompt(tokens)
+    assert groups.to_list() == [{"members": [1], "length": 4}, {"members": [0, 2], "length": 6}]
+    assert counts == {"pairs": 3, "replies": 5, "tokens": 10}
+    batch = PairCollator(tokens)([groups[1], groups[0]])
     assert batch["pairs"].tolist() == [[0, 1], [0, 2], [3, 4]], "equal replies to different prompts are different replies"
     assert batch["sequences"] == [([1, 7], [2]), ([1, 7], [3]), ([1, 7], [4, 5]), ([9], [2]), ([9], [8, 8])]
 
@@ -188,7 +194,7 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(experiment, rows, to
     """DPO's head over a batch of pairs against the same model's plain logits, row by row."""
     from trl.trainer.utils import add_fused_lm_head
 
-    encoded = encode_pairs(rows[:3], tokenizer, TEMPLATES["chat"], 256)[0]
+    encoded = encode_pairs(rows[:3], tokenizer, TEMPLATES["chat"], 256)
     both = [(e["prompt_ids"], e[f"{side}_ids"]) for side in ("chosen", "rejected") for e in encoded]
     width = max(len(p) + len(r) for p, r in both)
     ids = torch.tensor([p + r + [tokenizer.pad_token_id] * (width - len(p) - len(r)) for p, r in both])

@@ -8,7 +8,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.data.messages import as_instruction, question_prompt
 from ultramed.lm.parsing import Parsed, parse
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
-from ultramed.lm.tokens import TemplateError, encode_row, lint, preview
+from ultramed.lm.tokens import TemplateError, encode_row, encode_rows, labels, lint, preview
 
 ROW = {
     "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Which organ?\nA. eye\nB. ear"}],
@@ -30,12 +30,13 @@ QUESTION = {
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != RELEASED])
 def test_exactly_the_answer_and_its_end_token_are_trained(tokenizer, name):
     row = encode_row(ROW, tokenizer, TEMPLATES[name], 256)
-    trained = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    wanted = labels(row["input_ids"], row["prompt_length"])
+    trained = [t for t, label in zip(row["input_ids"], wanted, strict=True) if label != -100]
     assert tokenizer.decode(trained) == "eye (A)<|im_end|>"
     assert trained[-1] == tokenizer.eos_token_id
-    prompt = tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if not m])
+    prompt = tokenizer.decode(row["input_ids"][: row["prompt_length"]])
     assert prompt == TEMPLATES[name].render(ROW["prompt"], tokenizer)
-    lint(row["input_ids"], row["completion_mask"], tokenizer)
+    lint(row["input_ids"], row["prompt_length"], tokenizer)
 
 
 def test_chat_text_in_full(tokenizer):
@@ -57,20 +58,29 @@ def test_alpaca_and_medalpaca_texts(tokenizer):
 
 
 def test_train_on_inputs_trains_every_token(tokenizer):
-    row = encode_row(ROW, tokenizer, TEMPLATES["medalpaca"], 256, train_on_inputs=True)
-    assert row["labels"] == row["input_ids"]
+    row = encode_row(ROW, tokenizer, TEMPLATES["medalpaca"], 256)
+    assert labels(row["input_ids"], row["prompt_length"], train_on_inputs=True) == row["input_ids"]
 
 
 def test_truncation_cuts_the_end_and_says_so(tokenizer):
     whole = encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)
-    prompt = whole["completion_mask"].count(0)
+    prompt = whole["prompt_length"]
     cut = encode_row(ROW, tokenizer, TEMPLATES["chat"], prompt + 1)
     assert cut["truncated"]
     assert cut["input_ids"] == whole["input_ids"][: prompt + 1]
     assert encode_row(ROW, tokenizer, TEMPLATES["chat"], prompt) is None
     assert encode_row(ROW, tokenizer, TEMPLATES["chat"], len(whole["input_ids"])) == whole, "what just fits is not cut"
     assert not whole["truncated"]
-    assert set(whole["completion_mask"]) == {0, 1}
+
+
+def test_rows_are_tokenised_together_as_alone(tokenizer):
+    rows = [{**ROW, "completion": [{"role": "assistant", "content": text}]} for text in ("eye (A)", "", "ear (B)" * 90)]
+    for limit in (40, 256):
+        alone = [encode_row(row, tokenizer, TEMPLATES["chat"], limit) for row in rows]
+        assert encode_rows(rows, tokenizer, TEMPLATES["chat"], limit) == alone
+        assert [row["truncated"] for row in alone] == [limit == 40, False, True]
+    with pytest.raises(TemplateError, match="doubled"):
+        encode_rows([{**ROW, "completion": ROW["completion"]}], tokenizer, TEMPLATES[RELEASED], 256, checked=True)
 
 
 def test_a_tokenizer_that_adds_tokens_adds_none_between_prompt_and_completion(tokenizer):
@@ -85,7 +95,7 @@ def test_a_tokenizer_that_adds_tokens_adds_none_between_prompt_and_completion(to
     assert encode_row(ROW, adding, TEMPLATES["chat"], 256) == encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)
     plain, begun = (encode_row(ROW, tok, TEMPLATES["medalpaca"], 256) for tok in (tokenizer, adding))
     assert begun["input_ids"] == [tokenizer.bos_token_id, *plain["input_ids"]], "a plain text begins as its tokenizer says"
-    assert begun["completion_mask"] == [0, *plain["completion_mask"]]
+    assert begun["prompt_length"] == plain["prompt_length"] + 1
 
 
 @pytest.mark.parametrize("refuses", [True, False])
@@ -108,15 +118,16 @@ def test_fingerprints_tell_templates_apart(tokenizer):
     assert len({t.fingerprint(tokenizer) for t in TEMPLATES.values()}) == len(TEMPLATES)
 
 
-def _lint_text(tokenizer, prompt: str, completion: str):
+def _lint_text(tokenizer, prompt: str, completion: str, given: bool = False):
     a, b = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, completion))
-    lint(a + b, [0] * len(a) + [1] * len(b), tokenizer)
+    lint(a + b, len(a), tokenizer, texts=[prompt, completion] if given else None)
 
 
 def test_lint_accepts_a_good_row(tokenizer):
     _lint_text(tokenizer, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "hello<|im_end|>")
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(
     ("prompt", "completion", "why"),
     [
@@ -127,9 +138,9 @@ def test_lint_accepts_a_good_row(tokenizer):
         ("<|im_start|>assistant\n", "", "0 of"),
     ],
 )
-def test_lint_refuses_malformed_rows(tokenizer, prompt, completion, why):
+def test_lint_refuses_malformed_rows(tokenizer, prompt, completion, why, given):
     with pytest.raises(TemplateError, match=why):
-        _lint_text(tokenizer, prompt, completion)
+        _lint_text(tokenizer, prompt, completion, given)
 
 
 def test_ultramedicals_released_template_is_refused(tokenizer):
@@ -161,9 +172,10 @@ def test_a_reasoned_answer_gives_reasons_and_a_last_line(tokenizer):
 
 def test_preview_marks_trained_tokens_and_escapes(tokenizer):
     row = {**ROW, "prompt": [{"role": "user", "content": "<script>"}]}
-    shown = preview([encode_row(row, tokenizer, TEMPLATES["chat"], 256)], tokenizer).data
+    made = encode_row(row, tokenizer, TEMPLATES["chat"], 256)
+    shown = preview([made], tokenizer).data
     assert "<script>" not in shown
-    trained = sum(label != -100 for label in encode_row(ROW, tokenizer, TEMPLATES["chat"], 256)["labels"])
+    trained = len(made["input_ids"]) - made["prompt_length"]
     assert shown.count("#9ecae1") == trained
     assert f"{trained} trained on (blue)" in shown
     assert "&lt;" in shown

@@ -20,7 +20,8 @@ from ultramed.data.rows import read_instructions
 from ultramed.lm import models
 from ultramed.lm.device import Placement
 from ultramed.lm.templates import TEMPLATES
-from ultramed.train.sft import Collator, encode_rows, sft
+from ultramed.train.sft import Collator, sft
+from ultramed.train.token_rows import encode_instructions
 from ultramed.train.training import batch_plan
 from ultramed.train.trl_adapter import score_labelled_tokens_only, split_by_tokens
 from ultramed.train.weights import load_for_training
@@ -51,7 +52,7 @@ def test_batch_plan_keeps_the_global_batch():
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(40, 200), st.integers(1, 6))
 def test_parts_hold_every_row_once_and_nothing_but_padding_is_cut(lengths, budget, least):
-    rows = [{"input_ids": [7] * n, "labels": [-100] * (n // 2) + [i] * (n - n // 2)} for i, n in enumerate(lengths)]
+    rows = [{"input_ids": [i] * n, "prompt_length": n // 2} for i, n in enumerate(lengths)]
     batch = Collator(0)(rows)
     made = split_by_tokens(batch, budget, min(least, len(rows)))
     assert len(made) >= min(least, len(rows))
@@ -103,8 +104,9 @@ def test_our_loss_is_trls_loss(medalpaca, config, rows, tokenizer, on_inputs):
     config = config.model_copy(update={"train_on_inputs": on_inputs})
     from trl import SFTConfig, SFTTrainer
 
-    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config)
-    batch = Collator(tokenizer.pad_token_id)(data[:4])
+    data = encode_instructions(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config.max_length)
+    collate = Collator(tokenizer.pad_token_id, train_on_inputs=on_inputs)
+    batch = collate(data[:4])
     net = load_for_training(medalpaca.base, config).eval()
     logits = net(input_ids=batch["input_ids"]).logits[:, :-1]
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
@@ -118,14 +120,14 @@ def test_our_loss_is_trls_loss(medalpaca, config, rows, tokenizer, on_inputs):
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = SFTTrainer(net, args, Collator(tokenizer.pad_token_id), Dataset.from_list(data[:4]), processing_class=tokenizer)
+    trainer = SFTTrainer(net, args, collate, Dataset.from_list(data[:4]), processing_class=tokenizer)
     assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "TRL's own head"
     score_labelled_tokens_only(net)
     assert trainer.compute_loss(net, dict(batch)).item() == pytest.approx(want.item(), abs=1e-5), "ours"
 
 
 def test_padding_and_neighbours_do_not_change_a_rows_loss(medalpaca, config, rows, tokenizer):
-    data, _ = encode_rows(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config)
+    data = encode_instructions(read_instructions(rows / "rows.parquet"), tokenizer, TEMPLATES["chat"], config.max_length)
     data = sorted(data, key=lambda r: r["length"])
     net, collate = models.load(medalpaca.base, dtype=torch.float32), Collator(tokenizer.pad_token_id)
 

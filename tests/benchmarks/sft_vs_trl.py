@@ -30,7 +30,7 @@ def rows_of(given):
     from ultramed.data.sources import dataset
     from ultramed.lm import models
     from ultramed.lm.templates import TEMPLATES
-    from ultramed.train.sft import encode_rows
+    from ultramed.train.token_rows import encode_instructions
 
     profile = config.load_profile("laptop")
     base = models.base_model(profile.models[0])
@@ -45,18 +45,20 @@ def rows_of(given):
         seed=given.seed,
     )
     found = read_instructions(dataset(profile, "wikidoc_patient_information") / "train.parquet")
-    encoded, _ = encode_rows(found[: given.rows + given.held], tokenizer, TEMPLATES["chat"], setting)
+    encoded = encode_instructions(found[: given.rows + given.held], tokenizer, TEMPLATES["chat"], setting.max_length)
     return base, tokenizer, setting, encoded[: given.rows], encoded[given.rows :]
 
 
 def ours(given, out):
+    from datasets import Dataset
+
     from ultramed.train import training
     from ultramed.train.sft import make_trainer
     from ultramed.train.weights import load_for_training
 
     base, tokenizer, setting, rows, held = rows_of(given)
     net = load_for_training(base, setting)
-    trainer = make_trainer(net, tokenizer, rows, setting, out)
+    trainer = make_trainer(net, tokenizer, Dataset.from_list(rows), setting, out)
     clock = time.perf_counter()
     training.run(trainer, trainer.args.max_steps, "ours")
     return time.perf_counter() - clock, net, rows, held
@@ -92,7 +94,7 @@ def trl(given, out, handbook):
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     net = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
-    data = Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows])
+    data = Dataset.from_list([{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in rows])
     trainer = SFTTrainer(net, args, train_dataset=data, processing_class=tokenizer)
     clock = time.perf_counter()
     trainer.train()

@@ -109,6 +109,13 @@ class RewardConfig(OptimConfig):
     centre: float = Field(0.0, ge=0)  # weight of the mean-zero term
 
 
+class TokenConfig(Strict):
+    """What of a training's configuration decides its tokens."""
+
+    kind: Literal["instructions", "pairs"]
+    max_length: int = Field(ge=8)
+
+
 class SampleConfig(Strict):
     """Several sampled replies a prompt."""
 

@@ -5,59 +5,34 @@ from pathlib import Path
 
 import torch
 
-from ultramed.core.errors import ConfigError
-from ultramed.core.schema import PreferenceConfig
+from ultramed.core.schema import PreferenceConfig, TokenConfig
 from ultramed.core.store import Artifact, stage
-from ultramed.data import rows as canonical
 from ultramed.lm import models
 from ultramed.lm.device import free_memory, placement
-from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
-from ultramed.lm.tokens import encode_row, lint
+from ultramed.lm.templates import RELEASED, wording
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
+from ultramed.train.token_rows import read_tokens, token_rows, tokenizer_of
 from ultramed.train.trl_adapter import pairwise_kto_trainer, score_labelled_tokens_only, with_our_rows
 from ultramed.train.weights import blank, load_for_training
 
 
-def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> tuple[list[dict], dict]:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids`, linted, and `length`, the longer one's with its prompt.
-
-    Pairs that do not fit whole are dropped and counted: cutting a completion would make a reply without an end the
-    better one.
-    """
-    out, counts = [], {"dropped": 0, "tokens": 0}
-    for row in rows:
-        ids = {}
-        for side in ("chosen", "rejected"):
-            made = encode_row({"prompt": row["prompt"], "completion": row[side]}, tokenizer, template, max_length)
-            if made is None or made["truncated"]:
-                break
-            if template.name != RELEASED:
-                lint(made["input_ids"], made["completion_mask"], tokenizer)
-            start = made["completion_mask"].index(1)
-            ids["prompt_ids"], ids[f"{side}_ids"] = made["input_ids"][:start], made["input_ids"][start:]
-            counts["tokens"] += len(made["input_ids"])
-        if "rejected_ids" in ids:
-            length = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
-            out.append({**ids, "length": length})
-        else:
-            counts["dropped"] += 1
-    if not out:
-        raise ConfigError(f"no pair fits into max_length {max_length}: nothing to train on")
-    return out, counts
-
-
-def unpair(rows: list[dict], shift: int) -> list[dict]:
-    """KTO rows of pairs: both replies with their label, and as `KL_completion_ids` the reply of another prompt.
+def unpair(pairs, shift: int):
+    """KTO rows of pairs (datasets of token rows): both replies with their label, and as `KL_completion_ids` the reply of
+    another prompt.
 
     shift: rows to look back for the other reply; two of a pair stand next to each other, so 2 is the least.
     """
-    single = [
-        {"prompt_ids": r["prompt_ids"], "completion_ids": r[f"{side}_ids"], "label": side == "chosen", "length": r["length"]}
-        for r in rows
-        for side in ("chosen", "rejected")
-    ]
-    return [{**r, "KL_completion_ids": single[i - shift]["completion_ids"]} for i, r in enumerate(single)]
+    from datasets import concatenate_datasets, interleave_datasets
+
+    def replies(side: str, other: str):
+        one = pairs.remove_columns([f"{other}_ids", "prompt_id"]).rename_column(f"{side}_ids", "completion_ids")
+        return one.add_column("label", [side == "chosen"] * len(pairs))
+
+    single = interleave_datasets([replies("chosen", "rejected"), replies("rejected", "chosen")])
+    others = single.select_columns("completion_ids").rename_column("completion_ids", "KL_completion_ids")
+    back = [(i - shift) % len(single) for i in range(len(single))]
+    return concatenate_datasets([single, others.select(back)], axis=1)
 
 
 def _trainer(config: PreferenceConfig):
@@ -87,7 +62,6 @@ def _frozen(model: Artifact, config: PreferenceConfig):
 
 
 @stage(version=5, also=wording)
-@distributed
 def preference(
     out: Path,
     config: PreferenceConfig,
@@ -102,34 +76,38 @@ def preference(
     Writes a model (or adapter) folder and `log.jsonl` with log-probabilities, rewards, margins and accuracy by step.
     `as_released` renders the pairs with UltraMedical's malformed template.
     """
-    from datasets import Dataset
+    shape = RELEASED if config.as_released else models.template_of(model, template).name
+    wanted = TokenConfig(kind="pairs", max_length=config.max_length)
+    rows = token_rows(wanted, model=tokenizer_of(model), data=pairs, template=shape)
+    return _train(out, config, model=model, rows=rows, reference=reference, template=models.template_of(model, template).name)
 
-    trained_with = models.template_of(model, template)
-    shape = TEMPLATES[RELEASED] if config.as_released else trained_with
-    tokenizer = models.load_tokenizer(model)
-    rows, counts = encode_pairs(canonical.read_pairs(pairs / "pairs.parquet"), tokenizer, shape, config.max_length)
+
+@distributed
+def _train(
+    out: Path, config: PreferenceConfig, *, model: Artifact, rows: Artifact, reference: Artifact | None, template: str
+) -> dict:
+    tokenizer, data, counts = models.load_tokenizer(model), read_tokens(rows), dict(rows.metrics)
+    pairs, longest = counts.pop("rows"), counts.pop("longest")
     torch.manual_seed(config.seed)
     net = load_for_training(model, config, empty=launch.awaits_weights())
     frozen = None
     if config.method == "full" or reference is not None:  # an adapter's own reference is the model without it
         frozen = _frozen(reference or model, config)
-    longest = max(r["length"] for r in rows)
     micro, accumulation = training.batch_plan(training.cap_micro_batches(config), 2 * longest)
-    data = rows
     if config.loss == "kto":
-        data = unpair(rows, shift=2)
+        data = unpair(data, shift=2)
         micro = 2 * micro  # a pair is two rows there
-    steps = training.step_count(config, len(rows))
+    steps = training.step_count(config, pairs)
     base, arguments, extra = _trainer(config)
     shared = training.settings(config, out, steps, micro, accumulation)
     args = arguments(**{**shared, **extra}, disable_dropout=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = with_our_rows(base)(net, frozen, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+        trainer = with_our_rows(base)(net, frozen, args=args, train_dataset=data, processing_class=tokenizer)
         for each in filter(None, (net, frozen)):
             score_labelled_tokens_only(each)
         result = training.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
-    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=trained_with.name, loss=config.loss)
+    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template, loss=config.loss)
     del trainer, net, frozen
     free_memory()
-    return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": len(rows), **counts}
+    return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": pairs, **counts}

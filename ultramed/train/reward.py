@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from ultramed.core.errors import ConfigError
-from ultramed.core.schema import RewardConfig
+from ultramed.core.schema import RewardConfig, TokenConfig
 from ultramed.core.store import Artifact, stage
-from ultramed.data import rows as canonical
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length, probe
 from ultramed.lm.attention import use_cpu_attention
@@ -19,7 +18,7 @@ from ultramed.lm.templates import Template, wording
 from ultramed.lm.tokens import encode_row
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
-from ultramed.train.preference import encode_pairs
+from ultramed.train.token_rows import read_tokens, token_rows, tokenizer_of
 from ultramed.train.trl_adapter import listwise_reward_trainer, score_last_tokens, with_our_rows
 from ultramed.train.weights import trainable
 
@@ -31,27 +30,45 @@ class PairCollator:
     3.5), and the prompt once (lm/batches.py).
     """
 
+    def __init__(self, pairs):
+        self.pairs = pairs  # token rows, of which a group's `members` are the numbers
+
     def __call__(self, groups: list[dict]) -> dict:
         seen: dict[tuple, int] = {}
-        index = [
-            [seen.setdefault((number, tuple(reply)), len(seen)) for reply in pair]
-            for number, g in enumerate(groups)
-            for pair in g["pairs"]
-        ]
-        return {"sequences": [(groups[n]["prompt"], list(reply)) for n, reply in seen], "pairs": torch.tensor(index)}
+        index, prompts = [], []
+        for number, group in enumerate(groups):
+            part = self.pairs[group["members"]]
+            prompts.append(part["prompt_ids"][0])
+            for pair in zip(part["chosen_ids"], part["rejected_ids"], strict=True):
+                index.append([seen.setdefault((number, tuple(reply)), len(seen)) for reply in pair])
+        return {"sequences": [(prompts[n], list(reply)) for n, reply in seen], "pairs": torch.tensor(index)}
+
+
+def group_by_prompt(pairs):
+    """(dataset of prompts with the numbers of their pairs, `members`, and `length`, the tokens that a batch reads of them;
+    counts) of token rows."""
+    from datasets import Dataset
+
+    names = pairs["prompt_id"][:]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    groups, counts = [], {"pairs": len(names), "replies": 0, "tokens": 0}
+    for _, members in itertools.groupby(order, key=names.__getitem__):
+        members = list(members)
+        part = pairs[members]
+        replies = {tuple(reply) for side in ("chosen_ids", "rejected_ids") for reply in part[side]}
+        length = len(part["prompt_ids"][0]) + sum(map(len, replies))
+        groups.append({"members": members, "length": length})
+        counts["replies"] += len(replies)
+        counts["tokens"] += length
+    return Dataset.from_list(groups), counts
 
 
 @stage(version=4, also=wording)
-@distributed
 def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
 
     `global_batch_size` counts prompts. Writes a sequence-classification model with one output and `log.jsonl`.
     """
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification
-    from trl import RewardConfig as Arguments
-
     if config.method != "full":
         raise ConfigError(f"reward models are trained in full, as in the paper; got method {config.method!r}")
     metadata = models.card(model)
@@ -64,26 +81,18 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
             "token that is not padding; add one (tokenizer.add_special_tokens with a pad_token, then resize the model's "
             "embeddings) and save the model with it"
         )
-    rows = canonical.read_pairs(pairs / "pairs.parquet")
-    groups, counts, longest = [], {"pairs": 0, "dropped": 0, "replies": 0, "tokens": 0}, 0
-    rows.sort(key=lambda r: r["meta"].get("prompt_id", r["id"]))
-    for _, part in itertools.groupby(rows, key=lambda r: r["meta"].get("prompt_id", r["id"])):
-        try:
-            encoded, count = encode_pairs(list(part), tokenizer, shape, config.max_length)
-        except ConfigError:
-            counts["dropped"] += 1
-            continue
-        replies = {tuple(e[f"{side}_ids"]) for e in encoded for side in ("chosen", "rejected")}
-        prompt, length = encoded[0]["prompt_ids"], sum(map(len, replies))
-        counts["pairs"] += len(encoded)
-        counts["dropped"] += count["dropped"]
-        counts["replies"] += len(replies)
-        counts["tokens"] += len(prompt) + length
-        longest = max(longest, len(prompt) + length)
-        pairs_of = [[e["chosen_ids"], e["rejected_ids"]] for e in encoded]
-        groups.append({"prompt": prompt, "pairs": pairs_of, "length": len(prompt) + length})
-    if not groups:
-        raise ConfigError(f"no pair fits into max_length {config.max_length}: nothing to train on")
+    wanted = TokenConfig(kind="pairs", max_length=config.max_length)
+    rows = token_rows(wanted, model=tokenizer_of(model), data=pairs, template=shape.name)
+    return _train(out, config, model=model, rows=rows, template=shape.name)
+
+
+@distributed
+def _train(out: Path, config: RewardConfig, *, model: Artifact, rows: Artifact, template: str) -> dict:
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig as Arguments
+
+    tokenizer, data = models.load_tokenizer(model), read_tokens(rows)
+    groups, counts = group_by_prompt(data)
     torch.manual_seed(config.seed)  # the new head
     with quietly():
         net = trainable(AutoModelForSequenceClassification, model, empty=launch.awaits_weights(), num_labels=1)
@@ -92,7 +101,7 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     if not launch.sharded():
         probe(net)
     score_last_tokens(net, tokenizer.pad_token_id)
-    micro, accumulation = training.batch_plan(training.cap_micro_batches(config), longest)
+    micro, accumulation = training.batch_plan(training.cap_micro_batches(config), max(groups["length"]))
     steps = training.step_count(config, len(groups))
     args = Arguments(
         **training.settings(config, out, steps, micro, accumulation), center_rewards_coefficient=config.centre or None
@@ -100,13 +109,20 @@ def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = with_our_rows(listwise_reward_trainer())(
-            net, args=args, data_collator=PairCollator(), train_dataset=Dataset.from_list(groups), processing_class=tokenizer
+            net, args=args, data_collator=PairCollator(data), train_dataset=groups, processing_class=tokenizer
         )
         result = training.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
-    training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=shape.name)
+    training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=template)
     del trainer, net
     free_memory()
-    return {**result, "micro_batch": micro, "accumulation": accumulation, "prompts": len(groups), **counts}
+    return {
+        **result,
+        "micro_batch": micro,
+        "accumulation": accumulation,
+        "prompts": len(groups),
+        "dropped": rows.metrics["dropped"],
+        **counts,
+    }
 
 
 def load_reward(model: Artifact, dtype: torch.dtype | None = None):
@@ -136,7 +152,7 @@ def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: 
     groups: dict[tuple, list[tuple[int, list[int]]]] = {}
     for number, row in enumerate(rows):
         made = encode_row(row, tokenizer, template, max_length=10**9)
-        start, room = made["completion_mask"].index(1), context_length(net)
+        start, room = made["prompt_length"], context_length(net)
         if len(made["input_ids"]) > room:
             raise ConfigError(f"row {number + 1}: {len(made['input_ids'])} tokens do not fit into the model's {room} positions")
         groups.setdefault(tuple(made["input_ids"][:start]), []).append((number, made["input_ids"][start:]))

@@ -5,36 +5,18 @@ from pathlib import Path
 
 import torch
 
-from ultramed.core.errors import ConfigError
-from ultramed.core.schema import TrainConfig
+from ultramed.core.schema import TokenConfig, TrainConfig
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.lm import models
 from ultramed.lm.device import free_memory, placement
-from ultramed.lm.templates import Template, wording
-from ultramed.lm.tokens import LABEL_IGNORED, encode_row, lint, preview
+from ultramed.lm.templates import TEMPLATES, wording
+from ultramed.lm.tokens import LABEL_IGNORED, labels, preview
 from ultramed.train import launch, training
 from ultramed.train.launch import distributed
+from ultramed.train.token_rows import encode_instructions, read_tokens, token_rows, tokenizer_of
 from ultramed.train.trl_adapter import routes_to_experts, score_labelled_tokens_only, token_budget_trainer
 from ultramed.train.weights import load_for_training
-
-
-def encode_rows(rows: list[dict], tokenizer, template: Template, config: TrainConfig) -> tuple[list[dict], dict]:
-    """Token rows, linted, and counts of what was truncated or dropped."""
-    out, counts = [], {"truncated": 0, "dropped": 0, "tokens": 0, "trained_tokens": 0}
-    for row in rows:
-        tokens = encode_row(row, tokenizer, template, config.max_length, config.train_on_inputs)
-        if tokens is None:
-            counts["dropped"] += 1
-            continue
-        lint(tokens["input_ids"], tokens["completion_mask"], tokenizer, tokens["truncated"])
-        counts["truncated"] += tokens["truncated"]
-        counts["tokens"] += len(tokens["input_ids"])
-        counts["trained_tokens"] += sum(label != LABEL_IGNORED for label in tokens["labels"])
-        out.append({"input_ids": tokens["input_ids"], "labels": tokens["labels"], "length": len(tokens["input_ids"])})
-    if not out:
-        raise ConfigError(f"no row's prompt fits into max_length {config.max_length}: nothing to train on")
-    return out, counts
 
 
 class Collator:
@@ -45,29 +27,29 @@ class Collator:
     keeps the number of distinct shapes small.
     """
 
-    def __init__(self, pad_token_id: int, masked: bool = False):
-        self.pad, self.masked = pad_token_id, masked
+    def __init__(self, pad_token_id: int, masked: bool = False, train_on_inputs: bool = False):
+        self.pad, self.masked, self.train_on_inputs = pad_token_id, masked, train_on_inputs
 
     def __call__(self, rows: list[dict]) -> dict:
         width = -(-max(len(r["input_ids"]) for r in rows) // 8) * 8
 
-        def fill(name, value):
-            return torch.tensor([list(r[name]) + [value] * (width - len(r[name])) for r in rows])
+        def fill(lists, value):
+            return torch.tensor([ids + [value] * (width - len(ids)) for ids in lists])
 
         position = torch.arange(width).expand(len(rows), width)
-        ids, labels = fill("input_ids", self.pad), fill("labels", LABEL_IGNORED)
-        made = {"input_ids": ids, "labels": labels, "position_ids": position}
+        wanted = [labels(r["input_ids"], r["prompt_length"], self.train_on_inputs) for r in rows]
+        ids = fill([r["input_ids"] for r in rows], self.pad)
+        made = {"input_ids": ids, "labels": fill(wanted, LABEL_IGNORED), "position_ids": position}
         if self.masked:
             made["attention_mask"] = (position < torch.tensor([len(r["input_ids"]) for r in rows])[:, None]).long()
         return made
 
 
-def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Path, held: list[dict] | None = None):
-    """TRL's trainer over token rows."""
-    from datasets import Dataset
+def make_trainer(net, tokenizer, rows, config: TrainConfig, out: Path, held=None):
+    """TRL's trainer over token rows (train/token_rows.py), `held` being those that it is evaluated on."""
     from trl import SFTConfig
 
-    micro, _ = training.batch_plan(training.cap_micro_batches(config), max(r["length"] for r in held or rows))
+    micro, _ = training.batch_plan(training.cap_micro_batches(config), max((held or rows)["length"]))
     args = SFTConfig(
         **training.settings(config, out, training.step_count(config, len(rows)), launch.share(config), 1),
         per_device_eval_batch_size=micro,
@@ -78,9 +60,9 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
         trainer = token_budget_trainer()(
             net,
             args=args,
-            data_collator=Collator(tokenizer.pad_token_id, masked=routes_to_experts(net)),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held) if held else None,
+            data_collator=Collator(tokenizer.pad_token_id, routes_to_experts(net), config.train_on_inputs),
+            train_dataset=rows,
+            eval_dataset=held,
             processing_class=tokenizer,
         )
     trainer.micro_batch_tokens = training.cap_micro_batches(config).micro_batch_tokens
@@ -89,7 +71,6 @@ def make_trainer(net, tokenizer, rows: list[dict], config: TrainConfig, out: Pat
 
 
 @stage(version=6, also=wording)
-@distributed
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str | None = None
 ) -> dict:
@@ -99,34 +80,41 @@ def sft(
     or SIGTERM it saves a checkpoint after the step at hand; the next call goes on from there, or from the last of the
     checkpoints made every `save_steps`, and ends with the same weights as an uninterrupted run.
     """
-    place, shape = placement(config.dtype), models.template_of(model, template)
-    tokenizer = models.load_tokenizer(model)
-    rows, counts = encode_rows(canonical.read_instructions(data / "rows.parquet"), tokenizer, shape, config)
-    held = encode_rows(canonical.read_instructions(dev / "rows.parquet"), tokenizer, shape, config)[0] if dev else None
+    shape, wanted = models.template_of(model, template), TokenConfig(kind="instructions", max_length=config.max_length)
+    rows, held = (
+        token_rows(wanted, model=tokenizer_of(model), data=each, template=shape.name) if each else None for each in (data, dev)
+    )
+    return _train(out, config, model=model, rows=rows, held=held, template=shape.name)
+
+
+@distributed
+def _train(out: Path, config: TrainConfig, *, model: Artifact, rows: Artifact, held: Artifact | None, template: str) -> dict:
+    place, tokenizer, counts = placement(config.dtype), models.load_tokenizer(model), dict(rows.metrics)
     torch.manual_seed(config.seed)  # LoRA's A matrices are drawn on attaching
     net = load_for_training(model, config, empty=launch.awaits_weights())
-    trainer = make_trainer(net, tokenizer, rows, config, out, held)
+    trainer = make_trainer(net, tokenizer, read_tokens(rows), config, out, read_tokens(held) if held else None)
     steps = trainer.args.max_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = training.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate()["eval_loss"] if held else None
-    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=shape.name)
-    epochs = steps / -(-len(rows) // config.global_batch_size)  # the last batch of an epoch may be short
+    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
+    epochs = steps / -(-counts["rows"] // config.global_batch_size)  # the last batch of an epoch may be short
     seen = {"tokens_per_second": None, "micro_batches": None}  # of the whole run, so not of a part of it
     if not result["resumed"]:
         speed = round(counts["tokens"] * epochs / result["train_seconds"], 1)
         seen = {"tokens_per_second": speed, "micro_batches": trainer.micro_batches}
     del trainer, net
     free_memory()
+    completions = counts.pop("completion_tokens")
     return {
         **result,
         "epochs": epochs,
         "dev_loss": dev_loss,
         **seen,
-        "rows": len(rows),
-        "template_hash": shape.fingerprint(tokenizer),
         **counts,
+        "trained_tokens": counts["tokens"] if config.train_on_inputs else completions,
+        "template_hash": TEMPLATES[template].fingerprint(tokenizer),
         "device": place.device,
         "dtype": str(place.dtype),
     }
@@ -136,4 +124,5 @@ def preview_rows(data: Artifact, model: Artifact, config: TrainConfig, limit: in
     """The first rows of a mixture as the trainer sees them: tokens that carry the loss in blue. An IPython object."""
     tokenizer = models.load_tokenizer(model)
     rows = canonical.read_instructions(data / "rows.parquet")[:limit]
-    return preview(encode_rows(rows, tokenizer, models.template_of(model), config)[0], tokenizer, limit)
+    made = encode_instructions(rows, tokenizer, models.template_of(model), config.max_length)
+    return preview(made, tokenizer, config.train_on_inputs)

@@ -1,0 +1,61 @@
+"""Tokens are made once, by one process or several, and read in place."""
+
+import os
+
+import pytest
+
+from ultramed.core.errors import ConfigError
+from ultramed.core.schema import TokenConfig
+from ultramed.data.rows import read_instructions
+from ultramed.experiments.medalpaca import arm_config
+from ultramed.lm.templates import TEMPLATES
+from ultramed.lm.tokens import TemplateError
+from ultramed.train import token_rows as module
+from ultramed.train.token_rows import encode_instructions, read_tokens, token_rows, tokenizer_of
+
+CONFIG = TokenConfig(kind="instructions", max_length=72)
+
+
+@pytest.fixture(scope="module")
+def mixture(medalpaca):
+    return medalpaca.training_rows(arm_config(medalpaca.profile, "full"))
+
+
+def test_an_artifact_holds_what_its_rows_are_as_tokens(medalpaca, mixture, tokenizer):
+    made = token_rows(CONFIG, model=medalpaca.base, data=mixture, template="chat")
+    rows = read_instructions(mixture / "rows.parquet")
+    want = encode_instructions(rows, tokenizer, TEMPLATES["chat"], CONFIG.max_length)
+    assert read_tokens(made).to_list() == want
+    assert 0 < len(want) < len(rows)
+    m = made.metrics
+    assert (m["rows"], m["dropped"]) == (len(want), len(rows) - len(want))
+    assert m["tokens"] == sum(len(row["input_ids"]) for row in want)
+    assert m["completion_tokens"] == m["tokens"] - sum(row["prompt_length"] for row in want)
+    assert m["truncated"] == sum(row["truncated"] for row in want) > 0
+    assert m["longest"] == 72
+
+
+def test_several_processes_make_the_same(medalpaca, mixture, monkeypatch, fresh_store):
+    one = read_tokens(token_rows(CONFIG, model=medalpaca.base, data=mixture, template="chat")).to_list()
+    monkeypatch.setenv("ULTRAMED_STORE", str(fresh_store) + "2")
+    monkeypatch.setattr(os, "environ", os.environ)  # `datasets` leaves a copy in its place, which would outlive this test
+    monkeypatch.setattr(module, "PART", 10)
+    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    made = token_rows(CONFIG, model=medalpaca.base, data=mixture, template="chat")
+    assert read_tokens(made).to_list() == one
+    assert not (made / ".scratch").exists()
+    for file in (made / "tokens").glob("*.json"):
+        assert str(fresh_store) not in file.read_text(), "no path of this machine"
+
+
+def test_what_was_trained_from_a_base_shares_its_tokens(medalpaca):
+    full, lora = medalpaca.train_arm("full"), medalpaca.train_arm("lora")
+    assert tokenizer_of(full) == tokenizer_of(lora) == tokenizer_of(medalpaca.base) == medalpaca.base
+
+
+def test_nothing_that_fits_and_malformed_rows_are_errors(medalpaca, mixture, monkeypatch):
+    with pytest.raises(ConfigError, match=r"none of [0-9]+ instructions fits into max_length 8"):
+        token_rows(TokenConfig(kind="instructions", max_length=8), model=medalpaca.base, data=mixture, template="chat")
+    with pytest.raises(TemplateError, match="doubled role header"):
+        token_rows(CONFIG, model=medalpaca.base, data=mixture, template="ultramedical_released")

@@ -1,0 +1,120 @@
+"""Rows as token ids, made once: an Arrow file that every rank and every arm reads in place, without holding it in memory."""
+
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+from ultramed.core.errors import ConfigError
+from ultramed.core.progress import bar as progress_bar
+from ultramed.core.schema import TokenConfig
+from ultramed.core.store import Artifact, find, stage
+from ultramed.lm import models
+from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
+from ultramed.lm.tokens import encode_rows
+
+BATCH = 256  # rows that are tokenised at once
+PART = 20_000  # rows between two looks at the bar; up to so many, one process is done before others are at work
+
+
+def tokenizer_of(model: Artifact) -> Artifact:
+    """The base that a model's tokenizer came with: training copies it as it is."""
+    base = models.card(model).get("base")
+    return tokenizer_of(find(base)) if base else model
+
+
+@stage(version=1, also=wording)
+def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifact, template: str) -> dict:
+    """Tokenise and lint the rows (`rows.parquet`) or pairs (`pairs.parquet`) of `data` with the tokenizer of `model`.
+
+    Ask with `tokenizer_of(model)`, so that all models that come from one base share the result. Read it with `read_tokens`.
+    Raises ConfigError if nothing fits into `max_length`, and TemplateError for a malformed row.
+    """
+    from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, disable_progress_bars
+
+    disable_progress_bars()
+    tokenizer, shape = models.load_tokenizer(model), TEMPLATES[template]
+    file, encode, columns = _kind(config.kind)
+    scratch = out / ".scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was cut off
+    rows = Dataset.from_parquet(str(data / file), cache_dir=str(scratch))
+
+    def tokenised(batch: dict[str, list]) -> dict[str, list]:
+        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        made = encode(given, tokenizer, shape, config.max_length)
+        return {name: [row[name] for row in made] for name in columns}
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = []
+    with progress_bar(len(rows), "tokens", "row") if len(rows) > PART else nullcontext() as bar:
+        for first in range(0, len(rows), PART):
+            part = rows.select(range(first, min(first + PART, len(rows))))
+            made = part.map(
+                tokenised,
+                batched=True,
+                batch_size=BATCH,
+                remove_columns=rows.column_names,
+                features=Features(columns),
+                num_proc=cores if cores > 1 and len(rows) > PART else None,  # the tokenizer's threads are no faster than one
+                cache_file_name=str(scratch / f"tokens-{first}.arrow"),
+            )
+            parts.append(made)
+            if bar is not None:
+                bar.update(len(part))
+    made = concatenate_datasets(parts)
+    if not len(made):
+        raise ConfigError(f"none of {len(rows)} {config.kind} fits into max_length {config.max_length}: nothing to train on")
+    Dataset(made.data, DatasetInfo(features=made.features)).save_to_disk(out / "tokens")  # without the paths of this machine
+    counts = {"rows": len(made), "dropped": len(rows) - len(made), "longest": max(made["length"])}
+    if config.kind == "instructions":
+        counts |= {"tokens": sum(made["length"]), "truncated": sum(made["truncated"])}
+        counts["completion_tokens"] = counts["tokens"] - sum(made["prompt_length"])
+    del rows, made, parts
+    shutil.rmtree(scratch)
+    return counts
+
+
+def _kind(kind: str):
+    """(file, function that encodes, columns) of a kind of rows."""
+    from datasets import List, Value
+
+    number, ids = Value("int32"), List(Value("int32"))
+    if kind == "instructions":
+        columns = {"input_ids": ids, "prompt_length": number, "truncated": Value("bool"), "length": number}
+        return "rows.parquet", encode_instructions, columns
+    columns = {"prompt_id": Value("string"), "prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "length": number}
+    return "pairs.parquet", encode_pairs, columns
+
+
+def encode_instructions(rows: list[dict], tokenizer, template: Template, max_length: int) -> list[dict]:
+    """Canonical instructions as token rows: `input_ids`, `prompt_length`, `truncated`, `length`; linted. Rows of whose
+    completion nothing is left are dropped."""
+    made = encode_rows(rows, tokenizer, template, max_length, checked=True)
+    return [{**row, "length": len(row["input_ids"])} for row in made if row]
+
+
+def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: int) -> list[dict]:
+    """Canonical pairs as `prompt_ids`, `chosen_ids`, `rejected_ids`, linted, with `length`, the longer one's with its prompt,
+    and `prompt_id`.
+
+    Pairs that do not fit whole are dropped: cutting a completion would make a reply without an end the better one.
+    """
+    sides = [{"prompt": row["prompt"], "completion": row[side]} for side in ("chosen", "rejected") for row in rows]
+    made = encode_rows(sides, tokenizer, template, max_length, checked=template.name != RELEASED)
+    out = []
+    for row, chosen, rejected in zip(rows, made[: len(rows)], made[len(rows) :], strict=True):
+        if not chosen or not rejected or chosen["truncated"] or rejected["truncated"]:
+            continue
+        start = chosen["prompt_length"]
+        ids = {"prompt_ids": chosen["input_ids"][:start], "chosen_ids": chosen["input_ids"][start:]}
+        ids["rejected_ids"] = rejected["input_ids"][start:]
+        longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
+        out.append({"prompt_id": (row.get("meta") or {}).get("prompt_id") or row["id"], **ids, "length": longest})
+    return out
+
+
+def read_tokens(made: Artifact):
+    """The token rows of `made`: a `datasets.Dataset` over files that stay on disk."""
+    from datasets import Dataset
+
+    return Dataset.load_from_disk(str(made / "tokens"))
