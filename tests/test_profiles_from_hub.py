@@ -80,7 +80,9 @@ def test_a_dry_run_names_what_is_missing(environment, tmp_path):
     assert "wrong  data medqa: 1000 rows asked of its train side, it has 34" in done.stdout
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    "profile", [pytest.param(p, marks=pytest.mark.xdist_group("paper-8b" if p == "paper-8b" else "hub")) for p in PROFILES]
+)
 def test_every_notebook_runs_to_its_end(environment, profile):
     done = run(environment, *PROFILES[profile], "--profile", profile, "--no-report", "--jobs", 2)
     assert done.returncode == 0, done.stdout[-3000:]
