@@ -18,6 +18,7 @@ from ultramed.annotate.open_ended import (
     grades,
     judge_labels,
     kqa_labels,
+    outcomes,
     physicians,
     win_rate,
 )
@@ -164,8 +165,14 @@ def test_grades_and_wins():
 
     with Faulty(answer=answer) as server:
         verdicts = pairwise(LLMConfig(server=server.config()), pairs=pairs)
-    assert win_rate(verdicts).value == 1.0
-    assert win_rate(verdicts, same=4).value == pytest.approx((verdicts.metrics["pairs"] + 2) / (verdicts.metrics["pairs"] + 4))
+    won = outcomes(verdicts, pairs)
+    assert win_rate(won).value == 1.0
+    assert win_rate(won, same=4).value == pytest.approx((verdicts.metrics["pairs"] + 2) / (verdicts.metrics["pairs"] + 4))
+    lengths = {
+        r["id"]: len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"])
+        for r in canonical.read_pairs(pairs / "pairs.parquet")
+    }
+    assert dict(zip(won.id, won.longer, strict=True)) == lengths
 
 
 def test_bleu1_by_hand():

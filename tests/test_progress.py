@@ -1,17 +1,20 @@
 """Long work speaks: a line a minute where there is no terminal, and about how long the rest takes."""
 
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
-from ultramed.book import runner
+from ultramed.book import durations, runner
 from ultramed.core import progress
+from ultramed.core.config import load_profile
 
 
 def test_durations():
-    shown = [progress.duration(s) for s in (0.4, 89, 90, 3599, 3660, 7000)]
-    assert shown == ["0 s", "89 s", "2 min", "1 h 0 min", "1 h 1 min", "1 h 57 min"]
+    shown = [progress.duration(s) for s in (0.4, 89, 90, 3599, 3660, 7000, 3 * 86400, 1e8)]
+    assert shown == ["0 s", "89 s", "2 min", "1 h 0 min", "1 h 1 min", "1 h 57 min", "3 days", "3 years"]
 
 
 def test_a_log_gets_a_line_at_the_beginning_one_a_minute_and_one_at_the_end(monkeypatch, capsys):
@@ -44,27 +47,38 @@ def jobs(tmp_path):
     return [runner.Job(name, tmp_path / name, tmp_path / name, {}) for name in names]
 
 
-def test_the_rest_is_foretold_by_ratios_and_corrected_by_what_was_seen(jobs):
-    rest = runner.Rest(jobs)
-    rest.known = {"10_medalpaca_meadow": 10, "11_medalpaca_usmle": 300, "90_scorecard": 20}
-    assert rest.seconds() is None, "nothing is known of this machine yet"
-    jobs[0].state, jobs[0].seconds = "done", 20  # twice as slow
+KNOWN = {"10_medalpaca_meadow": 10, "11_medalpaca_usmle": 300, "90_scorecard": 20}
+
+
+def test_the_rest_is_foretold_by_the_machine_and_corrected_by_what_was_seen(jobs):
+    rest = durations.Rest(jobs, KNOWN, gflops=450)
+    assert rest.seconds() == 2 * 330, "half as fast as the reference"
+    jobs[0].state, jobs[0].seconds = "done", 10 + 2 * 20
     jobs[1].state, jobs[1].seconds = "running", 150
-    assert rest.seconds() == 2 * 300 - 150 + 2 * 20
-    del rest.known["90_scorecard"]
-    assert rest.seconds() is None, "nothing is known of one that is left"
+    pace = (50 + 60 * 2) / (10 + 60)
+    assert rest.seconds() == pytest.approx(pace * 300 - 150 + pace * 20)
+    jobs[1].state, jobs[1].seconds = "done", 3000  # ten times as slow as the reference: this is what counts now
+    assert rest.seconds() == pytest.approx(20 * (3050 + 120) / (310 + 60))
 
 
-def test_every_notebook_has_a_duration(jobs):
-    assert set(runner.Rest(jobs).known) == {path.stem for path in runner.notebooks()}
+def test_a_measured_profile_has_its_times_and_others_the_plans(smoke):
+    books = runner.notebooks()
+    for name in ("laptop", "smoke"):
+        made = durations.reference_seconds(load_profile(name), books)
+        assert set(made) == {path.stem for path in books}
+        file = yaml.safe_load((Path(durations.__file__).parent / "durations.yaml").read_text())
+        assert file[name] == made, "each notebook has its own"
+    large, small = (durations.reference_seconds(load_profile(name), books) for name in ("medalpaca-13b", "medalpaca-7b"))
+    assert large["10_medalpaca_meadow"] == durations.AROUND
+    assert 1.5 < large["11_medalpaca_usmle"] / small["11_medalpaca_usmle"] < 3
 
 
 def test_a_log_says_when_a_notebook_begins_and_ends(jobs, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
     out = StringIO()
-    with runner._Lines(Console(file=out, width=200), jobs, "x") as lines:
-        lines.rest.known = {"10_medalpaca_meadow": 100, "11_medalpaca_usmle": 300, "90_scorecard": 20}
+    rest = durations.Rest(jobs, {**KNOWN, "10_medalpaca_meadow": 100}, gflops=900)
+    with runner._Lines(Console(file=out, width=200), jobs, "x", rest) as lines:
         jobs[0].state = "running"
         lines.tick()
         lines.tick()  # nothing new
@@ -74,7 +88,7 @@ def test_a_log_says_when_a_notebook_begins_and_ends(jobs, monkeypatch):
         lines.tick()
     told = [line.partition(" ")[2] for line in out.getvalue().splitlines()]
     assert told == [
-        "10_medalpaca_meadow running (0 of 3 notebooks)",
-        "10_medalpaca_meadow running, 61 s; rows 12/27 (0 of 3 notebooks)",
+        "10_medalpaca_meadow running (0 of 3 notebooks, about 7 min left)",
+        "10_medalpaca_meadow running, 61 s; rows 12/27 (0 of 3 notebooks, about 6 min left)",
         "10_medalpaca_meadow done, 2 min (1 of 3 notebooks, about 5 min left)",
     ]

@@ -210,3 +210,18 @@ def test_tests_of_seeds_come_out_the_same_again():
     assert stats.sign_flip(a, b, cluster, None, 999) == stats.sign_flip(a, b, cluster, None, 999) < 0.9
     assert stats.sign_flip(a, b, cluster, seeds, 999) == stats.sign_flip(a, b, cluster, seeds, 999) < 0.9
     assert stats.difference(a, b, cluster, seeds) == stats.difference(a, b, cluster, seeds)
+
+
+def test_a_win_rate_without_what_length_bought():
+    """Half the replies are much longer and win, half are as much shorter and lose: at equal length there is no winner."""
+    longer = np.array([500.0, -500.0] * 40)
+    assert stats.length_controlled(longer > 0, longer).value == pytest.approx(0.5, abs=1e-6)
+    rng = np.random.default_rng(0)
+    longer = rng.normal(300, 400, 4000)  # longer on the whole, which helps; by itself it would win 70%
+    chance = 1 / (1 + np.exp(-(np.log(0.7 / 0.3) + 1.2 * np.tanh(longer / longer.std()))))
+    worth = rng.random(4000) < chance
+    e = stats.length_controlled(worth, longer, draws=50)
+    assert worth.mean() > 0.75
+    assert e.value == pytest.approx(0.7, abs=0.02)
+    assert e.low < 0.7 < e.high
+    assert stats.length_controlled([1, 1, 1], [4, 5, 6]).value == 1.0

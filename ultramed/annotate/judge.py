@@ -38,6 +38,12 @@ complete and clear? Neither length nor the order of the replies is a merit.{refe
 Answer with a JSON object: {{"reason": "one sentence", "better": "A", "B" or "tie"}}."""
 
 
+GENERAL = """\
+Two replies to the same instruction. Which would the person who gave it rather have: correct, doing what was asked, complete \
+and clear? Neither length nor the order of the replies is a merit.{reference}
+Answer with a JSON object: {{"reason": "one sentence", "better": "A", "B" or "tie"}}."""
+
+
 class Complexity(BaseModel):
     reason: str = ""
     score: float = Field(ge=1, le=10)
@@ -53,18 +59,19 @@ class Better(BaseModel):
 
 
 class LLMConfig(Strict):
-    """`see_reference`: show the judge the reference answer, where there is one."""
+    """`see_reference`: show the judge the reference answer, where there is one. `medical`: pairs are judged as biomedical."""
 
     server: ServerConfig
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(512, ge=1)
     see_reference: bool = True
+    medical: bool = True
     seed: int = 0
 
 
 def wording(config=None) -> str:
     """Of the rubrics, for the keys of the stages."""
-    return repr((COMPLEXITY, FEEDBACK, PAIRWISE))
+    return repr((COMPLEXITY, FEEDBACK, PAIRWISE, GENERAL))
 
 
 def request(name: str, rubric: str, text: str, config, **more) -> Request:
@@ -133,7 +140,7 @@ def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     asked = []
     for row in rows:
-        rubric = _reference(PAIRWISE, row["meta"].get("reference", ""), config)
+        rubric = _reference(PAIRWISE if config.medical else GENERAL, row["meta"].get("reference", ""), config)
         for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
             shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
             text = f"Question:\n{conversation(row['prompt'])}\n\n{shown}"

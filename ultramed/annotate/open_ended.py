@@ -159,9 +159,11 @@ def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
 
 
 @stage(version=1)
-def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact) -> dict:
-    """Replies of two models to the same prompts as pairs for `llm.pairwise`: chosen is ours, rejected the baseline's."""
-    a, b = read_replies(ours).set_index("id"), read_replies(baseline).set_index("id")
+def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact | None = None) -> dict:
+    """Replies of two models to the same prompts as pairs for `judge.pairwise`: chosen is ours, rejected the baseline's (the
+    prompts' own references, if none is given)."""
+    a = read_replies(ours).set_index("id")
+    b = read_replies(baseline).set_index("id") if baseline else a.assign(reply=a.reference)
     rows = [
         {
             "id": name,
@@ -194,12 +196,21 @@ def agreement_with_people(verdicts: Artifact) -> dict:
     }
 
 
-def win_rate(verdicts: Artifact, same: int = 0) -> stats.Estimate:
-    """Share of prompts won, ties and inconsistent verdicts as half a win; `same`: prompts with equal replies, ties, too."""
-    frame = pd.read_json(verdicts / "verdicts.jsonl", lines=True)
-    worth = (
-        frame.verdict.map({"chosen": 1.0, "rejected": 0.0, "tie": 0.5, "inconsistent": 0.5}).dropna().tolist() + [0.5] * same
-    )
+def outcomes(verdicts: Artifact, pairs: Artifact) -> pd.DataFrame:
+    """A row a prompt that could be judged: `worth` (1 won, 0 lost, a half for ties and for verdicts that change with the
+    order) and `longer`, by how many characters our reply is longer."""
+    frame = pd.read_json(verdicts / "verdicts.jsonl", lines=True, dtype={"id": str})
+    length = {
+        r["id"]: len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"])
+        for r in canonical.read_pairs(pairs / "pairs.parquet")
+    }
+    worth = frame.verdict.map({"chosen": 1.0, "rejected": 0.0, "tie": 0.5, "inconsistent": 0.5})
+    return frame.assign(worth=worth, longer=frame.id.map(length)).dropna(subset="worth")
+
+
+def win_rate(won: pd.DataFrame, same: int = 0) -> stats.Estimate:
+    """Share of prompts won (`outcomes`); `same`: prompts with equal replies, ties, too."""
+    worth = [*won.worth, *[0.5] * same]
     return stats.clustered(worth, range(len(worth)))
 
 
@@ -253,7 +264,7 @@ def _statements(frame: pd.DataFrame, label: str, artifacts: tuple[Artifact, ...]
 def wins(judge: LLMConfig, ours: Artifact, baseline: Artifact) -> stats.Estimate:
     """Share of prompts that our replies win against the baseline's, judged in both orders; ties are half a win."""
     made = as_pairs(None, ours=ours, baseline=baseline)
-    return win_rate(pairwise(judge, pairs=made), made.metrics["same"])
+    return win_rate(outcomes(pairwise(judge, pairs=made), made), made.metrics["same"])
 
 
 PUBLISHED_ROWS = {  # policy and measure -> row of the paper's general-domain table

@@ -67,16 +67,24 @@ def plan(profile: Profile, hardware: Hardware = Hardware()) -> Plan:
     return made
 
 
-def cost_of(job: Job, shape: Shape, hardware: Hardware) -> Cost:
-    """Steps, tokens, memory and hours of a job."""
+def work_of(job: Job, shape: Shape, hardware: Hardware) -> tuple[int, float, float]:
+    """(optimiser steps, tokens, hours of a device) of a job."""
     peak = hardware.tflops * 1e12
     if not job.trains:
         tokens = job.prompts * hardware.row_tokens + job.rows * job.new_tokens
-        hours = tokens * 2 * shape.parameters / (peak * UTILISATION["sampling"]) / 3600
-        return Cost(job, 0, tokens, 2 * shape.parameters / hardware.gpus / 2**30, hours)
+        return 0, tokens, tokens * 2 * shape.parameters / (peak * UTILISATION["sampling"]) / 3600
     config, length = job.config, min(hardware.row_tokens, job.config.max_length)
     steps = training.step_count(config, job.rows)
     tokens = steps * min(config.global_batch_size, job.rows) * length * job.sequences
+    return steps, tokens, tokens * flops_per_token(shape, config, length) / (peak * UTILISATION["training"]) / 3600
+
+
+def cost_of(job: Job, shape: Shape, hardware: Hardware) -> Cost:
+    """Steps, tokens, memory and hours of a job."""
+    steps, tokens, hours = work_of(job, shape, hardware)
+    if not job.trains:
+        return Cost(job, 0, tokens, 2 * shape.parameters / hardware.gpus / 2**30, hours)
+    config, length = job.config, min(hardware.row_tokens, job.config.max_length)
     whole = config.model_copy(update={"global_batch_size": config.global_batch_size * hardware.gpus})
     micro, accumulation = training.batch_plan(whole, length, hardware.gpus)
     need = memory(
@@ -89,7 +97,6 @@ def cost_of(job: Job, shape: Shape, hardware: Hardware) -> Cost:
         processes=hardware.gpus,
         reference=isinstance(config, PreferenceConfig),
     )
-    hours = tokens * flops_per_token(shape, config, length) / (peak * UTILISATION["training"]) / 3600
     return Cost(job, steps, tokens, need["total"] / 2**30, hours)
 
 

@@ -10,16 +10,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ultramed.book.durations import Rest, reference_seconds
 from ultramed.core.config import home, load_profile, nearest
 from ultramed.core.errors import ConfigError
+from ultramed.core.profile import Profile
 from ultramed.core.progress import FILE, MINUTE, duration
 from ultramed.core.store import digest, environment, write_json
 from ultramed.report.scorecard import folder
@@ -95,7 +95,7 @@ def run(
 ) -> bool:
     """Run notebooks; True if none failed. What is done already, with the same code and parameters, is skipped."""
     console = console or Console()
-    load_profile(profile, overrides)  # a typo should not cost a minute of start-up
+    resolved = load_profile(profile, overrides)  # a typo should not cost a minute of start-up
     parameters = {"profile": profile, "overrides": list(overrides)}
     todo = []
     for path in notebooks(numbers):
@@ -105,7 +105,7 @@ def run(
         todo.append(Job(path.stem, path, folder(profile) / "notebooks" / path.name, parameters))
     first, last = [j for j in todo if not j.name.startswith(LAST)], [j for j in todo if j.name.startswith(LAST)]
     started, show = time.monotonic(), _Terminal if console.is_terminal else _Lines
-    with show(console, todo, profile) as watch:
+    with show(console, todo, profile, _rest(todo, resolved, force)) as watch:
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             waiting = [pool.submit(_run_one, job, force) for job in first]
             while not all(f.done() for f in waiting):
@@ -127,11 +127,20 @@ def run(
     return not failed
 
 
+def _rest(todo: list[Job], profile: Profile, force: bool) -> Rest | None:
+    """What foretells the rest; None where nothing has to run, for which no speed need be measured."""
+    if not force and all(job.fresh() for job in todo):
+        return None
+    from ultramed.lm.device import matrix_gflops
+
+    return Rest(todo, reference_seconds(profile, [job.source for job in todo]), matrix_gflops())
+
+
 class _Terminal:
     """A table that is drawn anew."""
 
-    def __init__(self, console: Console, todo: list[Job], profile: str):
-        self.todo, self.profile = todo, profile
+    def __init__(self, console: Console, todo: list[Job], profile: str, rest: Rest | None):
+        self.todo, self.profile, self.rest = todo, profile, rest
         self.live = Live(console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self):
@@ -142,14 +151,16 @@ class _Terminal:
         self.live.__exit__(*error)
 
     def tick(self) -> None:
-        self.live.update(_table(self.todo, self.profile))
+        table = _table(self.todo, self.profile)
+        table.caption = f"about {duration(self.rest.seconds())} left" if self.rest else None
+        self.live.update(table)
 
 
 class _Lines:
     """For logs: a line when a notebook begins and ends, and one a minute with what it does and what the rest may take."""
 
-    def __init__(self, console: Console, todo: list[Job], _profile: str):
-        self.console, self.todo, self.rest = console, todo, Rest(todo)
+    def __init__(self, console: Console, todo: list[Job], _profile: str, rest: Rest | None):
+        self.console, self.todo, self.rest = console, todo, rest
         self.seen, self.told = {job.name: "waiting" for job in todo}, time.monotonic()
 
     def __enter__(self):
@@ -170,27 +181,10 @@ class _Lines:
 
     def say(self, job: Job, more: str) -> None:
         self.told, ended = time.monotonic(), sum(j.state in ("done", "skipped", "failed") for j in self.todo)
-        left = self.rest.seconds()
+        left = self.rest.seconds() if self.rest else 0
         whole = f"{ended} of {len(self.todo)} notebooks" + (f", about {duration(left)} left" if left else "")
         line = f"{datetime.now():%H:%M:%S} {job.name} {job.state}{', ' if more else ''}{more} ({whole})"
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-class Rest:
-    """About how long the rest of a book takes: the ratios of durations.yaml, scaled by what this run has taken so far."""
-
-    def __init__(self, todo: list[Job]):
-        self.todo = todo
-        self.known = yaml.safe_load(files("ultramed.book").joinpath("durations.yaml").read_text())
-
-    def seconds(self) -> float | None:
-        """None as long as this run says too little about its own pace, or where a notebook is not known."""
-        ended = [job for job in self.todo if job.state == "done"]
-        left = [job for job in self.todo if job.state in ("waiting", "running")]
-        if not ended or not all(job.name in self.known for job in self.todo):
-            return None
-        pace = sum(job.seconds for job in ended) / sum(self.known[job.name] for job in ended)
-        return sum(max(0.0, pace * self.known[job.name] - job.seconds) for job in left)
 
 
 def _table(todo: list[Job], profile: str) -> Table:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ultramed.cli.common import ProcessesOption, ProfileOption, SetOption, console
 from ultramed.core import config, store
-from ultramed.core.errors import ConfigError
+from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.profile import Profile
 
 book_app = typer.Typer(pretty_exceptions_enable=False)
@@ -80,8 +80,11 @@ def doctor(
 
     import psutil
 
+    from ultramed.book.durations import REFERENCE, reference_seconds
+    from ultramed.book.runner import notebooks
+    from ultramed.core.progress import duration
     from ultramed.data.sources import data_root
-    from ultramed.lm.device import placement
+    from ultramed.lm.device import disk_mbytes, matrix_gflops, memory_gbytes, placement
 
     place = placement()
     console.print(f"runs on       {place}", highlight=False)
@@ -90,17 +93,32 @@ def doctor(
     folder = store.root()
     place_of = next(p for p in [folder, *folder.parents] if p.exists())
     free = shutil.disk_usage(place_of).free / 2**30
+    speed = matrix_gflops()
+    slower = REFERENCE / speed
+    console.print(
+        f"speed         {speed:.0f} GFLOP/s in matrix products: times told for {REFERENCE:.0f} are {slower:.2g} times as long here; "
+        f"memory {memory_gbytes():.0f} GB/s, disk {disk_mbytes(place_of):.0f} MB/s",
+        highlight=False,
+    )
     console.print(f"store         {folder}, {free:.0f} GiB free" + (" ([red]laptop writes about 6 GiB[/])" if free < 8 else ""))
     console.print(f"ULTRAMED_DATA {data_root() or 'not set: the bundled exam is used, real data sets come from the hub'}")
     for package, version in store.environment()["versions"].items():
         console.print(f"{package:<13} {version or '[red]missing[/]'}", highlight=False)
     table = Table(title="profiles", title_justify="left")
-    for column in ("profile", "models", "hardware", "description"):
-        table.add_column(column)
+    for column in ("profile", "time here", "what it is"):
+        table.add_column(column, no_wrap=column == "profile")
     for name in config.profiles():
         found = config.load_profile(name)
-        table.add_row(name, ", ".join(m.label for m in found.models), found.hardware, found.description)
+        try:
+            here = duration(slower * sum(reference_seconds(found, notebooks()).values()))
+        except UserError:  # a model whose shape is not known offline
+            here = "?"
+        models = ", ".join(m.label for m in found.models)
+        table.add_row(name, here, f"{found.description}\n[dim]{models}; {found.hardware}[/]")
     console.print(table)
+    console.print(
+        "time here: from an empty store; measured for laptop and smoke, elsewhere the arithmetic alone", highlight=False
+    )
     resolved = config.load_profile(profile)
     if gpus:
         _plan(resolved, gpus, tflops, row_tokens)

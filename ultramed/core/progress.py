@@ -34,9 +34,12 @@ def plural(unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """'40 s', '12 min' or '3 h 5 min'."""
+    """'40 s', '12 min', '3 h 5 min', '9 days' or '46 years'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds > 2 * 86400:
+        days = seconds / 86400
+        return f"{days:,.0f} days" if days < 730 else f"{days / 365:,.0f} years"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -190,6 +190,14 @@ def mt_bench(row: dict, i: int) -> dict:
     return {"id": f"mt_bench:{row['question_id']}", **open_question(turns[0], category=row["category"], turns=turns)}
 
 
+def alpaca_eval(row: dict, i: int) -> dict | list:
+    """AlpacaEval 2's instructions, with its baseline's output (GPT-4 turbo of November 2023) as reference. Files of annotated
+    pairs name each instruction once a model: the first model's rows are taken."""
+    if "output_1" not in row:
+        return open_question(row["instruction"], row["output"])
+    return open_question(row["instruction"], row["output_1"]) if row["generator_2"] == "gpt-3.5-turbo-1106" else []
+
+
 def wizardlm(row: dict, i: int) -> dict:
     return open_question(row["Instruction"], skill=row["Skill"], difficulty=int(row["Difficulty"]))
 

@@ -175,3 +175,28 @@ def krippendorff(ratings, level: str = "nominal") -> float:
     observed = sum(distance(v).sum() / (len(v) - 1) for v in values) / max(1, len(every))
     expected = distance(every).sum() / (len(every) * (len(every) - 1)) if len(every) > 1 else 0.0
     return float(1 - observed / expected) if expected else float("nan")
+
+
+def length_controlled(worth, longer, draws: int = 500, seed: int = 0) -> Estimate:
+    """Win rate that replies as long as the baseline's would have (Dubois et al. 2024, section 3, without its term for how hard
+    an instruction is): a logistic regression of what a prompt was worth (n,), 0 to 1, on tanh of the difference in length (n,)
+    over its spread, read at no difference. The interval is by bootstrap over prompts."""
+    from sklearn.linear_model import LogisticRegression
+
+    y, d = np.asarray(worth, dtype=float), np.asarray(longer, dtype=float)
+    if not 0 < y.mean() < 1:  # won or lost all: nothing that a length could explain
+        return clustered(y, range(len(y)))
+    x = np.tanh(d / (d.std() or 1.0))
+
+    def at_equal_length(rows: np.ndarray) -> float:
+        if not 0 < y[rows].mean() < 1:
+            return float(y[rows].mean())
+        both = np.concatenate([x[rows], x[rows]])[:, None]
+        outcome, weight = np.repeat([1, 0], len(rows)), np.concatenate([y[rows], 1 - y[rows]])
+        fitted = LogisticRegression(C=10.0).fit(both, outcome, sample_weight=weight)
+        return float(1 / (1 + np.exp(-fitted.intercept_[0])))
+
+    rng, every = np.random.default_rng(seed), np.arange(len(y))
+    drawn = [at_equal_length(rng.choice(every, len(y))) for _ in range(draws)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(at_equal_length(every), float(low), float(high), len(y), float(np.std(drawn)))

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from ultramed.annotate.judge import LLMConfig
-from ultramed.annotate.open_ended import grades
+from ultramed.annotate.judge import LLMConfig, pairwise
+from ultramed.annotate.open_ended import as_pairs, grades, outcomes, win_rate
 from ultramed.core.client import ServerConfig
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, Strict
@@ -314,15 +314,32 @@ def mt_bench(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dic
     return {"task": "mt_bench, of 10", **_row(e), "unparsed": marked.metrics["unread"]}, marked
 
 
-GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu, "mt_bench": mt_bench}
+def alpaca_eval(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
+    """Replies against AlpacaEval 2's baseline, judged in both orders; the row holds the length-controlled win rate, and the
+    plain one in its name."""
+    asked = ReplyConfig(max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, limit=config.limit)
+    said = replies(asked, model=model, data=data)
+    pairs, frame = as_pairs(None, ours=said), read_replies(said)
+    judge = LLMConfig(server=ServerConfig.of(config.judge), see_reference=False, medical=False)
+    verdicts = pairwise(judge, pairs=pairs)
+    nothing = frame[frame.reply.str.strip() == ""]  # no judge need be asked about these
+    lost = pd.DataFrame({"worth": 0.0, "longer": -nothing.reference.str.len()})
+    won = pd.concat([outcomes(verdicts, pairs)[["worth", "longer"]], lost])
+    name = f"alpaca_eval, length-controlled (plain {100 * win_rate(won).value:.1f})"
+    e = stats.length_controlled(won.worth, won.longer)
+    return {"task": name, **_row(e), "unparsed": verdicts.metrics["unread"]}, verdicts
+
+
+GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu, "mt_bench": mt_bench, "alpaca_eval": alpaca_eval}
+JUDGED = ("mt_bench", "alpaca_eval")
 
 
 def general(config: BenchSection, model: Artifact) -> tuple[pd.DataFrame, list[str], list[Artifact]]:
     """(a row a task at hand, what is missing, artifacts)."""
     rows, missing, artifacts = [], [], []
     for name, run in GENERAL.items():
-        if name == "mt_bench" and not config.judge:
-            missing.append("mt_bench: needs a judge (--judge http://host/v1#name)")
+        if name in JUDGED and not config.judge:
+            missing.append(f"{name}: needs a judge (--judge http://host/v1#name)")
         elif data := at_hand(name, config.fetch):
             row, answered = run(config, model, data)
             rows.append(row)

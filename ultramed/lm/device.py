@@ -4,9 +4,12 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,17 +51,41 @@ def at_most_on_cpu(tokens: int, most: int) -> int:
 
 @functools.cache
 def matrix_gflops(side: int = 2048) -> float:
-    """GFLOP/s of this machine's matrix products in the dtype that it runs models in: the median of a few, after a warm-up."""
+    """GFLOP/s of this machine's matrix products in the dtype that it runs models in: the best of
+    a dozen, which other work on the machine disturbs least."""
     place = placement()
     a = torch.randn(side, side).to(place.device, place.dtype)
     times = []
-    for _ in range(8):
+    for _ in range(12):
         clock = time.perf_counter()
         a @ a
         if place.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - clock)
-    return 2 * side**3 / sorted(times[2:])[3] / 1e9
+    return 2 * side**3 / min(times) / 1e9
+
+
+def memory_gbytes(megabytes: int = 256) -> float:
+    """GB/s at which this machine's memory is read and written, by copying: the best of five."""
+    a, times = torch.ones(megabytes << 18, dtype=torch.float32), []
+    b = torch.empty_like(a)
+    for _ in range(6):
+        clock = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - clock)
+    return 2 * a.nbytes / min(times[1:]) / 1e9
+
+
+def disk_mbytes(folder: Path, megabytes: int = 128) -> float:
+    """MB/s at which a file that is written to `folder` reaches the disk."""
+    block = os.urandom(1 << 20)
+    with tempfile.TemporaryFile(dir=folder) as fh:
+        clock = time.perf_counter()
+        for _ in range(megabytes):
+            fh.write(block)
+        fh.flush()
+        os.fsync(fh.fileno())
+        return megabytes / (time.perf_counter() - clock)
 
 
 @functools.cache

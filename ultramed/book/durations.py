@@ -1,0 +1,48 @@
+"""How long a book takes on the machine at hand: what each notebook took on the reference machine, by how much slower this is.
+
+The reference is two cores whose matrix products reach 900 GFLOP/s in bf16, so that a time told for it becomes a time here
+when it is multiplied by 900 and divided by this machine's GFLOP/s (`ultramed doctor` measures them).
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from ultramed.core.profile import Profile
+
+REFERENCE = 900.0  # GFLOP/s
+AROUND = 10.0  # seconds of any notebook, whatever it does: a process, imports, figures
+
+
+def reference_seconds(profile: Profile, notebooks: list[Path]) -> dict[str, float]:
+    """Notebook -> seconds on the reference machine from an empty store: as measured (durations.yaml), or, for a profile that
+    nobody has measured, what the plan's arithmetic takes."""
+    measured = yaml.safe_load(files("ultramed.book").joinpath("durations.yaml").read_text()).get(profile.name)
+    if measured:
+        return {path.stem: measured.get(path.stem, AROUND) for path in notebooks}
+    from ultramed.book.plan import Hardware, jobs_of, work_of
+    from ultramed.train.estimate import shape_of
+
+    shape, hours = shape_of(profile.models[0].name), {}
+    for job in jobs_of(profile):
+        hours[job.notebook] = hours.get(job.notebook, 0) + work_of(job, shape, Hardware(1, REFERENCE / 1000))[2]
+    return {path.stem: AROUND + 3600 * hours.get(path.stem.split("_")[0], 0) for path in notebooks}
+
+
+class Rest:
+    """About how long the rest of a run takes, from reference seconds and this machine's speed, corrected by what it has seen.
+
+    jobs: anything with `name`, `state` and `seconds`, as the runner's.
+    """
+
+    def __init__(self, jobs: list, known: dict[str, float], gflops: float):
+        self.jobs, self.known, self.slower = jobs, known, REFERENCE / gflops
+
+    def seconds(self) -> float:
+        """The more has been seen, the less what the machine's speed let expect counts: as much as a minute of the reference."""
+        ended = [job for job in self.jobs if job.state == "done"]
+        left = [job for job in self.jobs if job.state in ("waiting", "running")]
+        seen, expected = sum(job.seconds for job in ended), sum(self.known[job.name] for job in ended)
+        pace = (seen + 60 * self.slower) / (expected + 60)
+        return sum(max(0.0, pace * self.known[job.name] - job.seconds) for job in left)
