@@ -15,7 +15,7 @@ if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # the cores ar
 LONG = ("test_profiles_from_hub", "test_notebooks", "test_lm_eval", "test_sft", "test_launch", "test_server", "test_cluster")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """For several processes (`pytest -n 2 --dist loadgroup`): a module's tests stay together, for they share what they have
     trained, unless they say otherwise; the longest modules begin, so that no process ends alone."""
@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
