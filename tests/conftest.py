@@ -11,19 +11,15 @@ REPO = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub is a wrong test
 if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # the cores are shared out among the processes
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // count))
-# Modules that take minutes, longest first.
-LONG = ("test_profiles_from_hub", "test_notebooks", "test_lm_eval", "test_sft", "test_launch", "test_server", "test_cluster")
+# Modules that take minutes, longest first: they begin, so that no process (`pytest -n 2 --dist loadfile`) ends alone.
+LONG = (
+    *("test_paper_8b_from_hub", "test_notebooks", "test_profiles_from_hub", "test_lm_eval"),
+    *("test_sft", "test_launch", "test_server", "test_cluster"),
+)
 
 
-@pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """For several processes (`pytest -n 2 --dist loadgroup`): a module's tests stay together, for they share what they have
-    trained, unless they say otherwise; the longest modules begin, so that no process ends alone."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
