@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ultramed.core.errors import StoreError
+from ultramed.core.memory import collector_paused
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
     """Rows as JSON lines, all at once: for what is computed in one go out of a ledger."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as fh:
+        fh.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class Ledger:
@@ -25,7 +27,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         good = 0
         if path.exists():
-            with open(path, "rb") as fh:
+            with open(path, "rb") as fh, collector_paused():
                 for number, line in enumerate(fh, 1):
                     if not line.endswith(b"\n"):
                         break
