@@ -75,15 +75,11 @@ def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     if not table.made:
         raise ConfigError(f"no pair came out of {report}: all candidates are ties; lower `margin` or sample more")
     random.Random(f"order:{config.seed}").shuffle(table.made)
-    canonical.write_table(out / "pairs.parquet", table.columns())
+    ids = [f"{table.prompts[p][0]}:{table.prompts[p][1]['id']}#{number}" for p, number, *_ in table.made]
+    canonical.write_table(out / "pairs.parquet", table.columns(ids))
     lengths = [len(c["text"]) for c in table.replies]
     longer = sum(lengths[chosen] > lengths[rejected] for *_, chosen, rejected in table.made)
-    return {
-        "pairs": len(table.made),
-        "sources": report,
-        "chosen_is_longer": longer / len(table.made),
-        "row_ids": digest(table.ids()),
-    }
+    return {"pairs": len(table.made), "sources": report, "chosen_is_longer": longer / len(table.made), "row_ids": digest(ids)}
 
 
 class PairTable:
@@ -110,11 +106,8 @@ class PairTable:
         if found:
             self.prompts.append((source, row))
 
-    def ids(self) -> list[str]:
-        return [f"{self.prompts[p][0]}:{self.prompts[p][1]['id']}#{number}" for p, number, *_ in self.made]
-
-    def columns(self) -> pa.Table:
-        """The rows in the order of `made`."""
+    def columns(self, ids: list[str]) -> pa.Table:
+        """The rows in the order of `made`, whose ids are given."""
         prompt, _, chosen, rejected = np.array(self.made).T
         rows, replies = [row for _, row in self.prompts], self.replies
         model, letter = pa.array([c["model"] for c in replies]), pa.array([c["letter"] or "" for c in replies])
@@ -131,7 +124,7 @@ class PairTable:
         completion = pa.array([as_completion(c["text"]) for c in replies])
         return pa.table(
             {
-                "id": pa.array(self.ids()),
+                "id": pa.array(ids),
                 "source": pa.array([source for source, _ in self.prompts]).take(prompt),
                 "subset": pa.array([row["subset"] for row in rows]).take(prompt),
                 "prompt": _in_parts(pa.array([row["prompt"] for row in rows]), prompt),

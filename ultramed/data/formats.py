@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -68,7 +69,7 @@ def _json(text: str, path: Path) -> list[dict]:
         except ValueError as err:
             raise BadRow(f"{path}: not JSON: {err}") from None
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -81,6 +82,15 @@ def _json(text: str, path: Path) -> list[dict]:
             except ValueError:
                 raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
     return _whole(rows[0], path) if len(rows) == 1 and path.name.removesuffix(".gz").endswith(".json") else rows
+
+
+def _lines(text: str) -> Iterator[str]:
+    """What `text.split("\\n")` gives, but not all at once."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def _whole(value, path: Path) -> list[dict]:

@@ -47,15 +47,15 @@ class Tfidf:
         """texts -> (rows, columns): every pair of a text and a target whose cosine is at least `least`, and a few more.
 
         Bayardo et al. 2007 (Scaling up all pairs similarity search): the commonest n-grams of a target, as many as make up
-        three quarters of `least` of its length, are left out; they cannot bring more than their length to a cosine.
-        What is left are rare n-grams, which few texts and targets share.
+        85% of `least` of its length, are left out; they cannot bring more than their length to a cosine. What is left are
+        rare n-grams, which few texts and targets share. Where that leaves few pairs, each of them is looked at whole.
         """
         rest, kept = np.zeros(targets.shape[0], dtype=np.float32), targets.copy()
         for row in range(targets.shape[0]):
             here = slice(targets.indptr[row], targets.indptr[row + 1])
             commonest = np.argsort(self.weights.idf_[targets.indices[here]], kind="stable")
             length = np.sqrt(np.cumsum(targets.data[here][commonest] ** 2))
-            out = commonest[length <= 0.75 * least]
+            out = commonest[length <= 0.85 * least]
             rest[row] = length[len(out) - 1] if len(out) else 0.0
             kept.data[here][out] = 0.0
         kept.eliminate_zeros()
@@ -67,6 +67,10 @@ class Tfidf:
             size = np.sqrt(given.multiply(given).sum(1).A1)
             close = (given @ kept).tocoo()
             enough = close.data >= (least - SLACK - rest[close.col]) * size[close.row]
-            return close.row[enough], close.col[enough]
+            row, column = close.row[enough], close.col[enough]
+            if len(row) <= 8 * len(rows):
+                whole = (least - SLACK) * size[row] <= given[row].multiply(targets[column]).sum(1).A1
+                row, column = row[whole], column[whole]
+            return row, column
 
         return near
