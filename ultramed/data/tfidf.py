@@ -24,7 +24,12 @@ class Tfidf:
         counter = CountVectorizer(analyzer="char_wb", ngram_range=(3, 5), max_features=200_000, dtype=np.float32)
         self.weights = TfidfTransformer(sublinear_tf=True).fit(counter.fit_transform(" ".join(words(text)) for text in texts))
         analyse, number = counter.build_analyzer(), counter.vocabulary_.get
-        self.features = lru_cache(1 << 20)(lambda word: [n for n in map(number, analyse(word)) if n is not None])
+
+        @lru_cache(1 << 20)
+        def features(word: str) -> np.ndarray:
+            return np.array([n for n in map(number, analyse(word)) if n is not None], dtype=np.int32)
+
+        self.features = features
 
     def counts(self, rows: list[str]) -> sparse.csr_matrix:
         """(N, D) float32: how often each n-gram is in each text; the columns of a row are in no order."""
@@ -34,7 +39,7 @@ class Tfidf:
         held = sparse.csr_matrix((np.ones(len(ids), dtype=np.float32), ids, ends), shape=(len(rows), len(numbers)))
         own = [self.features(word) for word in numbers]
         ends = np.cumsum([0, *map(len, own)])
-        flat = np.fromiter(chain.from_iterable(own), dtype=np.int32, count=ends[-1])
+        flat = np.concatenate([np.empty(0, dtype=np.int32), *own])
         shape = (len(numbers), len(self.weights.idf_))
         return held @ sparse.csr_matrix((np.ones(len(flat), dtype=np.float32), flat, ends), shape=shape)
 
