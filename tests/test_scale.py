@@ -184,6 +184,13 @@ def test_the_sieve_loses_no_pair_and_changes_no_score(texts, cosine):
     assert {h.how for h in every} == set(rules)
 
 
+def test_nothing_and_texts_without_a_word_have_no_hits():
+    for train, test in (([], ["a heart"]), (["a heart"], []), (["", "?"], ["a heart"])):
+        assert ngram_hits(train, test) == minhash_hits(train, test) == []
+    assert embedding_hits(["", "?"], ["a heart"], tfidf_encoder(["a heart"])) == []
+    assert near_duplicates([]) == duplicates([]) == []
+
+
 @pytest.mark.parametrize("rule", ["all", "best_random"])
 def test_pairs_by_column_are_the_rows_one_by_one(tmp_path, places, rule):
     rng = random.Random(0)

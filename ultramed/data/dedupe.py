@@ -101,6 +101,8 @@ def jaccard(a: set, b: set) -> float:
 
 def minhash_hits(train: list[str], test: list[str], threshold: float = 0.5) -> list[Hit]:
     """Pairs whose shingles have a Jaccard similarity of at least `threshold`: candidates by hashing, then computed exactly."""
+    if not test:
+        return []
     bands, sets, out = Bands(threshold), [shingles(text) for text in test], []
     keys = [bands.keys([words(text) for text in part]) for _, part in blocks(test)]
     index = Index(np.concatenate([k.ravel() for k in keys]), np.repeat(np.arange(len(test)), bands.count))
