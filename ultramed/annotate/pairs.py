@@ -75,7 +75,8 @@ def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     if not table.made:
         raise ConfigError(f"no pair came out of {report}: all candidates are ties; lower `margin` or sample more")
     random.Random(f"order:{config.seed}").shuffle(table.made)
-    ids = [f"{table.prompts[p][0]}:{table.prompts[p][1]['id']}#{number}" for p, number, *_ in table.made]
+    names = [f"{source}:{row['id']}#" for source, row in table.prompts]
+    ids = [f"{names[prompt]}{number}" for prompt, number, *_ in table.made]
     canonical.write_table(out / "pairs.parquet", table.columns(ids))
     lengths = [len(c["text"]) for c in table.replies]
     longer = sum(lengths[chosen] > lengths[rejected] for *_, chosen, rejected in table.made)
