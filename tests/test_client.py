@@ -115,6 +115,28 @@ def test_a_server_without_structured_outputs_is_asked_without(tmp_path):
     assert [r["value"]["score"] for r in rows] == [1, 1]
 
 
+def test_structured_outputs_are_refused_to_several_workers_at_once(tmp_path):
+    """All of them had sent the parameter before the first answer said that there is no such thing."""
+    refusal = (400, '{"error": "unknown field response_format"}', {})
+    with Faulty(lambda n: refusal if n < 4 else None, delay=0.1, answer=lambda body: '{"score": 1}') as server:
+        rows = ask(server.config(concurrency=4), requests(6), tmp_path / "l.jsonl", schema=Score)
+    assert [r["value"]["score"] for r in rows] == [1] * 6
+    assert [r["requests"] for r in rows] == [2, 2, 2, 2, 1, 1]
+
+
+def test_a_proxy_of_the_environment_is_used_unless_the_server_is_exempt(tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Faulty() as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.http.server_port}")
+        where = ServerConfig(url="http://model.invalid/v1", model="m", tries=1)
+        assert ask(where, requests(1), tmp_path / "l.jsonl")[0]["text"] == "0 noitseuq"
+        monkeypatch.setenv("no_proxy", "model.invalid")
+        with pytest.raises(ServerError, match=r"model\.invalid"):
+            ask(where, requests(1), tmp_path / "m.jsonl")
+        assert len(proxy.bodies) == 1
+
+
 @pytest.mark.parametrize(
     "text", ['{"score": 2}', 'x {"a": 1} {"score": 2}', '```\n{"score": 2, }```', '{"score": 2} {"score": 3}']
 )

@@ -116,18 +116,19 @@ def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
         rubric = _reference(FEEDBACK, row.get("reference", ""), config)
         asked.append(request(row["id"], rubric, f"Question:\n{conversation(row['prompt'])}\n\n{shown}", config))
     made = ask(config.server, asked, out / "requests.jsonl", schema=Scores, desc="feedback")
-    unread, told = 0, []
-    for row, answer in zip(joined, made, strict=True):
-        given = answer["value"]["scores"] if answer["value"] else []
-        whole = len(given) == len(row["candidates"])
-        unread += not whole
-        scores: list[float | None] = [None] * len(row["candidates"])
-        for place, i in enumerate(orders[row["id"]] if whole else ()):
-            scores[i] = given[place]
-        told.append(with_scores(row, scores))
-    write_lines(out / "feedback.jsonl", told)
+    scores = [_in_order(answer["value"], orders[row["id"]]) for row, answer in zip(joined, made, strict=True)]
+    write_lines(out / "feedback.jsonl", (with_scores(row, given) for row, given in zip(joined, scores, strict=True)))
+    unread = sum(None in given for given in scores)
     candidates = sum(len(row["candidates"]) for row in joined)
     return {"prompts": len(joined), "candidates": candidates, "unread": unread, "annotator": config.server.model}
+
+
+def _in_order(value: dict | None, order: list[int]) -> list[float | None]:
+    """Scores of the candidates out of those given in the order shown; None for all if there are not as many."""
+    given = value["scores"] if value else []
+    if len(given) != len(order):
+        return [None] * len(order)
+    return [given[order.index(i)] for i in range(len(order))]
 
 
 @stage(version=2, also=wording)

@@ -5,10 +5,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pydantic import Field
 
 from ultramed.core.errors import ConfigError
+from ultramed.core.memory import collector_paused
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
@@ -52,55 +55,90 @@ def ordered_pairs(row: dict, config: PairConfig, rng: random.Random) -> list[tup
 
 
 @stage(version=3)
+@collector_paused()
 def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     """Write `pairs.parquet` (canonical pair rows, shuffled) and report prompts, pairs and prompts that were all ties."""
-    made, report = [], {}
+    table, report = PairTable(), {}
     for name, count in config.take.items():
         if name not in feedback:
             raise ConfigError(f"pairs: `take` names {name!r}, but no such feedback was given: {sorted(feedback)}")
         rows = read_feedback(feedback[name])
         if count > len(rows):
             raise ConfigError(f"pairs: {count} prompts of {name!r} asked for, it has {len(rows)}")
-        before, ties = len(made), 0
+        before, ties = len(table.made), 0
         rows = random.Random(f"{config.seed}:{name}").sample(rows, count or len(rows))  # of every subset its part
         for row in rows:
             found = ordered_pairs(row, config, random.Random(f"{config.seed}:{row['id']}"))
             ties += not found
-            made += [_row(name, row, number, *pair) for number, pair in enumerate(found)]
-        report[name] = {"prompts": len(rows), "pairs": len(made) - before, "without_pair": ties}
-    if not made:
+            table.add(name, row, found)
+        report[name] = {"prompts": len(rows), "pairs": len(table.made) - before, "without_pair": ties}
+    if not table.made:
         raise ConfigError(f"no pair came out of {report}: all candidates are ties; lower `margin` or sample more")
-    random.Random(f"order:{config.seed}").shuffle(made)
-    canonical.write_rows(out / "pairs.parquet", made)
-    longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in made)
-    return {
-        "pairs": len(made),
-        "sources": report,
-        "chosen_is_longer": longer / len(made),
-        "row_ids": digest([r["id"] for r in made]),
-    }
+    random.Random(f"order:{config.seed}").shuffle(table.made)
+    names = [f"{source}:{row['id']}#" for source, row in table.prompts]
+    ids = [f"{names[prompt]}{number}" for prompt, number, *_ in table.made]
+    canonical.write_table(out / "pairs.parquet", table.columns(ids))
+    lengths = [len(c["text"]) for c in table.replies]
+    longer = sum(lengths[chosen] > lengths[rejected] for *_, chosen, rejected in table.made)
+    return {"pairs": len(table.made), "sources": report, "chosen_is_longer": longer / len(table.made), "row_ids": digest(ids)}
 
 
-def _row(name: str, row: dict, number: int, chosen: dict, rejected: dict) -> dict:
-    meta = {
-        "prompt_id": row["id"],
-        "chosen_score": chosen["score"],
-        "rejected_score": rejected["score"],
-        "chosen_model": chosen["model"],
-        "rejected_model": rejected["model"],
-        "chosen_letter": chosen["letter"] or "",
-        "rejected_letter": rejected["letter"] or "",
-        "gold": row["gold"],
-    }
-    return {
-        "id": f"{name}:{row['id']}#{number}",
-        "source": name,
-        "subset": row["subset"],
-        "prompt": row["prompt"],
-        "chosen": as_completion(chosen["text"]),
-        "rejected": as_completion(rejected["text"]),
-        "meta": meta,
-    }
+class PairTable:
+    """Canonical pair rows column by column: what many pairs of a prompt share is held once.
+
+    `made`: (prompt, number among its pairs, chosen, rejected), indices of `prompts` (source and row) and `replies`.
+    """
+
+    def __init__(self):
+        self.prompts: list[tuple[str, dict]] = []
+        self.replies: list[dict] = []
+        self.made: list[tuple[int, int, int, int]] = []
+
+    def add(self, source: str, row: dict, found: list[tuple[dict, dict]]) -> None:
+        """The pairs of one prompt."""
+        places: dict[int, int] = {}
+        for candidate in (c for pair in found for c in pair):
+            if id(candidate) not in places:
+                places[id(candidate)] = len(self.replies)
+                self.replies.append(candidate)
+        self.made += [
+            (len(self.prompts), n, places[id(chosen)], places[id(rejected)]) for n, (chosen, rejected) in enumerate(found)
+        ]
+        if found:
+            self.prompts.append((source, row))
+
+    def columns(self, ids: list[str]) -> pa.Table:
+        """The rows in the order of `made`, whose ids are given."""
+        prompt, _, chosen, rejected = np.array(self.made).T
+        rows, replies = [row for _, row in self.prompts], self.replies
+        model, letter = pa.array([c["model"] for c in replies]), pa.array([c["letter"] or "" for c in replies])
+        meta = {
+            "prompt_id": pa.array([row["id"] for row in rows]).take(prompt),
+            "chosen_score": pa.array([replies[k]["score"] for k in chosen.tolist()]),
+            "rejected_score": pa.array([replies[k]["score"] for k in rejected.tolist()]),
+            "chosen_model": model.take(chosen),
+            "rejected_model": model.take(rejected),
+            "chosen_letter": letter.take(chosen),
+            "rejected_letter": letter.take(rejected),
+            "gold": pa.array([row["gold"] for row in rows]).take(prompt),
+        }
+        completion = pa.array([as_completion(c["text"]) for c in replies])
+        return pa.table(
+            {
+                "id": pa.array(ids),
+                "source": pa.array([source for source, _ in self.prompts]).take(prompt),
+                "subset": pa.array([row["subset"] for row in rows]).take(prompt),
+                "prompt": _in_parts(pa.array([row["prompt"] for row in rows]), prompt),
+                "chosen": _in_parts(completion, chosen),
+                "rejected": _in_parts(completion, rejected),
+                "meta": pa.StructArray.from_arrays(list(meta.values()), names=list(meta)),
+            }
+        )
+
+
+def _in_parts(values: pa.Array, places: np.ndarray, part: int = 1 << 16) -> pa.ChunkedArray:
+    """The values at the places; an array of texts holds no more than 2 GiB, several one after the other do."""
+    return pa.chunked_array([values.take(pa.array(places[k : k + part])) for k in range(0, len(places), part)])
 
 
 def pairs_table(made: dict[str, Artifact]) -> pd.DataFrame:

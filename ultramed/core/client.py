@@ -9,13 +9,17 @@ import json
 import os
 import random
 import re
+import ssl
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
+import aiohttp
+import certifi
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ultramed.core.errors import ConfigError, ServerError
@@ -138,17 +142,19 @@ def _in_thread(coroutine) -> None:
 class _Run:
     def __init__(self, server: ServerConfig, schema, ledger: Ledger, bar):
         self.server, self.schema, self.ledger, self.bar = server, schema, ledger, bar
+        self.format = {}
+        if schema is not None:
+            named = {"name": schema.__name__, "schema": schema.model_json_schema()}
+            self.format = {"response_format": {"type": "json_schema", "json_schema": named}}
         cost = spent(ledger)
         self.requests, self.tokens = cost["requests"], cost["tokens"]
-        self.structured = schema is not None  # until the server refuses the parameter
         self.failed: dict[str, str] = {}
         self.over_budget = False
         self.not_before = 0.0  # a 429 holds back all workers, not one
 
     async def all(self, todo: dict[str, Request]) -> None:
         waiting = iter(todo.items())
-        limits = httpx.Limits(max_connections=self.server.concurrency)
-        async with httpx.AsyncClient(timeout=self.server.timeout, limits=limits) as http:
+        async with self.session() as http:
 
             async def worker():
                 for key, request in waiting:
@@ -181,7 +187,17 @@ class _Run:
                 f"{why}. Run again to go on with them"
             )
 
-    async def answer(self, http: httpx.AsyncClient, request: Request) -> dict:
+    def session(self) -> aiohttp.ClientSession:
+        """Connections to the server, through a proxy where the environment names one for it."""
+        url, wait = urlsplit(self.server.url), self.server.timeout
+        trusted = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self.server.concurrency, ssl=trusted),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait),
+            proxy=None if proxy_bypass(url.hostname) else getproxies().get(url.scheme),
+        )
+
+    async def answer(self, http: aiohttp.ClientSession, request: Request) -> dict:
         """A ledger row without its names."""
         row = {"status": "ok", "value": None, **await self.complete(http, request.messages, request.options)}
         if self.schema is None or row["status"] == "too_long":
@@ -198,39 +214,36 @@ class _Run:
             value, complaint = read_json(row["text"], self.schema)
         return row | ({"value": value} if value is not None else {"status": "unparsed", "reason": complaint})
 
-    async def complete(self, http: httpx.AsyncClient, messages: list[dict], options: dict) -> dict:
+    async def complete(self, http: aiohttp.ClientSession, messages: list[dict], options: dict) -> dict:
         """text, finish_reason, completion_tokens, requests sent and tokens paid; ServerError when all tries failed."""
         why, sent = "", 0
         for attempt in range(self.server.tries):
             if (held := self.not_before - time.monotonic()) > 0:
                 await asyncio.sleep(held * (1 + random.random() / 4))
             self.check_budget()
-            body = {"model": self.server.model, "messages": messages, **options}
-            if self.structured:
-                body["response_format"] = {
-                    "type": "json_schema",
-                    "json_schema": {"name": self.schema.__name__, "schema": self.schema.model_json_schema()},
-                }
+            shape = self.format  # another worker may take it away before the answer is there
+            body = {"model": self.server.model, "messages": messages, **options, **shape}
             self.requests += 1
             sent += 1
             try:
-                reply = await http.post(f"{self.server.url}/chat/completions", json=body, headers=self.headers())
-                if reply.status_code in RETRY:
-                    why = f"HTTP {reply.status_code}"
-                    await self.back_off(attempt, why, reply)
+                status, headers, content = await self.post(http, body)
+                if status in RETRY:
+                    why = f"HTTP {status}"
+                    await self.back_off(attempt, why, status, headers.get("retry-after", ""))
                     continue
-                if reply.status_code in (400, 422) and self.structured and "response_format" in reply.text:
-                    self.structured = False  # the server has no structured outputs; the prompt asks for JSON as well
+                told = content.decode(errors="replace") if status >= 400 else ""
+                if status in (400, 422) and shape and "response_format" in told:
+                    self.format = {}  # the server has no structured outputs; the prompt asks for JSON as well
                     continue
-                if reply.status_code in (400, 413) and TOO_LONG.search(reply.text):
+                if status in (400, 413) and TOO_LONG.search(told):
                     nothing = {"text": "", "finish_reason": "", "tokens": 0, "completion_tokens": 0}
                     return {"status": "too_long", "requests": sent, **nothing}
-                if reply.status_code >= 400:
-                    raise ConfigError(self.refusal(reply))
-                data = reply.json()
+                if status >= 400:
+                    raise ConfigError(self.refusal(status, told))
+                data = json.loads(content)
                 choice = data["choices"][0]
                 text = choice["message"]["content"] or ""
-            except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError) as err:
+            except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as err:
                 why = f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
                 await self.back_off(attempt, why)
                 continue
@@ -246,9 +259,15 @@ class _Run:
             }
         raise ServerError(why)
 
-    def headers(self) -> dict:
-        key = os.environ.get(self.server.key_env)
-        return {"Authorization": f"Bearer {key}"} if key else {}
+    async def post(self, http: aiohttp.ClientSession, body: dict) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and content of the answer to one request."""
+        key, headers = os.environ.get(self.server.key_env), {"Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        url = f"{self.server.url}/chat/completions"
+        async with http.post(url, data=data, headers=headers, allow_redirects=False) as reply:
+            return reply.status, reply.headers, await reply.read()
 
     def check_budget(self) -> None:
         most, tokens = self.server.max_requests, self.server.max_tokens
@@ -256,31 +275,30 @@ class _Run:
             self.over_budget = True
             raise BudgetError
 
-    async def back_off(self, attempt: int, why: str, reply: httpx.Response | None = None) -> None:
-        """Wait as long as the server says, else twice as long each time, with jitter so that workers do not march in step."""
+    async def back_off(self, attempt: int, why: str, status: int = 0, asked: str = "") -> None:
+        """Wait as long as the server asked, else twice as long each time, with jitter so that workers do not march in step."""
         self.bar.set_postfix_str(f"trying again after {why}")
         if attempt + 1 == self.server.tries:
             return
         wait = min(self.server.longest_wait, 0.5 * 2**attempt) * (0.5 + random.random() / 2)
-        asked = reply.headers.get("retry-after", "") if reply is not None else ""
         if re.fullmatch(r"\d+(\.\d+)?", asked):
             wait = min(self.server.longest_wait, max(wait, float(asked)))
-        if reply is not None and reply.status_code in (429, 503, 529):
+        if status in (429, 503, 529):
             self.not_before = max(self.not_before, time.monotonic() + wait)
         else:
             await asyncio.sleep(wait)
 
-    def refusal(self, reply: httpx.Response) -> str:
+    def refusal(self, status: int, told: str) -> str:
         """What a 4xx means for the user; the server's own words, cut, and never the key."""
-        words = " ".join(reply.text.split())[:300]
+        words = " ".join(told.split())[:300]
         if key := os.environ.get(self.server.key_env):
             words = words.replace(key, "…")
         hint = {
             401: f"set {self.server.key_env} to a key that the server knows",
             403: f"the key in {self.server.key_env} may not use this model",
             404: f"is {self.server.url!r} the address before /chat/completions, and {self.server.model!r} a model it serves?",
-        }.get(reply.status_code, "the server did not understand the request")
-        return f"{self.server.url}: HTTP {reply.status_code}; {hint}. It said: {words}"
+        }.get(status, "the server did not understand the request")
+        return f"{self.server.url}: HTTP {status}; {hint}. It said: {words}"
 
 
 def read_json(text: str, schema: type[BaseModel]) -> tuple[dict | None, str]:

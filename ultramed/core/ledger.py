@@ -6,11 +6,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ultramed.core.errors import StoreError
+from ultramed.core.memory import collector_paused
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
     """Rows as JSON lines, all at once: for what is computed in one go out of a ledger."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as fh:
+        fh.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _parsed_together(lines: list[bytes]) -> list:
+    """The value of each line, or None for all where one is damaged. Rows that are parsed at once share the names of their
+    fields, which saves half of the time and of the memory."""
+    try:
+        values = json.loads(b"[%s]" % b",".join(lines))
+    except ValueError:
+        values = []
+    return values if len(values) == len(lines) else [None] * len(lines)
 
 
 class Ledger:
@@ -23,24 +35,30 @@ class Ledger:
     def __init__(self, path: Path, key: str = "key"):
         self.path, self._field, self.rows = path, key, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        good = 0
-        if path.exists():
-            with open(path, "rb") as fh:
-                for number, line in enumerate(fh, 1):
-                    if not line.endswith(b"\n"):
-                        break
-                    try:
-                        row = json.loads(line)
-                        self.rows[row[key]] = row
-                    except (ValueError, KeyError, TypeError):
-                        raise StoreError(
-                            f"{path}, line {number}: not a ledger row (JSON object with {key!r}); move the file away "
-                            "to start over"
-                        ) from None
-                    good += len(line)
+        good = self._read() if path.exists() else 0
         self._file = open(path, "ab")  # noqa: SIM115 (kept open; close() and `with` end it)
         if self._file.tell() != good:
             self._file.truncate(good)
+
+    @collector_paused()
+    def _read(self) -> int:
+        """Fill `rows` from the file; the number of bytes up to the end of its last whole line."""
+        good = read = 0
+        with open(self.path, "rb") as fh:
+            while lines := fh.readlines(1 << 20):
+                if not lines[-1].endswith(b"\n"):
+                    lines.pop()
+                for number, (line, row) in enumerate(zip(lines, _parsed_together(lines), strict=True), read + 1):
+                    try:
+                        row = json.loads(line) if row is None else row
+                        self.rows[row[self._field]] = row
+                    except (ValueError, KeyError, TypeError):
+                        raise StoreError(
+                            f"{self.path}, line {number}: not a ledger row (JSON object with {self._field!r}); move the file "
+                            "away to start over"
+                        ) from None
+                good, read = good + sum(map(len, lines)), read + len(lines)
+        return good
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows

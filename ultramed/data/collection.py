@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ultramed.core.errors import ConfigError
+from ultramed.core.memory import collector_paused, used_up
 from ultramed.core.profile import Profile
 from ultramed.core.schema import BuildConfig, CheckConfig
 from ultramed.core.store import Artifact, digest, stage
@@ -63,16 +64,16 @@ def contamination(out: Path, config: CheckConfig, *, sources: dict[str, str], te
     Writes `hits.parquet` (source, row id, test set, test id, how, score) and `report.json`: rows hit by source, test set
     and way, with the closest examples.
     """
-    train = [(name, row) for name, what in sources.items() for row in source_rows(what, "train", data)]
-    test = [(name, row) for name in tests for row in canonical.read_rows(data[name] / "test.parquet")]
-    hits = find_hits([text_of(r) for _, r in train], [text_of(r) for _, r in test], config)
+    train = [(name, row["id"], text_of(row)) for name, what in sources.items() for row in source_rows(what, "train", data)]
+    test = [(name, r["id"], text_of(r)) for name in tests for r in canonical.read_rows(data[name] / "test.parquet")]
+    hits = find_hits([text for *_, text in train], [text for *_, text in test], config)
     frame = pd.DataFrame(
         [
             {
                 "source": train[h.train][0],
-                "id": train[h.train][1]["id"],
+                "id": train[h.train][1],
                 "test_set": test[h.test][0],
-                "test_id": test[h.test][1]["id"],
+                "test_id": test[h.test][1],
                 "how": h.how,
                 "score": h.score,
                 "train": h.train,
@@ -86,7 +87,7 @@ def contamination(out: Path, config: CheckConfig, *, sources: dict[str, str], te
     for (source, test_set, how), part in frame.groupby(["source", "test_set", "how"], sort=False):
         best = part.sort_values("score", ascending=False).drop_duplicates("id").head(config.examples)
         shown = [
-            {"score": round(b.score, 3), "train": text_of(train[b.train][1])[:300], "test": text_of(test[b.test][1])[:300]}
+            {"score": round(b.score, 3), "train": train[b.train][2][:300], "test": test[b.test][2][:300]}
             for b in best.itertuples()
         ]
         rows, questions = int(part.id.nunique()), int(part.test_id.nunique())
@@ -95,7 +96,7 @@ def contamination(out: Path, config: CheckConfig, *, sources: dict[str, str], te
         )
     frame.drop(columns=["train", "test"]).to_parquet(out / "hits.parquet")
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
-    sizes = {"train": dict(Counter(s for s, _ in train)), "test": dict(Counter(s for s, _ in test))}
+    sizes = {"train": dict(Counter(s for s, *_ in train)), "test": dict(Counter(s for s, *_ in test))}
     return {"rows_hit": len(frame[["source", "id"]].drop_duplicates()), "questions_hit": int(frame.test_id.nunique()), **sizes}
 
 
@@ -157,19 +158,7 @@ def build(
     hit = set(map(tuple, pd.read_parquet(checked / "hits.parquet")[["source", "id"]].to_numpy())) if checked else set()
     counts, left, given = defaultdict(Counter), [], scores_of(data)
     for name, what in sources.items():
-        rows = source_rows(what, "train", data)
-        scores = [given.get((name, row["id"]), (row.get("meta") or {}).get("score")) for row in rows]
-        known = sorted((s for s in scores if s is not None), reverse=True)
-        least = known[config.top - 1] if 0 < config.top < len(known) else 0.0
-        for row, score in zip(rows, scores, strict=True):
-            counts[name]["original"] += 1
-            if score is not None and score < max(config.min_score, least):
-                counts[name]["low score"] += 1
-            elif (name, row["id"]) in hit:
-                counts[name]["contaminated"] += 1
-            else:
-                made = as_instruction(row, config.answer_form)
-                left.append({**made, "source": name, "text": text_of(row), "score": score})
+        left += _wanted(config, name, source_rows(what, "train", data), given, hit, counts[name])
     same = dedupe.duplicates([r["text"] for r in left])
     near = dedupe.near_duplicates([r["text"] for r in left], config.near)
     kept = []
@@ -178,14 +167,33 @@ def build(
             counts[row["source"]]["duplicate" if same[i] != i else "near-duplicate"] += 1
         else:
             counts[row["source"]]["retained"] += 1
-            kept.append({k: row[k] for k in ("id", "source", "prompt", "completion", "score")})
+            kept.append(row)
     if not kept:
         raise ConfigError(f"no row is left of {dict(counts)}")
     (out / "data").mkdir(exist_ok=True)
-    pd.DataFrame(kept).to_parquet(out / "data" / "train.parquet", index=False)
+    columns = {k: [row[k] for row in kept] for k in ("id", "source", "prompt", "completion", "score")}
+    pd.DataFrame(columns).to_parquet(out / "data" / "train.parquet", index=False)
     table = {name: dict(part) for name, part in counts.items()}
     (out / "README.md").write_text(card(config, table, checked))
     return {"rows": len(kept), "sources": table, "row_ids": digest([r["id"] for r in kept])}
+
+
+@collector_paused()
+def _wanted(config: BuildConfig, name: str, rows: list[dict], given: dict, hit: set, counts: Counter) -> list[dict]:
+    """A source's rows with its name, text and score, without those of a low score and the contaminated ones; `counts` grows."""
+    scores = [given.get((name, row["id"]), (row.get("meta") or {}).get("score")) for row in rows]
+    known = sorted((s for s in scores if s is not None), reverse=True)
+    least = known[config.top - 1] if 0 < config.top < len(known) else 0.0
+    left = []
+    for row, score in zip(used_up(rows), scores, strict=True):
+        counts["original"] += 1
+        if score is not None and score < max(config.min_score, least):
+            counts["low score"] += 1
+        elif (name, row["id"]) in hit:
+            counts["contaminated"] += 1
+        else:
+            left.append({**as_instruction(row, config.answer_form), "source": name, "text": text_of(row), "score": score})
+    return left
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,21 @@ Four ways to look, from strict to loose:
 import importlib.util
 import random
 import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.progress import bar as progress_bar
+from ultramed.data.hashing import Bands, Index, Runs, blocks, shingles_of, words
+from ultramed.data.tfidf import Tfidf
 
-if TYPE_CHECKING:
-    from datasketch import MinHash
-
-SHINGLE = 3  # words
-PERMUTATIONS = 128
 Encoder = Callable[[list[str]], "np.ndarray"]  # texts -> unit vectors (N, D), dense or scipy sparse
 
 
@@ -44,7 +42,7 @@ class Hit:
 
 def normalise(text: str) -> str:
     """Compatibility forms, lower case, words and digits only, single spaces."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(words(text))
 
 
 def exact_hits(train: list[str], test: list[str]) -> list[Hit]:
@@ -57,8 +55,8 @@ def exact_hits(train: list[str], test: list[str]) -> list[Hit]:
 
 def duplicates(texts: list[str]) -> list[int]:
     """For every text the index of the first one that is the same after normalisation (its own, if it is the first)."""
-    first: dict[str, int] = {}
-    return [first.setdefault(normalise(text), i) for i, text in enumerate(texts)]
+    first: dict[bytes, int] = {}
+    return [first.setdefault(xxh3_128_digest(normalise(text).encode()), i) for i, text in enumerate(texts)]
 
 
 def ngram_hits(train: list[str], test: list[str], n: int = 10, share: float = 0.0) -> list[Hit]:
@@ -66,113 +64,100 @@ def ngram_hits(train: list[str], test: list[str], n: int = 10, share: float = 0.
 
     Test rows shorter than `n` words are looked for whole. `share`: the least score that counts.
     """
-    index, count = defaultdict(list), []
-    for j, text in enumerate(test):
-        runs = set(_runs(normalise(text).split(), n))
-        count.append(len(runs))
-        for run in runs:
-            index[run].append(j)
-    lengths = sorted({min(n, len(normalise(t).split())) for t in test})
+    asked = [words(text) for text in test]
+    lengths = sorted({min(n, len(row)) for row in asked} - {0})
+    if not lengths:
+        return []
+    runs, count, index = Runs(chain.from_iterable(asked)), np.zeros(len(test), dtype=int), []
+    short = np.array([min(n, len(row)) for row in asked])
+    for length, (rows, keys) in zip(lengths, runs.keys(asked, lengths), strict=True):
+        own = short[rows] == length
+        keys, rows = np.unique(np.stack([keys[own], rows[own].astype(np.uint64)]), axis=1)
+        np.add.at(count, rows.astype(int), 1)
+        index.append(Index(keys, rows.astype(int)))
     out = []
     with progress_bar(len(train), "n-grams", "row") as bar:
-        for i, text in enumerate(train):
-            words, found = normalise(text).split(), defaultdict(set)
-            for length in lengths:
-                for run in _runs(words, length) if len(words) >= length else ():
-                    for j in index.get(run, ()):
-                        found[j].add(run)
-            out += [Hit(i, j, "ngram", len(f) / count[j]) for j, f in found.items() if len(f) / count[j] >= share]
-            bar.update(1)
+        for start, part in blocks(train):
+            found: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # train -> test -> runs
+            for known, (rows, keys) in zip(index, runs.keys([words(text) for text in part], lengths), strict=True):
+                places, hit = known.pairs(keys)
+                for i, j, key in zip(rows[places].tolist(), hit.tolist(), keys[places].tolist(), strict=True):
+                    found[i][j].add(key)
+            for i in sorted(found):
+                scores = ((j, len(held) / int(count[j])) for j, held in found[i].items())
+                out += [Hit(start + i, j, "ngram", score) for j, score in scores if score >= share]
+            bar.update(len(part))
     return out
 
 
-def _runs(words: list[str], n: int) -> Iterator[int]:
-    n = min(n, len(words))
-    return (hash(tuple(words[k : k + n])) for k in range(len(words) - n + 1)) if n else iter(())
-
-
-def shingles(text: str, size: int = SHINGLE) -> set[str]:
-    """Runs of `size` words; a shorter text is its own one shingle."""
-    words = normalise(text).split()
-    return {" ".join(words[k : k + size]) for k in range(max(1, len(words) - size + 1))}
+def shingles(text: str) -> set[str]:
+    """Runs of three words; a shorter text is its own one shingle."""
+    return set(shingles_of(words(text)))
 
 
 def jaccard(a: set, b: set) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-class Buckets:
-    """Texts by locality-sensitive hashing of their shingles: `near` gives every earlier text that may be alike.
-
-    Bands of `width` of the 128 minima: texts of Jaccard similarity s share one with probability
-    1 - (1 - s^width)^bands. The width is the largest that still finds 99% of the pairs at the threshold; candidates
-    are then compared exactly.
-    """
-
-    def __init__(self, threshold: float):
-        from datasketch import MinHash, MinHashLSH
-        from xxhash import xxh32_intdigest
-
-        self.threshold, self.sets = threshold, []
-        self.minima = MinHash(PERMUTATIONS, hashfunc=xxh32_intdigest)  # of nothing
-        width = max(w for w in range(1, 9) if w == 1 or 1 - (1 - threshold**w) ** (PERMUTATIONS // w) >= 0.99)
-        self.lsh = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // width, width))
-
-    def read(self, text: str) -> tuple[set[str], "MinHash"]:
-        """The shingles of a text and their minima."""
-        parts, signature = shingles(text), self.minima.copy()
-        signature.update_batch([p.encode() for p in parts])
-        return parts, signature
-
-    def keep(self, parts: set[str], signature: "MinHash") -> None:
-        self.lsh.insert(len(self.sets), signature)
-        self.sets.append(parts)
-
-    def near(self, parts: set[str], signature: "MinHash") -> list[tuple[int, float]]:
-        """(index, similarity) of every kept text at or above the threshold, the earliest first."""
-        found = ((int(j), jaccard(parts, self.sets[j])) for j in sorted(self.lsh.query(signature)))
-        return [(j, score) for j, score in found if score >= self.threshold]
-
-
 def minhash_hits(train: list[str], test: list[str], threshold: float = 0.5) -> list[Hit]:
-    """Pairs whose shingles have a Jaccard similarity of at least `threshold`."""
-    buckets, out = Buckets(threshold), []
-    for text in test:
-        buckets.keep(*buckets.read(text))
+    """Pairs whose shingles have a Jaccard similarity of at least `threshold`: candidates by hashing, then computed exactly."""
+    if not test:
+        return []
+    bands, sets, out = Bands(threshold), [shingles(text) for text in test], []
+    keys = [bands.keys([words(text) for text in part]) for _, part in blocks(test)]
+    index = Index(np.concatenate([k.ravel() for k in keys]), np.repeat(np.arange(len(test)), bands.count))
     with progress_bar(len(train), "MinHash", "row") as bar:
-        for i, text in enumerate(train):
-            out += [Hit(i, j, "minhash", score) for j, score in buckets.near(*buckets.read(text))]
-            bar.update(1)
+        for start, part in blocks(train):
+            places, hit = index.pairs(bands.keys([words(text) for text in part]).ravel())
+            alike = sorted(set(zip((places // bands.count).tolist(), hit.tolist(), strict=True)))
+            for i, pairs in groupby(alike, key=itemgetter(0)):
+                own = shingles(part[i])
+                scores = ((j, jaccard(own, sets[j])) for _, j in pairs)
+                out += [Hit(start + i, j, "minhash", score) for j, score in scores if score >= threshold]
+            bar.update(len(part))
     return out
 
 
 def near_duplicates(texts: list[str], threshold: float = 0.8) -> list[int]:
     """For every text the index of the earliest kept text it is a near-duplicate of, or its own index if it is kept."""
-    buckets, kept, first = Buckets(threshold), [], []
+    bands, first = Bands(threshold), list(range(len(texts)))
+    keys = np.empty((len(texts), bands.count), dtype=np.uint64)
     with progress_bar(len(texts), "near-duplicates", "row") as bar:
-        for i, text in enumerate(texts):
-            one = buckets.read(text)
-            near = buckets.near(*one)
-            if not near:
-                buckets.keep(*one)
-                kept.append(i)
-            first.append(kept[near[0][0]] if near else i)
-            bar.update(1)
+        for start, part in blocks(texts):
+            keys[start : start + len(part)] = bands.keys([words(text) for text in part])
+            bar.update(len(part))
+    shared = np.stack([_repeated(column) for column in keys.T], axis=1)
+    kept: dict[int, list[int]] = defaultdict(list)  # key -> rows that are kept
+    parts: dict[int, np.ndarray] = {}  # row -> hashes of its shingles, a tenth of what the words would take
+    for i in np.flatnonzero(shared.any(1)).tolist():
+        own, mine = keys[i, shared[i]].tolist(), set(map(hash, shingles(texts[i])))
+        for j in sorted({j for key in own for j in kept.get(key, ())}):
+            common = len(mine.intersection(parts[j].tolist()))
+            if common / (len(mine) + len(parts[j]) - common) >= threshold:
+                first[i] = j
+                break
+        else:
+            parts[i] = np.fromiter(mine, dtype=np.int64)
+            for key in own:
+                kept[key].append(i)
     return first
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """(N,) bool: which values are there more than once."""
+    order = np.argsort(values)
+    again = values[order][1:] == values[order][:-1]
+    out = np.zeros(len(values), dtype=bool)
+    out[order[1:][again]] = out[order[:-1][again]] = True
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------ embedding
 
 
-def tfidf_encoder(texts: list[str]) -> Encoder:
+def tfidf_encoder(texts: list[str]) -> Tfidf:
     """Character n-grams (3 to 5) weighted by their rarity in `texts`: offline, and robust to typing and word order."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(
-        analyzer="char_wb", ngram_range=(3, 5), max_features=200_000, sublinear_tf=True, dtype=np.float32
-    )
-    vectorizer.fit(map(normalise, texts))
-    return lambda rows: vectorizer.transform(map(normalise, rows))
+    return Tfidf(texts)
 
 
 def minilm_encoder(max_tokens: int = 256, batch_rows: int = 64) -> Encoder:
@@ -218,19 +203,23 @@ def embedding_hits(
     """
     if unknown := set(rules) - {"cosine", "ultramedical"}:
         raise ConfigError(f"embedding rules are 'cosine' and 'ultramedical', got {sorted(unknown)}")
+    least = {rule: cosine if rule == "cosine" else 1 - 0.05 / 2 for rule in rules}  # unit vectors: |a - b|^2 = 2 - 2 cos
     targets, out = encode(test), []
+    near = encode.sieve(targets, min(least.values())) if isinstance(encode, Tfidf) else None
     length = np.array([max(1, len(t)) for t in test])
     with progress_bar(len(train), "embeddings", "row") as bar:
-        for start in range(0, len(train), block):
-            part = train[start : start + block]
-            close = encode(part) @ targets.T
-            close = close.toarray() if hasattr(close, "toarray") else np.asarray(close)
-            for rule in rules:
-                near = close >= (cosine if rule == "cosine" else 1 - 0.05 / 2)  # unit vectors: |a - b|^2 = 2 - 2 cos
+        for start, part in blocks(train, block):
+            rows, columns = map(np.unique, near(part)) if near else (np.arange(len(part)), np.arange(len(test)))
+            if len(rows):
+                close = encode([part[i] for i in rows]) @ targets[columns].T
+                close = close.toarray() if hasattr(close, "toarray") else np.asarray(close)
+            for rule, bound in least.items() if len(rows) else ():
+                found = close >= bound
                 if rule == "ultramedical":
-                    lengths = np.array([max(1, len(t)) for t in part])[:, None]
-                    near &= np.abs(lengths - length) <= 0.2 * length
-                out += [Hit(start + int(i), int(j), rule, float(close[i, j])) for i, j in zip(*np.nonzero(near), strict=True)]
+                    lengths = np.array([max(1, len(part[i])) for i in rows])[:, None]
+                    found &= np.abs(lengths - length[columns]) <= 0.2 * length[columns]
+                pairs = zip(*np.nonzero(found), strict=True)
+                out += [Hit(start + int(rows[i]), int(columns[j]), rule, float(close[i, j])) for i, j in pairs]
             bar.update(len(part))
     return out
 

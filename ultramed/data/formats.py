@@ -5,11 +5,13 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from ultramed.core.errors import UserError
+from ultramed.core.memory import collector_paused
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 csv.field_size_limit(1 << 30)
@@ -27,7 +29,8 @@ def read_table(path: Path) -> list[dict]:
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix == ".parquet":
         try:
-            rows = pq.read_table(path).to_pylist()
+            with collector_paused(), pq.ParquetFile(path) as held:  # the whole table twice would take twice the memory
+                rows = [row for batch in held.iter_batches() for row in batch.to_pylist()]
         except (OSError, ValueError) as err:
             raise BadRow(f"{path}: not a readable Parquet file: {err}") from None
     elif suffix in SUFFIXES:
@@ -66,7 +69,7 @@ def _json(text: str, path: Path) -> list[dict]:
         except ValueError as err:
             raise BadRow(f"{path}: not JSON: {err}") from None
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -79,6 +82,15 @@ def _json(text: str, path: Path) -> list[dict]:
             except ValueError:
                 raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
     return _whole(rows[0], path) if len(rows) == 1 and path.name.removesuffix(".gz").endswith(".json") else rows
+
+
+def _lines(text: str) -> Iterator[str]:
+    """What `text.split("\\n")` gives, but not all at once."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def _whole(value, path: Path) -> list[dict]:

@@ -1,11 +1,13 @@
 """Canonical rows, checked once on the way in: a bad row is an error that names file, row and field."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ultramed.core.memory import collector_paused, used_up
 from ultramed.data.formats import BadRow, read_table
 
 
@@ -83,7 +85,8 @@ class Pair(BaseModel):
 KINDS: dict[str, type[BaseModel]] = {"questions": Question, "instructions": Instruction, "prompts": Prompt, "pairs": Pair}
 
 
-def check_rows(model: type[BaseModel], rows: list[dict], where: str) -> list[dict]:
+@collector_paused()
+def check_rows(model: type[BaseModel], rows: Iterable[dict], where: str) -> list[dict]:
     """Every row validated; ids must be unique."""
     out, seen = [], {}
     for number, row in enumerate(rows, 1):
@@ -114,12 +117,12 @@ def _questions(rows: list[dict], path: Path) -> list[dict]:
             for field in ("options", "meta"):
                 if isinstance(row.get(field), dict):  # Parquet fills the letters that other rows have with null
                     row[field] = {k: v for k, v in row[field].items() if v is not None}
-    return check_rows(Question, rows, str(path))
+    return check_rows(Question, used_up(rows), str(path))
 
 
 def read_instructions(path: Path) -> list[dict]:
     """Canonical instruction rows of a file."""
-    return check_rows(Instruction, read_table(path), str(path))
+    return check_rows(Instruction, used_up(read_table(path)), str(path))
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -127,12 +130,12 @@ def read_rows(path: Path) -> list[dict]:
     rows = read_table(path)
     if "options" in rows[0]:
         return _questions(rows, path)
-    return check_rows(Instruction if "completion" in rows[0] else Prompt, rows, str(path))
+    return check_rows(Instruction if "completion" in rows[0] else Prompt, used_up(rows), str(path))
 
 
 def read_pairs(path: Path) -> list[dict]:
     """Canonical pair rows of a file."""
-    return check_rows(Pair, read_table(path), str(path))
+    return check_rows(Pair, used_up(read_table(path)), str(path))
 
 
 def spread(rows: list, limit: int) -> list:
@@ -144,4 +147,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     """Parquet with nested columns kept."""
     if not any(r.get("meta") for r in rows):  # Parquet has no empty structs
         rows = [{k: v for k, v in r.items() if k != "meta"} for r in rows]
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+    write_table(path, pa.Table.from_pylist(rows))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    pq.write_table(table, path, compression="zstd")
