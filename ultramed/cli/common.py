@@ -35,7 +35,7 @@ ProcessesOption = Annotated[
         min=0,
         callback=_processes,
         show_default="one a GPU, else one",
-        help="Processes that train together (accelerate launch); all weights trained: sharded over them by FSDP2.",
+        help="Processes that train or ask together (accelerate launch); all weights trained: sharded over them by FSDP2.",
     ),
 ]
 

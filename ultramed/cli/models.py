@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ultramed.cli.common import MapOption, console
+from ultramed.cli.common import MapOption, ProcessesOption, console
 from ultramed.core import config, schema, store
 from ultramed.core.errors import ConfigError
 
@@ -42,6 +42,7 @@ def evaluate(
     columns: MapOption = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
+    processes: ProcessesOption = 0,
 ) -> None:
     """Ask a model your own questions. Ctrl-C and run again: answered questions are not asked twice."""
     import shutil
@@ -133,6 +134,7 @@ def reward(
     ],
     out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
     template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
+    processes: ProcessesOption = 0,
 ) -> None:
     """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
     from ultramed.core.log import quiet_libraries

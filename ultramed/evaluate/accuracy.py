@@ -19,6 +19,7 @@ from ultramed.lm import models
 from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse, unread
 from ultramed.lm.templates import wording
+from ultramed.train.launch import clear
 
 TOO_LONG = "too long"  # in place of a parser's rule: the question did not fit into the model's context
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
@@ -45,6 +46,7 @@ def answers(
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)
+    clear(out)
     with Ledger(out / "answers.jsonl", key="id") as ledger:
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:

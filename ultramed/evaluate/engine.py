@@ -24,6 +24,7 @@ from ultramed.lm import models
 from ultramed.lm.architecture import context_length
 from ultramed.lm.device import at_most_on_cpu, free_memory
 from ultramed.lm.templates import Template
+from ultramed.train.crew import hold, let_go
 
 if TYPE_CHECKING:
     from ultramed.evaluate.openvino import OpenVino
@@ -66,13 +67,18 @@ def fitting(fits: list[bool], room: str, unfit: Unfit | None) -> list[int]:
     return [i for i, fit in enumerate(fits) if fit]
 
 
-class Local:
-    """Weights in memory: token-budget batches, a prompt read once for all its samples."""
+def load(model: Artifact, dtype: str | None, quantize: str | None):
+    """(net, tokenizer), in evaluation mode. dtype: a name, such as 'bfloat16'; the machine's own choice if None."""
+    tokenizer = models.load_tokenizer(model)
+    return models.load(model, dtype=dtype and getattr(torch, dtype), quantize=quantize), tokenizer
 
-    def __init__(self, model: Artifact, template: Template, budget: int, dtype=None, quantize: str | None = None):
-        self.tokenizer, self.template = models.load_tokenizer(model), template
+
+class Local:
+    """Weights in memory, of this process or of a crew: token-budget batches, a prompt read once for all its samples."""
+
+    def __init__(self, net, tokenizer, template: Template, budget: int):
+        self.net, self.tokenizer, self.template = net, tokenizer, template
         self.budget = at_most_on_cpu(budget, CPU_TOKENS)
-        self.net = models.load(model, dtype=dtype, quantize=quantize)
 
     def shown(self, messages: list[dict]) -> str:
         return self.template.render(messages, self.tokenizer)
@@ -97,6 +103,7 @@ class Local:
         generate(self.net, self.tokenizer, asked, sampling, budget=self.budget, rngs=streams, done=tell)
 
     def close(self) -> None:
+        let_go(self.net)
         del self.net
 
 
@@ -136,15 +143,19 @@ def open_engine(
     dtype=None,
     quantize: str | None = None,
     engine: str = "transformers",
+    items: int = 1,
+    ledger: Ledger | None = None,
 ) -> "Local | Server | OpenVino":
-    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`."""
+    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`. items: how many it is
+    about to be asked, by which it may be a crew; ledger: where their results go (train/crew.py)."""
     metadata = models.card(model)
     if metadata["kind"] == "server":
         if quantize:
             raise ConfigError(f"{metadata['name']} is behind a URL: start the server with quantised weights instead")
         return Server(ServerConfig(url=metadata["url"], model=metadata["model"]), out / "requests.jsonl")
     if engine == "transformers":
-        return Local(model, template, budget, dtype, quantize)
+        named = {"dtype": dtype and str(dtype).removeprefix("torch."), "quantize": quantize}
+        return Local(*hold(load, model, items, out, ledger, **named), template, budget)
     if quantize:
         raise ConfigError(f"engine {engine} runs 16- and 32-bit weights; quantize {quantize!r} needs engine transformers")
     from ultramed.evaluate.openvino import OpenVino
@@ -158,10 +169,12 @@ def asking(ledger: Ledger, total: int, desc: str, unit: str, model: Artifact, te
 
     `template` and `options`: see `open_engine`.
     """
-    engine = open_engine(model, models.template_of(model, template), out, **options)
-    with progress_bar(total, desc, unit, initial=len(ledger)) as bar:
-        yield engine, bar
-    engine.close()
+    engine = open_engine(model, models.template_of(model, template), out, items=total - len(ledger), ledger=ledger, **options)
+    try:
+        with progress_bar(total, desc, unit, initial=len(ledger)) as bar:
+            yield engine, bar
+    finally:
+        engine.close()
     free_memory()
 
 
@@ -175,6 +188,6 @@ def weights(engine: Engine, what: str) -> Local:
 
 def one_reply(model: Artifact, messages: list[dict], max_new_tokens: int) -> str:
     """The greedy reply of weights on this machine to one conversation."""
-    local, replies = Local(model, models.template_of(model), budget=8192), []
+    local, replies = Local(*load(model, None, None), models.template_of(model), budget=8192), []
     local.replies([messages], Sampling(max_new_tokens), lambda _, made: replies.extend(made))
     return replies[0].text

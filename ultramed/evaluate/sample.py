@@ -15,6 +15,7 @@ from ultramed.lm import models
 from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse
 from ultramed.lm.templates import wording
+from ultramed.train.launch import clear
 
 
 @stage(version=3, also=wording)
@@ -37,6 +38,7 @@ def samples(
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)
+    clear(out)
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
@@ -44,6 +46,7 @@ def samples(
             what = (len(rows), f"{config.n} samples", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
                 _sample(engine, todo, config, ledger, out, bar)
+        ledger.reorder(sorted(ledger.rows, key=lambda name: ledger.rows[name]["index"]))
         kept = [row for row in ledger.rows.values() if row["replies"]]
     (out / "replies.jsonl").unlink(missing_ok=True)  # all of it is in samples.jsonl
     replies = [reply for row in kept for reply in row["replies"]]
