@@ -15,6 +15,7 @@ from ultramed.evaluate.engine import asking, weights
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.evaluate.stats import wilson
+from ultramed.evaluate.vllm import checks
 from ultramed.lm import models
 from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse, unread
@@ -50,7 +51,8 @@ def answers(
     with Ledger(out / "answers.jsonl", key="id") as ledger:
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
-            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "quantize": quantize, "engine": config.engine}
+            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "quantize": quantize}
+            opening |= {"engine": config.engine, "tensor_parallel": config.tensor_parallel}
             what = (len(rows), f"{config.protocol} answers", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
 
@@ -66,7 +68,7 @@ def answers(
         "dtype": str(place.dtype),
         "device": place.device,
     }
-    return {**summary(result), **metadata, "quantize": quantize}
+    return {**summary(result), **metadata, "quantize": quantize, **checks(out)}
 
 
 def select_rows(rows: list[dict], select: dict | None) -> list[dict]:

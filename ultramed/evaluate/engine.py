@@ -22,7 +22,7 @@ from ultramed.core.store import Artifact
 from ultramed.evaluate.generate import Reply, Sampling, generate
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
-from ultramed.lm.device import at_most_on_cpu, free_memory
+from ultramed.lm.device import at_most_on_cpu, free_memory, placement
 from ultramed.lm.templates import Template
 from ultramed.train.crew import hold, let_go
 
@@ -116,12 +116,17 @@ class Server:
     def shown(self, messages: list[dict]) -> str:
         return json.dumps(messages, ensure_ascii=False)
 
-    def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
+    def options(self, sampling: Sampling) -> dict:
+        """What a request says of the sampling."""
         options: dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
             options["top_p"] = sampling.top_p
         if sampling.repetition_penalty != 1:  # not in OpenAI's interface, but in vLLM's
             options["repetition_penalty"] = sampling.repetition_penalty
+        return options
+
+    def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
+        options = self.options(sampling)
         requests = [
             Request(str(i), messages, options | ({"seed": rngs[i].getrandbits(31)} if rngs else {}))
             for i, messages in enumerate(conversations)
@@ -143,11 +148,13 @@ def open_engine(
     dtype=None,
     quantize: str | None = None,
     engine: str = "transformers",
+    tensor_parallel: int = 0,
     items: int = 1,
     ledger: Ledger | None = None,
 ) -> "Local | Server | OpenVino":
-    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`. items: how many it is
-    about to be asked, by which it may be a crew; ledger: where their results go (train/crew.py)."""
+    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`. tensor_parallel: GPUs that
+    share the model with engine vllm, 0 for all. items: how many it is about to be asked, by which it may be a crew; ledger:
+    where their results go (train/crew.py)."""
     metadata = models.card(model)
     if metadata["kind"] == "server":
         if quantize:
@@ -155,9 +162,14 @@ def open_engine(
         return Server(ServerConfig(url=metadata["url"], model=metadata["model"]), out / "requests.jsonl")
     if engine == "transformers":
         named = {"dtype": dtype and str(dtype).removeprefix("torch."), "quantize": quantize}
-        return Local(*hold(load, model, items, out, ledger, **named), template, budget)
+        alone = models.spreads(model, dtype or placement().dtype, quantize)  # one process then has all the devices
+        return Local(*hold(load, model, 1 if alone else items, out, ledger, **named), template, budget)
     if quantize:
         raise ConfigError(f"engine {engine} runs 16- and 32-bit weights; quantize {quantize!r} needs engine transformers")
+    if engine == "vllm":
+        from ultramed.evaluate.vllm import Vllm
+
+        return Vllm(model, template, out, dtype or placement().dtype, tensor_parallel)
     from ultramed.evaluate.openvino import OpenVino
 
     return OpenVino(model, template, out, "bf16" if dtype == torch.bfloat16 else "f32")
@@ -181,7 +193,7 @@ def asking(ledger: Ledger, total: int, desc: str, unit: str, model: Artifact, te
 def weights(engine: Engine, what: str) -> Local:
     """The engine, if it has weights; else ConfigError saying that `what` needs them."""
     if not isinstance(engine, Local):
-        who = engine.config.url if isinstance(engine, Server) else "engine openvino"
+        who = engine.config.url if type(engine) is Server else f"engine {type(engine).__name__.lower()}"
         raise ConfigError(f"{what} needs the weights, and {who} gives replies only; use protocol=greedy")
     return engine
 

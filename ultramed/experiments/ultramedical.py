@@ -32,6 +32,7 @@ from ultramed.train.sft import sft
 
 DOMAINS = ("medical", "general")
 MIXTURES = ("ultramed", "ultramix")  # the paper's two
+LIKELIHOOD = {"protocol": "likelihood", "engine": "transformers"}  # needs weights, whoever writes the replies
 XPO = ("dpo", "kto")  # what the paper calls xPO; other losses are shown beside and never pooled with them
 PUBLISHED_SELECTIONS = {  # arm -> row of the paper's re-ranking
     "greedy": "Llama-3-8B UltraMix SFT / greedy",
@@ -219,7 +220,7 @@ class UltraMedical:
     def examine_base(self, domain: str = "medical") -> Answers:
         """The base model by the better of two likelihoods (letters, option texts): it was never told the asked form."""
         targets = ("letter", "text")
-        tried = Arms({t: self.examine(self.base, domain, protocol="likelihood", likelihood_target=t) for t in targets})
+        tried = Arms({t: self.examine(self.base, domain, likelihood_target=t, **LIKELIHOOD) for t in targets})
         return Answers(tried[better(tried)].frame, tried.artifacts)
 
     def examine_closed_book(self, model: Artifact) -> Answers:
@@ -227,8 +228,8 @@ class UltraMedical:
 
         Subsets are sums and cities.
         """
-        how = {"protocol": "likelihood", "likelihood_prompt": "cloze", "likelihood_target": "text"}
-        answered = self.examine(model, "general", **how)
+        how = {"likelihood_prompt": "cloze", "likelihood_target": "text"}
+        answered = self.examine(model, "general", **how, **LIKELIHOOD)
         return answered.assign(subset=answered.frame.concept.map(is_sum).map({True: "sums", False: "cities"}))
 
     def sample_test(self, model: Artifact) -> dict[str, Artifact]:

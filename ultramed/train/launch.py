@@ -218,7 +218,7 @@ def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
         raise ConfigError(f"{count} processes do not divide by {machines} nodes")
     file = home() / "params" / "accelerate" / ("fsdp_1x8.yaml" if machines == 1 else "fsdp_8x8.yaml")
     # Several trainings of one job need ports of their own; which ones are free on the other nodes cannot be seen.
-    port = _free_port() if machines == 1 else 20000 + (int(os.environ["SLURM_JOB_ID"]) * 17 + os.getpid()) % 20000
+    port = free_port() if machines == 1 else 20000 + (int(os.environ["SLURM_JOB_ID"]) * 17 + os.getpid()) % 20000
     given = [f"--num_processes={count}", f"--num_machines={machines}", f"--main_process_port={port}"]
     given += [f"--config_file={file}"] if shard else ["--multi_gpu", "--dynamo_backend=no", "--mixed_precision=no"]
     env = {"TOKENIZERS_PARALLELISM": "false"}
@@ -233,7 +233,8 @@ def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
     return [*spread, "bash", "-c", "exec " + " ".join(line)], env
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody on this machine uses now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
