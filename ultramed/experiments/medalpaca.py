@@ -191,12 +191,12 @@ class MedAlpaca:
     def jobs(self) -> list[Job]:
         """The training runs of notebook 11 and the examinations of what they made, with the configurations that the verbs above give the stages."""
         profile, settings, jobs = self.profile, self.settings, []
-        asked, new_tokens = sum(settings.questions.values()), profile.eval.max_new_tokens
+        asked = sum(settings.questions.values())
 
         def train(arm: str, what: str, *, examined: bool = True, config: TrainConfig) -> None:
             jobs.append(Job.sft("11", f"{arm}: {what}", config))
             if examined:
-                jobs.append(Job.replies("11", f"{arm}: {what}, answers", asked, new_tokens))
+                jobs.append(Job.replies("11", f"{arm}: {what}, answers", asked, profile.eval))
 
         for arm in settings.arms:
             for rate in settings.grid[arm_config(profile, arm).method]:

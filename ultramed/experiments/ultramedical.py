@@ -284,30 +284,29 @@ class UltraMedical:
     def jobs(self) -> list[Job]:
         """Training and replies of notebooks 21 to 26, with the configurations that the verbs above give the stages."""
         settings, candidates, jobs = self.settings, self.settings.candidates, []
-        asked, new_tokens = sum(settings.test.questions["medical"].values()), self.profile.eval.max_new_tokens
-        sampled = {"new_tokens": settings.sample.max_new_tokens}
+        asked, how = sum(settings.test.questions["medical"].values()), self.profile.eval
         pool = sum(member.n for member in candidates.pool if member.policy not in WITHOUT_MODEL)
         prompts = {domain: sum(spec.values()) for domain, spec in candidates.prompts.items()}
         pair_prompts = {domain: settings.preference.prompts.get(domain) or count for domain, count in prompts.items()}
         for name in [*settings.sft.mixtures, "control"]:
             jobs.append(Job.sft("22", f"SFT {name}", self.sft_config(name)))
-            jobs.append(Job.replies("22", f"SFT {name}: answers", asked, new_tokens))
+            jobs.append(Job.replies("22", f"SFT {name}: answers", asked, how))
         for domain, count in prompts.items():
             held = sum(candidates.held_prompts[domain].values())
-            jobs.append(Job.replies("21", f"candidates, {domain}", count + held, each=pool, **sampled))
+            jobs.append(Job.replies("21", f"candidates, {domain}", count + held, settings.sample, pool))
         for mix in MIXTURES:
             count = sum(pair_prompts.values()) if mix == "ultramix" else pair_prompts["medical"]
             for arm in self.preference_arms:
                 jobs.append(Job.preference("22", f"{arm} on {mix}", preference_config(self.profile, arm), count))
-                jobs.append(Job.replies("22", f"{arm} on {mix}: answers", asked, new_tokens))
+                jobs.append(Job.replies("22", f"{arm} on {mix}: answers", asked, how))
         for arm, domains in settings.reward.arms.items():
             count = round(sum(prompts[d] for d in domains) / len(domains))
             jobs.append(Job.reward("24", f"reward model, {arm}", settings.reward.train, count, pool))
-        jobs.append(Job.replies("25", "samples of every test question", asked, each=settings.rerank.n, **sampled))
+        jobs.append(Job.replies("25", "samples of every test question", asked, settings.sample, settings.rerank.n))
         fresh = sum(settings.iterative.prompts.values())
         for arm in settings.iterative.arms:
             for number in range(settings.iterative.rounds):
-                jobs.append(Job.replies("26", f"iterative {arm}: samples", fresh, each=settings.iterative.n, **sampled))
+                jobs.append(Job.replies("26", f"iterative {arm}: samples", fresh, settings.sample, settings.iterative.n))
                 config = self.round_config(arm, number)
                 jobs.append(Job.preference("26", f"iterative {arm}, round {number + 1}", config, fresh))
         return jobs
