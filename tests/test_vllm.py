@@ -143,7 +143,7 @@ def test_it_ends_with_the_process_that_started_it(environment, fresh_store, tmp_
         "--out",
         tmp_path / "o",
     ]
-    line += ["--protocol", "greedy", "--set", "engine=vllm", "--set", "max_new_tokens=64"]
+    line += ["--protocol", "greedy", "--engine", "vllm", "--set", "max_new_tokens=64"]
     quiet = {"stderr": subprocess.DEVNULL, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen(list(map(str, line)), env=os.environ, start_new_session=True, stdout=subprocess.DEVNULL, **quiet)
     deadline = time.monotonic() + 120

@@ -23,6 +23,11 @@ MapOption = Annotated[
 ]
 
 
+EngineOption = Annotated[
+    str, typer.Option(help="Who writes the replies: transformers, openvino, or vllm (ULTRAMED_VLLM_ENV; replies only).")
+]
+
+
 def _processes(count: int) -> int:
     if count:
         os.environ[PROCESSES] = str(count)

@@ -4,6 +4,7 @@ vLLM lives in an environment of its own (environment-vllm.yml). It is given the 
 template renders what the model's template renders here, and which is compared with transformers before it is believed.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -219,11 +220,11 @@ class Vllm(Server):
         if self._process is None:
             return
         self._process.stdin.close()  # on which the guard ends the server
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(2 * guard.GRACE)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):  # as it should be: all have ended
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
         shutil.rmtree(self._log.parent, ignore_errors=True)
 
 
