@@ -136,12 +136,12 @@ def test_replies_of_a_model_larger_than_a_device(monkeypatch):
     assert {cost.job.engine for cost in asked} == {"vllm"}
     assert {round(cost.gib, 1) for cost in asked} == {16.4}
     assert [m for m in made.missing if m.startswith("engine vllm: there is no program")]
-    four = load_profile("paper-70b", ["ultramedical.sample.tensor_parallel=4"])
-    assert {round(c.gib, 1) for c in plan(four, Hardware(gpus=8)).costs if not c.job.trains} == {16.4, 32.9}
+    monkeypatch.setenv("ULTRAMED_VLLM_ENV", sys.executable)
+    four = plan(load_profile("paper-70b", ["ultramedical.sample.tensor_parallel=4"]), Hardware(gpus=8))
+    assert {round(c.gib, 1) for c in four.costs if not c.job.trains} == {16.4, 32.9}
+    assert not [m for m in four.missing if "vllm" in m]
     alone = [c for c in plan(load_profile("paper-8b"), Hardware(gpus=8)).costs if not c.job.trains]
     assert {round(c.gib) for c in alone} == {15}, "a whole one on each"
-    monkeypatch.setenv("ULTRAMED_VLLM_ENV", sys.executable)
-    assert not [m for m in plan(load_profile("paper-70b")).missing if "vllm" in m]
 
 
 def test_a_dry_run_says_who_writes_the_replies():

@@ -6,6 +6,7 @@ template renders what the model's template renders here, and which is compared w
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -53,10 +54,8 @@ def command() -> list[str]:
     Raises ConfigError if there is no such program.
     """
     given = os.environ.get(ENVIRONMENT, "")
-    words = (
-        [str(Path(given).expanduser() / "bin" / "vllm")] if given and Path(given).expanduser().is_dir() else shlex.split(given)
-    )
-    words = words or ["vllm"]
+    folder = Path(given).expanduser()
+    words = [str(folder / "bin" / "vllm")] if given and folder.is_dir() else shlex.split(given or "vllm")
     if shutil.which(words[0]) is None:
         raise ConfigError(
             f"engine vllm: there is no program {words[0]!r}. `conda env create -f environment-vllm.yml`, then set {ENVIRONMENT} to the "
@@ -69,13 +68,10 @@ class Vllm(Server):
     """Greedy or sampled replies of a model that vLLM serves. The server starts with the first request and ends at `close`."""
 
     def __init__(self, model: Artifact, template: Template, out: Path, dtype: torch.dtype, parallel: int = 0):
+        self.model, self.template, self.out, self.dtype, self.port = model, template, out, dtype, free_port()
         name = f"{model.stage}-{model.key}"  # stays the same, so that what was answered before is found again
-        port = free_port()
-        super().__init__(
-            ServerConfig(url=f"http://127.0.0.1:{port}/v1", model=name, concurrency=AT_ONCE, timeout=READY, tries=3),
-            out / "requests.jsonl",
-        )
-        self.model, self.template, self.out, self.dtype, self.port = model, template, out, dtype, port
+        where = {"url": f"http://127.0.0.1:{self.port}/v1", "model": name}
+        super().__init__(ServerConfig(**where, concurrency=AT_ONCE, timeout=READY, tries=3), out / "requests.jsonl")
         self.parallel, self._program, self._process = parallel or max(1, torch.cuda.device_count()), command(), None
         self._log, self.tokenizer = out / FOLDER / "vllm.log", models.load_tokenizer(model)
 
@@ -140,15 +136,14 @@ class Vllm(Server):
         each = max(1, len(conversations) // CHECKED)
         chosen = [] if (self.out / CHECKS).exists() else conversations[::each][:CHECKED]
         theirs = self._replies_of_transformers(chosen)
-        words = [*self._program, "serve", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)]
-        words += [
-            "--served-model-name",
-            self.config.model,
-            "--tensor-parallel-size",
-            str(self.parallel),
-            "--dtype",
-            _name(self.dtype),
-        ]
+        given = {
+            "--host": "127.0.0.1",
+            "--port": self.port,
+            "--served-model-name": self.config.model,
+            "--tensor-parallel-size": self.parallel,
+            "--dtype": _name(self.dtype),
+        }
+        words = [*self._program, "serve", str(self.folder), *map(str, itertools.chain(*given.items()))]
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         env |= {"PATH": f"{Path(shutil.which(words[0])).parent}:{env['PATH']}", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         self._log.parent.mkdir(exist_ok=True)
