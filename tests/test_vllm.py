@@ -119,7 +119,9 @@ def test_what_it_cannot_do(environment, medalpaca, exam, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("does", "told"), [("exit 3", "ended with status 3"), ("kill -9 $PPID; sleep 86317", "")])
 def test_a_server_that_ends_by_itself_is_told_at_once(medalpaca, exam, fresh_store, monkeypatch, tmp_path, does, told):
     """Also if it is the guard that was killed: nothing is left of either."""
-    monkeypatch.setenv(ENVIRONMENT, str(program(tmp_path / "env", f"#!/bin/sh\nsleep 86317 &\necho 'no GPU for you'\n{does}\n")))
+    monkeypatch.setenv(
+        ENVIRONMENT, str(program(tmp_path / "env", f"#!/bin/sh\nsleep 86317 &\necho 'no GPU for you'\n{does}\n"))
+    )
     model = models.base_model(medalpaca.config)
     with pytest.raises(ServerError, match=rf"vLLM has ended by itself(.|\n)*no GPU for you\n?{told}$"):
         answers(EvalConfig(engine="vllm"), model=model, questions=exam, select=SELECT)
