@@ -10,7 +10,7 @@ from ultramed.core.schema import EvalConfig, SampleConfig
 from ultramed.data.messages import question_prompt
 from ultramed.data.rows import read_questions
 from ultramed.evaluate import agreement
-from ultramed.evaluate.engine import Local, open_engine, weights
+from ultramed.evaluate.engine import Local, load, open_engine, weights
 from ultramed.evaluate.generate import Sampling, item_rng
 from ultramed.evaluate.sample import read_samples, samples
 from ultramed.lm import models
@@ -91,7 +91,7 @@ def told(engine, conversations, sampling, rngs=None) -> list:
 def test_openvino_says_what_transformers_says(medalpaca, asked, tmp_path):
     pytest.importorskip("openvino_genai")
     template = TEMPLATES["chat"]
-    ours = Local(medalpaca.base, template, 4096, torch.float32)
+    ours = Local(*load(medalpaca.base, "float32", None), template, 4096)
     theirs = open_engine(medalpaca.base, template, tmp_path, budget=4096, dtype=torch.float32, engine="openvino")
     assert list(tmp_path.iterdir()) == []
     sampling = Sampling(12)

@@ -1,11 +1,14 @@
 """Estimates: parameters are exact, memory follows the parts, and every profile can be planned without starting anything."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from ultramed.book.plan import Hardware, plan
+from ultramed.cli import app
 from ultramed.core.config import load_profile, profiles
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
@@ -123,6 +126,30 @@ def test_what_does_not_fit_is_said():
     assert not any("memory for" in m for m in plan(load_profile("paper-8b"), Hardware(gpus=8)).missing)
     tight = [m for m in plan(load_profile("medalpaca-13b"), Hardware(gpus=2)).missing if m.startswith("memory for alpaca")]
     assert len(tight) == 1, "once, however many runs it is"
+
+
+def test_replies_of_a_model_larger_than_a_device(monkeypatch):
+    """70.6e9 parameters in bf16 are 131.5 GiB: an eighth on each of eight devices, a quarter where four share a model."""
+    monkeypatch.setenv("ULTRAMED_VLLM_ENV", "/nowhere/vllm")
+    made = plan(load_profile("paper-70b"), Hardware(gpus=8))
+    asked = [cost for cost in made.costs if not cost.job.trains]
+    assert {cost.job.engine for cost in asked} == {"vllm"}
+    assert {round(cost.gib, 1) for cost in asked} == {16.4}
+    assert [m for m in made.missing if m.startswith("engine vllm: there is no program")]
+    monkeypatch.setenv("ULTRAMED_VLLM_ENV", sys.executable)
+    four = plan(load_profile("paper-70b", ["ultramedical.sample.tensor_parallel=4"]), Hardware(gpus=8))
+    assert {round(c.gib, 1) for c in four.costs if not c.job.trains} == {16.4, 32.9}
+    assert not [m for m in four.missing if "vllm" in m]
+    alone = [c for c in plan(load_profile("paper-8b"), Hardware(gpus=8)).costs if not c.job.trains]
+    assert {round(c.gib) for c in alone} == {15}, "a whole one on each"
+
+
+def test_a_dry_run_says_who_writes_the_replies():
+    shown = (
+        CliRunner().invoke(app, ["run", "--profile", "paper-70b", "--dry-run", "--gpus", "8"], env={"COLUMNS": "200"}).output
+    )
+    assert "candidates, medical (vllm, 8 GPUs)" in shown
+    assert "SFT ultramed: answers (vllm, 8 GPUs)" in shown
 
 
 def test_the_papers_rows_and_rates():

@@ -17,6 +17,8 @@ TINY = {
     "train.max_steps": 1,
     "eval.max_new_tokens": 4,
     "eval.tries": 2,
+    "eval.engine": "transformers",  # paper-70b asks vLLM
+    "ultramedical.sample.engine": "transformers",
     "usmle.seeds": "[0]",
     "usmle.tuning_fraction": 1.0,
     "ultramedical.sample.max_new_tokens": 4,

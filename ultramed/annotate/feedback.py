@@ -14,13 +14,15 @@ import pandas as pd
 from ultramed.core.ledger import Ledger
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import ScoringConfig, Strict
-from ultramed.core.store import Artifact, stage
+from ultramed.core.store import Artifact, digest, stage
 from ultramed.data.messages import as_completion, names_option
 from ultramed.evaluate import stats
 from ultramed.evaluate.sample import read_feedback, read_samples
 from ultramed.lm import models
 from ultramed.lm.device import free_memory
-from ultramed.lm.templates import wording
+from ultramed.lm.templates import Template, wording
+from ultramed.train.crew import hold, let_go
+from ultramed.train.launch import clear
 from ultramed.train.reward import load_reward, score_rows
 
 
@@ -79,20 +81,38 @@ def reward_feedback(
 ) -> dict:
     """The same, scored by a reward model. Equal texts of a prompt are scored once."""
     joined = join(samples)
+    clear(out)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         todo = [row for row in joined if row["id"] not in ledger]
         if todo:
-            net, tokenizer = load_reward(reward)
-            shape = models.template_of(reward, template)
-            unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
-            rows = [{"prompt": todo[i]["prompt"], "completion": as_completion(text)} for i, text in unique]
-            with progress_bar(len(rows), "rewards", "reply") as bar:
-                scores = score_rows(net, tokenizer, rows, shape, budget=config.batch_tokens, bar=bar)
-            found = dict(zip(unique, scores, strict=True))
+            found = _rewards(out, config, reward, models.template_of(reward, template), todo)
             ledger.add(*(with_scores(r, [found[i, c["text"]] for c in r["candidates"]]) for i, r in enumerate(todo)))
+    (out / "rewards.jsonl").unlink(missing_ok=True)  # all of it is in feedback.jsonl
+    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": reward.key}
+
+
+def _rewards(out: Path, config: ScoringConfig, reward: Artifact, shape: Template, todo: list[dict]) -> dict:
+    """(number of the row, text) -> reward. An interrupted run goes on after the last batch (`rewards.jsonl`)."""
+    unique = [(i, text) for i, row in enumerate(todo) for text in dict.fromkeys(c["text"] for c in row["candidates"])]
+    names = [f"{todo[i]['id']}#{digest(text)}" for i, text in unique]
+    with Ledger(out / "rewards.jsonl") as made:
+        asked = [n for n, name in enumerate(names) if name not in made]
+        if asked:
+            net, tokenizer = hold(load_reward, reward, len(asked), out, made)
+            rows = [{"prompt": todo[i]["prompt"], "completion": as_completion(text)} for i, text in (unique[n] for n in asked)]
+            try:
+                with progress_bar(len(names), "rewards", "reply", initial=len(made)) as bar:
+
+                    def done(batch: list[int], scores: list[float]) -> None:
+                        made.add(*({"key": names[asked[n]], "score": s} for n, s in zip(batch, scores, strict=True)))
+                        bar.update(len(batch))
+
+                    score_rows(net, tokenizer, rows, shape, budget=config.batch_tokens, done=done)
+            finally:
+                let_go(net)
             del net
             free_memory()
-    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": reward.key}
+        return {pair: made.rows[name]["score"] for pair, name in zip(unique, names, strict=True)}
 
 
 def join(samples: dict[str, Artifact]) -> list[dict]:

@@ -8,15 +8,17 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ultramed.core.errors import UserError
+from ultramed.core.errors import ConfigError, UserError
 from ultramed.core.profile import Profile
 from ultramed.core.schema import PreferenceConfig
 from ultramed.data.catalog import get
 from ultramed.data.mixture import source_rows
 from ultramed.data.sources import dataset, hub_root, local_files, names_in
+from ultramed.evaluate import vllm
 from ultramed.experiments.jobs import Job
 from ultramed.experiments.medalpaca import MedAlpaca
 from ultramed.experiments.ultramedical import UltraMedical
+from ultramed.lm.models import exceeds
 from ultramed.train import training
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
@@ -63,7 +65,7 @@ def plan(profile: Profile, hardware: Hardware = Hardware()) -> Plan:
     """The jobs with what each takes, and what is not at hand."""
     shape = shape_of(profile.models[0].name)
     made = Plan([cost_of(job, shape, hardware) for job in jobs_of(profile)])
-    made.missing = [*_too_large(made.costs), *_not_at_hand(profile)]
+    made.missing = [*_too_large(made.costs), *_not_at_hand(profile), *_no_vllm(made.costs)]
     return made
 
 
@@ -83,7 +85,7 @@ def cost_of(job: Job, shape: Shape, hardware: Hardware) -> Cost:
     """Steps, tokens, memory and hours of a job."""
     steps, tokens, hours = work_of(job, shape, hardware)
     if not job.trains:
-        return Cost(job, 0, tokens, 2 * shape.parameters / hardware.gpus / 2**30, hours)
+        return Cost(job, 0, tokens, _held(job, shape, hardware) / 2**30, hours)
     config, length = job.config, min(hardware.row_tokens, job.config.max_length)
     whole = config.model_copy(update={"global_batch_size": config.global_batch_size * hardware.gpus})
     micro, accumulation = training.batch_plan(whole, length, hardware.gpus)
@@ -100,6 +102,14 @@ def cost_of(job: Job, shape: Shape, hardware: Hardware) -> Cost:
     return Cost(job, steps, tokens, need["total"] / 2**30, hours)
 
 
+def _held(job: Job, shape: Shape, hardware: Hardware) -> float:
+    """Bytes of bf16 weights on each device that writes replies: all of them, unless devices share a model."""
+    whole = 2 * shape.parameters
+    if job.engine == "vllm":
+        return whole / (job.config.tensor_parallel or hardware.gpus)
+    return whole / (hardware.gpus if exceeds(whole, int(DEVICE_GB * 1e9)) else 1)
+
+
 def _too_large(costs: list[Cost]) -> list[str]:
     """Jobs that a device has no room for, each kind once."""
     large = {cost.job.what.partition(":")[0]: cost for cost in costs if cost.gib * 2**30 > DEVICE_GB * 1e9}
@@ -108,6 +118,16 @@ def _too_large(costs: list[Cost]) -> list[str]:
         "more --gpus (no help to adapters), gradient_checkpointing, fewer micro_batch_tokens"
         for what, cost in large.items()
     ]
+
+
+def _no_vllm(costs: list[Cost]) -> list[str]:
+    """The program that some of the jobs need, if it is not there."""
+    if any(cost.job.engine == "vllm" for cost in costs):
+        try:
+            vllm.command()
+        except ConfigError as err:
+            return [str(err)]
+    return []
 
 
 def _not_at_hand(profile: Profile) -> list[str]:

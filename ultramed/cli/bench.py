@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ultramed.cli.common import console
+from ultramed.cli.common import EngineOption, ProcessesOption, console
 from ultramed.core import config
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
@@ -40,7 +40,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the leaderboard, which grows from run to run.")] = Path("figures/bench"),
     prices: Annotated[str, typer.Option(help="Dollars a million tokens of a hosted model: in,out, e.g. 0.15,0.6.")] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
+    engine: EngineOption = "transformers",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More: --set max_new_tokens=512.")] = [],  # noqa: B006
+    processes: ProcessesOption = 0,
 ) -> None:
     """Where does a model stand in UltraMedical's tables? Ctrl-C and run again: what is answered is not asked twice."""
     from ultramed.core.log import quiet_libraries
@@ -57,6 +59,7 @@ def bench(
         "shuffle": shuffle,
         "judge": judge,
         "fetch": fetch,
+        "engine": engine,
     }
     setting = config.validate(BenchSection, config.overridden(given, overrides), "bench")
     dollars = _prices(prices)

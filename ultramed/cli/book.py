@@ -35,7 +35,8 @@ def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> None:
     for cost in made.costs:
         job, steps = cost.job, f"{cost.steps:,}" if cost.steps else ""
         numbers = (f"{job.rows:,}", steps, f"{cost.tokens / 1e6:,.1f}", f"{cost.gib:.1f}", f"{cost.hours:,.2f}")
-        table.add_row(job.notebook, job.what, *numbers)
+        shared = job.config.tensor_parallel or hardware.gpus if job.engine == "vllm" else 0
+        table.add_row(job.notebook, job.what + (f" (vllm, {shared} GPUs)" if shared else ""), *numbers)
     console.print(table)
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
     console.print(

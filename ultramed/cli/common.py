@@ -23,6 +23,11 @@ MapOption = Annotated[
 ]
 
 
+EngineOption = Annotated[
+    str, typer.Option(help="Who writes the replies: transformers, openvino, or vllm (ULTRAMED_VLLM_ENV; replies only).")
+]
+
+
 def _processes(count: int) -> int:
     if count:
         os.environ[PROCESSES] = str(count)
@@ -35,7 +40,7 @@ ProcessesOption = Annotated[
         min=0,
         callback=_processes,
         show_default="one a GPU, else one",
-        help="Processes that train together (accelerate launch); all weights trained: sharded over them by FSDP2.",
+        help="Processes that train or ask together (accelerate launch); all weights trained: sharded over them by FSDP2.",
     ),
 ]
 

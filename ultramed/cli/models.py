@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ultramed.cli.common import MapOption, console
+from ultramed.cli.common import EngineOption, MapOption, ProcessesOption, console
 from ultramed.core import config, schema, store
 from ultramed.core.errors import ConfigError
 
@@ -41,7 +41,9 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Only the first questions; 0 for all.")] = 0,
     columns: MapOption = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    engine: EngineOption = "transformers",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More of EvalConfig: --set max_new_tokens=64.")] = [],  # noqa: B006
+    processes: ProcessesOption = 0,
 ) -> None:
     """Ask a model your own questions. Ctrl-C and run again: answered questions are not asked twice."""
     import shutil
@@ -55,7 +57,7 @@ def evaluate(
 
     quiet_libraries()
     given_template = _template(template)
-    data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval"}
+    data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval", "engine": engine}
     setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
     asked = user_file(questions, "questions", limit=limit, columns=parse_map(columns))
     art = answers(setting, model=models.resolve(model), questions=asked, dtype=dtype, **given_template)
@@ -133,6 +135,7 @@ def reward(
     ],
     out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
     template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
+    processes: ProcessesOption = 0,
 ) -> None:
     """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
     from ultramed.core.log import quiet_libraries

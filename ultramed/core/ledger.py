@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ultramed.core.errors import StoreError
 from ultramed.core.memory import collector_paused
+from ultramed.core.store import write_text
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
@@ -74,6 +75,15 @@ class Ledger:
             self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self.rows.update((row[self._field], row) for row in rows)
+
+    def reorder(self, keys: list[str]) -> None:
+        """Write the rows anew in the order of `keys`, which are all of them; the old file stays until the new one is whole."""
+        if keys == list(self.rows):
+            return
+        self.rows = {key: self.rows[key] for key in keys}
+        self._file.close()
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values()))
+        self._file = open(self.path, "ab")  # noqa: SIM115
 
     def close(self) -> None:
         self._file.flush()

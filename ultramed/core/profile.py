@@ -9,6 +9,7 @@ from ultramed.core.schema import (
     BuildConfig,
     CheckConfig,
     Counts,
+    EngineName,
     EvalConfig,
     ExamConfig,
     Merging,
@@ -208,6 +209,7 @@ class BenchSection(Strict):
     fetch: bool = False  # take tasks from the hub that are not in ULTRAMED_DATA
     max_new_tokens: int = Field(1024, ge=1)  # of a reasoned reply
     batch_tokens: int = Field(8192, ge=64)
+    engine: EngineName = "transformers"  # of replies; likelihoods need transformers
 
     @model_validator(mode="after")
     def _reasons(self):

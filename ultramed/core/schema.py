@@ -25,7 +25,7 @@ Rows = Annotated[int, Merging(rows=True)]
 Method = Literal["full", "lora", "lora_8bit", "lora_4bit"]
 AnswerForm = Literal["content_first", "letter_first", "reasoned"]
 Protocol = Literal["likelihood", "greedy", "medalpaca", "ultramedical"]
-EngineName = Literal["transformers", "openvino"]
+EngineName = Literal["transformers", "openvino", "vllm"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -119,6 +119,7 @@ class TokenConfig(Strict):
 class SampleConfig(Strict):
     """Several sampled replies a prompt."""
 
+    UNKEYED: ClassVar = {"tensor_parallel"}  # how many devices share the work is not what comes out
     n: int = Field(10, ge=1)
     temperature: float = Field(0.7, gt=0)
     top_k: int = Field(0, ge=0)  # 0: no limit
@@ -128,6 +129,7 @@ class SampleConfig(Strict):
     answer_form: AnswerForm = "content_first"
     batch_tokens: int = Field(8192, ge=64)
     engine: EngineName = "transformers"
+    tensor_parallel: int = Field(0, ge=0)  # GPUs that share a model with engine vllm; 0: all of the node
     seed: int = 0
 
 
@@ -138,6 +140,7 @@ class ScoringConfig(Strict):
 class EvalConfig(Strict):
     """How answers are asked for and read; all of it is recorded beside every number."""
 
+    UNKEYED: ClassVar = {"tensor_parallel"}
     protocol: Protocol = "greedy"
     answer_form: AnswerForm = "content_first"  # the form asked for in the prompt, and read strictly
     max_new_tokens: int = Field(32, ge=1)
@@ -149,6 +152,7 @@ class EvalConfig(Strict):
     likelihood_prompt: Literal["template", "cloze", "lm_eval"] = "template"  # cloze: the question without its options
     batch_tokens: int = Field(8192, ge=64)  # padded prompt tokens of one batch
     engine: EngineName = "transformers"  # who generates here; a model behind a URL has its own
+    tensor_parallel: int = Field(0, ge=0)  # GPUs that share a model with engine vllm; 0: all of the node
     seed: int = 0
 
 

@@ -15,10 +15,12 @@ from ultramed.evaluate.engine import asking, weights
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
 from ultramed.evaluate.stats import wilson
+from ultramed.evaluate.vllm import checks
 from ultramed.lm import models
 from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse, unread
 from ultramed.lm.templates import wording
+from ultramed.train.launch import clear
 
 TOO_LONG = "too long"  # in place of a parser's rule: the question did not fit into the model's context
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
@@ -45,10 +47,12 @@ def answers(
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)
+    clear(out)
     with Ledger(out / "answers.jsonl", key="id") as ledger:
         todo = [r for r in rows if r["id"] not in ledger]
         if todo:
-            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "quantize": quantize, "engine": config.engine}
+            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "quantize": quantize}
+            opening |= {"engine": config.engine, "tensor_parallel": config.tensor_parallel}
             what = (len(rows), f"{config.protocol} answers", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
 
@@ -64,7 +68,7 @@ def answers(
         "dtype": str(place.dtype),
         "device": place.device,
     }
-    return {**summary(result), **metadata, "quantize": quantize}
+    return {**summary(result), **metadata, "quantize": quantize, **checks(out)}
 
 
 def select_rows(rows: list[dict], select: dict | None) -> list[dict]:

@@ -22,8 +22,9 @@ from ultramed.core.store import Artifact
 from ultramed.evaluate.generate import Reply, Sampling, generate
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
-from ultramed.lm.device import at_most_on_cpu, free_memory
+from ultramed.lm.device import at_most_on_cpu, free_memory, placement
 from ultramed.lm.templates import Template
+from ultramed.train.crew import hold, let_go
 
 if TYPE_CHECKING:
     from ultramed.evaluate.openvino import OpenVino
@@ -66,13 +67,18 @@ def fitting(fits: list[bool], room: str, unfit: Unfit | None) -> list[int]:
     return [i for i, fit in enumerate(fits) if fit]
 
 
-class Local:
-    """Weights in memory: token-budget batches, a prompt read once for all its samples."""
+def load(model: Artifact, dtype: str | None, quantize: str | None):
+    """(net, tokenizer), in evaluation mode. dtype: a name, such as 'bfloat16'; the machine's own choice if None."""
+    tokenizer = models.load_tokenizer(model)
+    return models.load(model, dtype=dtype and getattr(torch, dtype), quantize=quantize), tokenizer
 
-    def __init__(self, model: Artifact, template: Template, budget: int, dtype=None, quantize: str | None = None):
-        self.tokenizer, self.template = models.load_tokenizer(model), template
+
+class Local:
+    """Weights in memory, of this process or of a crew: token-budget batches, a prompt read once for all its samples."""
+
+    def __init__(self, net, tokenizer, template: Template, budget: int):
+        self.net, self.tokenizer, self.template = net, tokenizer, template
         self.budget = at_most_on_cpu(budget, CPU_TOKENS)
-        self.net = models.load(model, dtype=dtype, quantize=quantize)
 
     def shown(self, messages: list[dict]) -> str:
         return self.template.render(messages, self.tokenizer)
@@ -97,6 +103,7 @@ class Local:
         generate(self.net, self.tokenizer, asked, sampling, budget=self.budget, rngs=streams, done=tell)
 
     def close(self) -> None:
+        let_go(self.net)
         del self.net
 
 
@@ -109,12 +116,17 @@ class Server:
     def shown(self, messages: list[dict]) -> str:
         return json.dumps(messages, ensure_ascii=False)
 
-    def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
+    def options(self, sampling: Sampling) -> dict:
+        """What a request says of the sampling."""
         options: dict = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
             options["top_p"] = sampling.top_p
         if sampling.repetition_penalty != 1:  # not in OpenAI's interface, but in vLLM's
             options["repetition_penalty"] = sampling.repetition_penalty
+        return options
+
+    def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
+        options = self.options(sampling)
         requests = [
             Request(str(i), messages, options | ({"seed": rngs[i].getrandbits(31)} if rngs else {}))
             for i, messages in enumerate(conversations)
@@ -136,17 +148,28 @@ def open_engine(
     dtype=None,
     quantize: str | None = None,
     engine: str = "transformers",
+    tensor_parallel: int = 0,
+    items: int = 1,
+    ledger: Ledger | None = None,
 ) -> "Local | Server | OpenVino":
-    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`."""
+    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`. tensor_parallel: GPUs that
+    share the model with engine vllm, 0 for all. items: how many it is about to be asked, by which it may be a crew; ledger:
+    where their results go (train/crew.py)."""
     metadata = models.card(model)
     if metadata["kind"] == "server":
         if quantize:
             raise ConfigError(f"{metadata['name']} is behind a URL: start the server with quantised weights instead")
         return Server(ServerConfig(url=metadata["url"], model=metadata["model"]), out / "requests.jsonl")
     if engine == "transformers":
-        return Local(model, template, budget, dtype, quantize)
+        named = {"dtype": dtype and str(dtype).removeprefix("torch."), "quantize": quantize}
+        alone = models.spreads(model, dtype or placement().dtype, quantize)  # one process then has all the devices
+        return Local(*hold(load, model, 1 if alone else items, out, ledger, **named), template, budget)
     if quantize:
         raise ConfigError(f"engine {engine} runs 16- and 32-bit weights; quantize {quantize!r} needs engine transformers")
+    if engine == "vllm":
+        from ultramed.evaluate.vllm import Vllm
+
+        return Vllm(model, template, out, dtype or placement().dtype, tensor_parallel)
     from ultramed.evaluate.openvino import OpenVino
 
     return OpenVino(model, template, out, "bf16" if dtype == torch.bfloat16 else "f32")
@@ -158,23 +181,25 @@ def asking(ledger: Ledger, total: int, desc: str, unit: str, model: Artifact, te
 
     `template` and `options`: see `open_engine`.
     """
-    engine = open_engine(model, models.template_of(model, template), out, **options)
-    with progress_bar(total, desc, unit, initial=len(ledger)) as bar:
-        yield engine, bar
-    engine.close()
+    engine = open_engine(model, models.template_of(model, template), out, items=total - len(ledger), ledger=ledger, **options)
+    try:
+        with progress_bar(total, desc, unit, initial=len(ledger)) as bar:
+            yield engine, bar
+    finally:
+        engine.close()
     free_memory()
 
 
 def weights(engine: Engine, what: str) -> Local:
     """The engine, if it has weights; else ConfigError saying that `what` needs them."""
     if not isinstance(engine, Local):
-        who = engine.config.url if isinstance(engine, Server) else "engine openvino"
+        who = engine.config.url if type(engine) is Server else f"engine {type(engine).__name__.lower()}"
         raise ConfigError(f"{what} needs the weights, and {who} gives replies only; use protocol=greedy")
     return engine
 
 
 def one_reply(model: Artifact, messages: list[dict], max_new_tokens: int) -> str:
     """The greedy reply of weights on this machine to one conversation."""
-    local, replies = Local(model, models.template_of(model), budget=8192), []
+    local, replies = Local(*load(model, None, None), models.template_of(model), budget=8192), []
     local.replies([messages], Sampling(max_new_tokens), lambda _, made: replies.extend(made))
     return replies[0].text

@@ -8,12 +8,13 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 
 from ultramed.lm.architecture import logits_only_at, plain_length, rope_limit
 from ultramed.lm.batches import batches, common_prefix, right_pad
+from ultramed.train.crew import each
 
 NUCLEUS = 256  # tokens sorted before the whole vocabulary is
 PREFIX = 8  # tokens that a batch must share for reading them apart to pay
@@ -38,9 +39,18 @@ class Reply:
     finished: bool  # False if cut off by max_new_tokens
 
 
-def item_rng(*parts) -> random.Random:
+class Stream(random.Random):
+    """A random stream that knows what it was made of, so that another process can make it, too."""
+
+    parts: list[str]
+
+
+def item_rng(*parts) -> Stream:
     """A random stream of the item's own, the same on every machine."""
-    return random.Random(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest())
+    texts = [str(part) for part in parts]
+    stream = Stream(hashlib.sha256("\x1f".join(texts).encode()).digest())
+    stream.parts = texts
+    return stream
 
 
 def prefill(model, rows: list[list[int]], pad: int, use_cache: bool = True):
@@ -220,16 +230,33 @@ def generate(
     sampling: Sampling,
     *,
     budget: int = 8192,
-    rngs=None,
+    rngs: list[Stream] | None = None,
     done: Callable[[list[int], list[Reply]], None] | None = None,
 ) -> list[Reply]:
-    """Replies in the order of the prompts. `done(indices, replies)` is called after every batch, for ledgers and bars."""
+    """Replies in the order of the prompts. `done(indices, replies)` is called after every batch, for ledgers and bars.
+
+    model: weights, or a crew that holds them (train/crew.py). rngs: fresh streams, of which nothing was drawn.
+    """
     replies: list[Reply | None] = [None] * len(prompts)
-    lengths = [len(p) + sampling.max_new_tokens for p in prompts]
-    for batch in batches(lengths, budget, alone_beyond(model)):
-        made = decode(model, tokenizer, [prompts[i] for i in batch], sampling, [rngs[i] for i in batch] if rngs else None)
-        for i, reply in zip(batch, made, strict=True):
+    plan = list(batches([len(p) + sampling.max_new_tokens for p in prompts], budget, alone_beyond(model)))
+    tasks = [
+        {
+            "prompts": [prompts[i] for i in batch],
+            "sampling": asdict(sampling),
+            "streams": [rngs[i].parts for i in batch] if rngs else None,
+        }
+        for batch in plan
+    ]
+    for number, told in each(model, tokenizer, decoded, tasks):
+        made = [Reply(*reply) for reply in told]
+        for i, reply in zip(plan[number], made, strict=True):
             replies[i] = reply
         if done:
-            done(batch, made)
+            done(plan[number], made)
     return replies
+
+
+def decoded(model, tokenizer, prompts: list[list[int]], sampling: dict, streams: list[list[str]] | None) -> list[tuple]:
+    """`decode` with plain data: text, tokens and finished of every reply."""
+    rngs = [item_rng(*parts) for parts in streams] if streams else None
+    return [astuple(reply) for reply in decode(model, tokenizer, prompts, Sampling(**sampling), rngs)]

@@ -23,6 +23,7 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling
 from ultramed.lm.device import placement
+from ultramed.train.launch import clear
 
 OPENING = """\
 You are a doctor and take a patient's history. Ask one short question at a time about symptoms, past illnesses, family \
@@ -87,6 +88,7 @@ def histories(
     (their number), diagnoses. An interrupted run goes on after the last turn."""
     cases = canonical.spread(canonical.read_rows(data / f"{side}.parquet"), config.limit)
     script, talks = Script(cases, config.near), {c["id"]: [] for c in cases}
+    clear(out)
     with Ledger(out / "turns.jsonl") as ledger:
         for row in ledger.rows.values():
             talks[row["id"]].append(row)

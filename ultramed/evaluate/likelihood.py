@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from ultramed.evaluate.generate import alone_beyond, prefill
 from ultramed.lm.architecture import logits_only_at, plain_length
 from ultramed.lm.batches import batches, right_pad
+from ultramed.train.crew import Crew, each
 
 TAILS = 64  # continuations of several tokens scored at a time
 
@@ -43,7 +44,6 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     return head, tokenizer(context + continuation)["input_ids"][len(head) :]
 
 
-@torch.inference_mode()
 def score(
     model,
     tokenizer,
@@ -56,29 +56,43 @@ def score(
 
     items: (context ids, [continuation ids, ...]); every context and continuation has at least one token. The context
     is run once; where a continuation has several tokens, its cache is shared by all continuations of the item.
+    model: weights, or a crew that holds them (train/crew.py).
     """
     results: list[list[float]] = [[] for _ in items]
     lengths = [len(context) + max(map(len, endings)) for context, endings in items]
-    limit = plain_length(model)
+    limit = model.ask(readable) if isinstance(model, Crew) else plain_length(model)
     long = [i for i, length in enumerate(lengths) if length > limit]
     short = [i for i, length in enumerate(lengths) if length <= limit]
-    for part in batches([lengths[i] for i in long], budget, alone_beyond(model)):
-        batch = [long[n] for n in part]
-        for i, sums in zip(batch, _whole(model, [items[i] for i in batch], tokenizer.pad_token_id, budget), strict=True):
+    plan = [[long[n] for n in part] for part in batches([lengths[i] for i in long], budget, alone_beyond(model))]
+    wholes = len(plan)
+    plan += [[short[n] for n in part] for part in batches([len(items[i][0]) for i in short], budget)]
+    tasks = [
+        {"items": [items[i] for i in batch], "whole": number < wholes, "budget": budget} for number, batch in enumerate(plan)
+    ]
+    for number, scores in each(model, tokenizer, scored, tasks):
+        for i, sums in zip(plan[number], scores, strict=True):
             results[i] = sums
         if done:
-            done(batch, [results[i] for i in batch])
-    for part in batches([len(items[i][0]) for i in short], budget):
-        batch = [short[n] for n in part]
-        several = any(len(c) > 1 for i in batch for c in items[i][1])
-        logits, cache, mask = prefill(model, [items[i][0] for i in batch], tokenizer.pad_token_id, use_cache=several)
-        logp = logits.float().log_softmax(-1)
-        for row, i in enumerate(batch):
-            results[i] = [logp[row, c[0]].item() for c in items[i][1]]
-        if several:
-            _add_tails(model, tokenizer, items, batch, cache, mask, results)
-        if done:
-            done(batch, [results[i] for i in batch])
+            done(plan[number], scores)
+    return results
+
+
+def readable(model, tokenizer) -> int:
+    """`plain_length`, asked of a crew."""
+    return plain_length(model)
+
+
+@torch.inference_mode()
+def scored(model, tokenizer, items: list[tuple[list[int], list[list[int]]]], whole: bool, budget: int) -> list[list[float]]:
+    """`score` of one batch. whole: without any cache, see `_whole`."""
+    if whole:
+        return _whole(model, items, tokenizer.pad_token_id, budget)
+    several = any(len(c) > 1 for _, endings in items for c in endings)
+    logits, cache, mask = prefill(model, [context for context, _ in items], tokenizer.pad_token_id, use_cache=several)
+    logp = logits.float().log_softmax(-1)
+    results = [[logp[row, c[0]].item() for c in endings] for row, (_, endings) in enumerate(items)]
+    if several:
+        _add_tails(model, tokenizer, items, cache, mask, results)
     return results
 
 
@@ -103,19 +117,19 @@ def _whole(model, items: list[tuple[list[int], list[list[int]]]], pad: int, budg
     return sums
 
 
-def _add_tails(model, tokenizer, items, batch, cache, mask, results) -> None:
+def _add_tails(model, tokenizer, items, cache, mask, results) -> None:
     """Add the log-probabilities of all but the first token of every continuation, on copies of the context's cache.
 
     Continuations of similar length go together, `TAILS` at a time: the logits of all of them at once, padded to the
     longest, would be the largest tensor of the whole evaluation.
     """
-    where = [(row, i, n) for row, i in enumerate(batch) for n in range(len(items[i][1])) if len(items[i][1][n]) > 1]
-    where.sort(key=lambda w: len(items[w[1]][1][w[2]]))
+    where = [(row, n) for row, (_, endings) in enumerate(items) for n, ending in enumerate(endings) if len(ending) > 1]
+    where.sort(key=lambda w: len(items[w[0]][1][w[1]]))
     for start in range(0, len(where), TAILS):
         part = where[start : start + TAILS]
-        tails = [items[i][1][n] for _, i, n in part]
+        tails = [items[row][1][n] for row, n in part]
         width = max(map(len, tails)) - 1
-        pick = torch.tensor([row for row, _, _ in part], device=model.device)
+        pick = torch.tensor([row for row, _ in part], device=model.device)
         copy = DynamicCache()
         for number, layer in enumerate(cache.layers):
             copy.update(layer.keys[pick], layer.values[pick], number)
@@ -133,5 +147,5 @@ def _add_tails(model, tokenizer, items, batch, cache, mask, results) -> None:
         logp = torch.zeros(real.shape, device=model.device)
         kept = logits[real].float()
         logp[real] = kept.gather(-1, want[real][:, None])[:, 0] - kept.logsumexp(-1)
-        for (_, i, n), total in zip(part, logp.sum(-1).tolist(), strict=True):
-            results[i][n] += total
+        for (row, n), total in zip(part, logp.sum(-1).tolist(), strict=True):
+            results[row][n] += total

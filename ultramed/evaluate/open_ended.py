@@ -22,6 +22,7 @@ from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling, item_rng
 from ultramed.lm.device import placement
 from ultramed.lm.templates import wording
+from ultramed.train.launch import clear
 
 
 class ReplyConfig(Strict):
@@ -51,6 +52,7 @@ def replies(
     said: dict[str, list[str]] = {row["id"]: [] for row in rows}
     turns = {row["id"]: list((row.get("meta") or {}).get("turns", [])) if config.turns else [] for row in rows}
     expected = {name: max(1, len(asked)) for name, asked in turns.items()}
+    clear(out)
     with Ledger(out / "turns.jsonl", key="key") as ledger:
         for key, entry in ledger.rows.items():
             said[key.rpartition("#")[0]].append(entry["reply"])

@@ -20,10 +20,13 @@ from ultramed.evaluate.sample import read_feedback
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
 from ultramed.lm.device import free_memory
-from ultramed.lm.templates import wording
+from ultramed.lm.templates import TEMPLATES, wording
 from ultramed.lm.tokens import encode_row
+from ultramed.train.crew import each, hold, let_go
+from ultramed.train.launch import clear
 from ultramed.train.reward import load_reward, score_rows
 
+PART = 64  # pairs that are read and written together
 TOO_LONG = "too_long"  # of a ledger row: the pair did not fit
 PAPER = {"easy": 238, "hard": 196, "length": 180, "human": 163}  # UltraMedical, section 3.3: pairs of its bench
 SECTIONS = ("chat", "chat_hard", "safety", "reasoning")  # RewardBench's; its score is the mean of the four
@@ -120,32 +123,47 @@ def read_scores(folder: Artifact | Path) -> pd.DataFrame:
 
 
 def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget: int = 8192) -> None:
-    """Score pair rows into the ledger `path`; those that are in it already are not scored again, and those that do not fit
+    """Score pair rows into the ledger `path`, `template` being one of TEMPLATES; those that are in it already are not scored again, and those that do not fit
     into the model's context are noted and not scored."""
+    clear(path.parent)
     with Ledger(path, key="id") as ledger:
         todo = [row for row in rows if row["id"] not in ledger]
         if not todo:
             return
-        net, tokenizer = load_reward(reward)
-        with progress_bar(len(rows), "pairs", "pair", initial=len(ledger)) as bar:
-            for start in range(0, len(todo), 64):
-                part = []
-                for row in todo[start : start + 64]:
-                    if fits(row, net, tokenizer, template):
-                        part.append(row)
-                    else:
-                        ledger.add({"id": row["id"], "subset": row["subset"], TOO_LONG: True})
-                sides = [{"prompt": r["prompt"], "completion": r[side]} for r in part for side in ("chosen", "rejected")]
-                values = score_rows(net, tokenizer, sides, template, budget=budget)
-                ledger.add(*(_record(r, *values[2 * i : 2 * i + 2]) for i, r in enumerate(part)))
-                bar.update(len(todo[start : start + 64]))
+        net, tokenizer = hold(load_reward, reward, len(todo), path.parent, ledger)
+        try:
+            with progress_bar(len(rows), "pairs", "pair", initial=len(ledger)) as bar:
+                parts = [todo[start : start + PART] for start in range(0, len(todo), PART)]
+                tasks = [
+                    {"pairs": [_turns(row) for row in part], "template": template.name, "budget": budget} for part in parts
+                ]
+                for number, found in each(net, tokenizer, scored, tasks):
+                    long = [row for row, values in zip(parts[number], found, strict=True) if values is None]
+                    ledger.add(*({"id": row["id"], "subset": row["subset"], TOO_LONG: True} for row in long))
+                    ledger.add(*(_record(row, *values) for row, values in zip(parts[number], found, strict=True) if values))
+                    bar.update(len(found))
+        finally:
+            let_go(net)
         del net
         free_memory()
 
 
-def fits(row: dict, net, tokenizer, template) -> bool:
+def _turns(row: dict) -> dict:
+    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+
+
+def scored(net, tokenizer, pairs: list[dict], template: str, budget: int) -> list[list[float] | None]:
+    """[reward of the chosen, reward of the rejected] of every pair; None for one that does not fit."""
+    shape, sides = TEMPLATES[template], ("chosen", "rejected")
+    rows = [[{"prompt": pair["prompt"], "completion": pair[side]} for side in sides] for pair in pairs]
+    fit = [fits(both, net, tokenizer, shape) for both in rows]
+    asked = [side for both, good in zip(rows, fit, strict=True) if good for side in both]
+    values = iter(score_rows(net, tokenizer, asked, shape, budget=budget))
+    return [[next(values), next(values)] if good else None for good in fit]
+
+
+def fits(sides: list[dict], net, tokenizer, template) -> bool:
     """Whether both sides of a pair fit into the reward model's context."""
-    sides = ({"prompt": row["prompt"], "completion": row[side]} for side in ("chosen", "rejected"))
     lengths = [len(encode_row(side, tokenizer, template, max_length=10**9)["input_ids"]) for side in sides]
     return max(lengths) <= context_length(net)
 

@@ -11,10 +11,12 @@ from ultramed.data.messages import answer_text, question_prompt
 from ultramed.evaluate.accuracy import select_rows
 from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling, item_rng
+from ultramed.evaluate.vllm import checks
 from ultramed.lm import models
 from ultramed.lm.device import placement
 from ultramed.lm.parsing import parse
 from ultramed.lm.templates import wording
+from ultramed.train.launch import clear
 
 
 @stage(version=3, also=wording)
@@ -37,13 +39,16 @@ def samples(
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)
+    clear(out)
     with Ledger(out / "samples.jsonl", key="id") as ledger:
         todo = [(i, r) for i, r in enumerate(rows) if r["id"] not in ledger]
         if todo:
-            opening = {"budget": config.batch_tokens, "dtype": place.dtype, "engine": config.engine}
+            opening = {"budget": config.batch_tokens, "dtype": place.dtype}
+            opening |= {"engine": config.engine, "tensor_parallel": config.tensor_parallel}
             what = (len(rows), f"{config.n} samples", "question")
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
                 _sample(engine, todo, config, ledger, out, bar)
+        ledger.reorder(sorted(ledger.rows, key=lambda name: ledger.rows[name]["index"]))
         kept = [row for row in ledger.rows.values() if row["replies"]]
     (out / "replies.jsonl").unlink(missing_ok=True)  # all of it is in samples.jsonl
     replies = [reply for row in kept for reply in row["replies"]]
@@ -58,6 +63,7 @@ def samples(
         "template": models.template_of(model, template).name,
         "dtype": str(place.dtype),
         "device": place.device,
+        **checks(out),
     }
 
 

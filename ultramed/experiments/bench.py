@@ -65,12 +65,13 @@ def named(text: str) -> tuple[str, str]:
 
 def setting(config: BenchSection) -> EvalConfig:
     """How questions are asked: the harness's likelihood, 0-shot chain of thought, or the bare answer."""
-    if config.protocol == "likelihood":
-        return EvalConfig(protocol="likelihood", likelihood_prompt="lm_eval", batch_tokens=config.batch_tokens)
-    if config.protocol == "ultramedical":
-        given = {"answer_form": "reasoned", "max_new_tokens": config.max_new_tokens}
-        return EvalConfig(protocol="ultramedical", batch_tokens=config.batch_tokens, **given)
-    return EvalConfig(protocol="greedy", answer_form="letter_first", max_new_tokens=32, batch_tokens=config.batch_tokens)
+    given = {
+        "likelihood": {"likelihood_prompt": "lm_eval"},
+        "ultramedical": {"answer_form": "reasoned", "max_new_tokens": config.max_new_tokens},
+        "greedy": {"answer_form": "letter_first", "max_new_tokens": 32},
+    }
+    same = {"protocol": config.protocol, "batch_tokens": config.batch_tokens, "engine": config.engine}
+    return EvalConfig(**same, **given[config.protocol])
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -
     for part in questions:
         given = {"model": model, "questions": part.artifact, "select": part.select}
         if config.samples:
-            lengths = {"max_new_tokens": config.max_new_tokens, "batch_tokens": config.batch_tokens}
-            drawn = samples(SampleConfig(n=config.samples, answer_form="reasoned", **lengths), **given)
+            asked = {name: getattr(config, name) for name in ("max_new_tokens", "batch_tokens", "engine")}
+            drawn = samples(SampleConfig(n=config.samples, answer_form="reasoned", **asked), **given)
             made = Votes({"model": drawn}).select("self_consistency", Answers(pd.DataFrame({"seed": [0]}), (part.artifact,)))
         else:
             answered = answers(setting(config), **given)

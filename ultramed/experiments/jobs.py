@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ultramed.core.errors import ConfigError
-from ultramed.core.schema import OptimConfig, PreferenceConfig, RewardConfig, TrainConfig
+from ultramed.core.schema import EvalConfig, OptimConfig, PreferenceConfig, RewardConfig, SampleConfig, TrainConfig
 from ultramed.data.catalog import ALIASES, SOURCES
 
 Kind = Literal["sft", "preference", "reward", "replies"]
@@ -14,7 +14,7 @@ Kind = Literal["sft", "preference", "reward", "replies"]
 class Job:
     """kind: the stage that does it ('replies': answers or samples). rows: training rows, pairs, prompts with ranked replies,
     or sampled replies. sequences: read for each row (a pair has two, and two more through the reference, a third of the
-    work of training). new_tokens: of a reply; prompts: that the replies are to.
+    work of training). new_tokens: of a reply; prompts: that the replies are to. config: of the stage.
     """
 
     notebook: str
@@ -39,8 +39,13 @@ class Job:
         return cls(notebook, "reward", what, config, prompts, sequences=candidates)
 
     @classmethod
-    def replies(cls, notebook: str, what: str, prompts: int, new_tokens: int, each: int = 1) -> "Job":
-        return cls(notebook, "replies", what, None, prompts * each, new_tokens=new_tokens, prompts=prompts)
+    def replies(cls, notebook: str, what: str, prompts: int, config: EvalConfig | SampleConfig, each: int = 1) -> "Job":
+        return cls(notebook, "replies", what, config, prompts * each, new_tokens=config.max_new_tokens, prompts=prompts)
+
+    @property
+    def engine(self) -> str:
+        """Who writes the replies; '' where something is trained."""
+        return "" if self.trains else self.config.engine
 
     @property
     def trains(self) -> bool:

@@ -159,7 +159,8 @@ class MedAlpaca:
         return Arms(
             {
                 arm: joined(
-                    self.examine(self.base, s, protocol="likelihood", likelihood_target=target) for s in self.settings.seeds
+                    self.examine(self.base, s, protocol="likelihood", likelihood_target=target, engine="transformers")
+                    for s in self.settings.seeds
                 )
                 for target, arm in BASELINES.items()
             }
@@ -168,7 +169,10 @@ class MedAlpaca:
     def examine_variants(self, rates: dict[str, float]) -> list["Variant"]:
         """The arms at the paper's one rate, and in its answer form, greedily and with its five tries."""
         first, paper_rate, variants = self.settings.seeds[0], self.settings.paper_learning_rate, []
-        limit, tries = self.settings.tries_limit, {"protocol": "medalpaca", "answer_form": "letter_first"}
+        limit, tries = (
+            self.settings.tries_limit,
+            {"protocol": "medalpaca", "answer_form": "letter_first", "engine": "transformers"},
+        )
         for arm in self.paper_rate_arms:
             model = self.train_arm(arm, first, learning_rate=paper_rate)
             variants.append(Variant(arm, "content first", "MedAlpaca's 2e-5", self.examine(model, first)))
@@ -187,12 +191,12 @@ class MedAlpaca:
     def jobs(self) -> list[Job]:
         """The training runs of notebook 11 and the examinations of what they made, with the configurations that the verbs above give the stages."""
         profile, settings, jobs = self.profile, self.settings, []
-        asked, new_tokens = sum(settings.questions.values()), profile.eval.max_new_tokens
+        asked = sum(settings.questions.values())
 
         def train(arm: str, what: str, *, examined: bool = True, config: TrainConfig) -> None:
             jobs.append(Job.sft("11", f"{arm}: {what}", config))
             if examined:
-                jobs.append(Job.replies("11", f"{arm}: {what}, answers", asked, new_tokens))
+                jobs.append(Job.replies("11", f"{arm}: {what}, answers", asked, profile.eval))
 
         for arm in settings.arms:
             for rate in settings.grid[arm_config(profile, arm).method]:

@@ -32,6 +32,7 @@ from ultramed.train.sft import sft
 
 DOMAINS = ("medical", "general")
 MIXTURES = ("ultramed", "ultramix")  # the paper's two
+LIKELIHOOD = {"protocol": "likelihood", "engine": "transformers"}  # needs weights, whoever writes the replies
 XPO = ("dpo", "kto")  # what the paper calls xPO; other losses are shown beside and never pooled with them
 PUBLISHED_SELECTIONS = {  # arm -> row of the paper's re-ranking
     "greedy": "Llama-3-8B UltraMix SFT / greedy",
@@ -219,7 +220,7 @@ class UltraMedical:
     def examine_base(self, domain: str = "medical") -> Answers:
         """The base model by the better of two likelihoods (letters, option texts): it was never told the asked form."""
         targets = ("letter", "text")
-        tried = Arms({t: self.examine(self.base, domain, protocol="likelihood", likelihood_target=t) for t in targets})
+        tried = Arms({t: self.examine(self.base, domain, likelihood_target=t, **LIKELIHOOD) for t in targets})
         return Answers(tried[better(tried)].frame, tried.artifacts)
 
     def examine_closed_book(self, model: Artifact) -> Answers:
@@ -227,8 +228,8 @@ class UltraMedical:
 
         Subsets are sums and cities.
         """
-        how = {"protocol": "likelihood", "likelihood_prompt": "cloze", "likelihood_target": "text"}
-        answered = self.examine(model, "general", **how)
+        how = {"likelihood_prompt": "cloze", "likelihood_target": "text"}
+        answered = self.examine(model, "general", **how, **LIKELIHOOD)
         return answered.assign(subset=answered.frame.concept.map(is_sum).map({True: "sums", False: "cities"}))
 
     def sample_test(self, model: Artifact) -> dict[str, Artifact]:
@@ -283,30 +284,29 @@ class UltraMedical:
     def jobs(self) -> list[Job]:
         """Training and replies of notebooks 21 to 26, with the configurations that the verbs above give the stages."""
         settings, candidates, jobs = self.settings, self.settings.candidates, []
-        asked, new_tokens = sum(settings.test.questions["medical"].values()), self.profile.eval.max_new_tokens
-        sampled = {"new_tokens": settings.sample.max_new_tokens}
+        asked, how = sum(settings.test.questions["medical"].values()), self.profile.eval
         pool = sum(member.n for member in candidates.pool if member.policy not in WITHOUT_MODEL)
         prompts = {domain: sum(spec.values()) for domain, spec in candidates.prompts.items()}
         pair_prompts = {domain: settings.preference.prompts.get(domain) or count for domain, count in prompts.items()}
         for name in [*settings.sft.mixtures, "control"]:
             jobs.append(Job.sft("22", f"SFT {name}", self.sft_config(name)))
-            jobs.append(Job.replies("22", f"SFT {name}: answers", asked, new_tokens))
+            jobs.append(Job.replies("22", f"SFT {name}: answers", asked, how))
         for domain, count in prompts.items():
             held = sum(candidates.held_prompts[domain].values())
-            jobs.append(Job.replies("21", f"candidates, {domain}", count + held, each=pool, **sampled))
+            jobs.append(Job.replies("21", f"candidates, {domain}", count + held, settings.sample, pool))
         for mix in MIXTURES:
             count = sum(pair_prompts.values()) if mix == "ultramix" else pair_prompts["medical"]
             for arm in self.preference_arms:
                 jobs.append(Job.preference("22", f"{arm} on {mix}", preference_config(self.profile, arm), count))
-                jobs.append(Job.replies("22", f"{arm} on {mix}: answers", asked, new_tokens))
+                jobs.append(Job.replies("22", f"{arm} on {mix}: answers", asked, how))
         for arm, domains in settings.reward.arms.items():
             count = round(sum(prompts[d] for d in domains) / len(domains))
             jobs.append(Job.reward("24", f"reward model, {arm}", settings.reward.train, count, pool))
-        jobs.append(Job.replies("25", "samples of every test question", asked, each=settings.rerank.n, **sampled))
+        jobs.append(Job.replies("25", "samples of every test question", asked, settings.sample, settings.rerank.n))
         fresh = sum(settings.iterative.prompts.values())
         for arm in settings.iterative.arms:
             for number in range(settings.iterative.rounds):
-                jobs.append(Job.replies("26", f"iterative {arm}: samples", fresh, each=settings.iterative.n, **sampled))
+                jobs.append(Job.replies("26", f"iterative {arm}: samples", fresh, settings.sample, settings.iterative.n))
                 config = self.round_config(arm, number)
                 jobs.append(Job.preference("26", f"iterative {arm}, round {number + 1}", config, fresh))
         return jobs

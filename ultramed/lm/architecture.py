@@ -45,6 +45,8 @@ def rope_limit(config) -> int:
 def plain_length(net) -> int:
     """Tokens of a sequence, replies included, up to which the fast paths are exact for this model; 0 for never."""
     net = causal_lm(net)
+    if len(set((getattr(net, "hf_device_map", None) or {}).values())) > 1:
+        return 0  # caches and masks are on the device of their layer, which only transformers' own means see to
     config = net.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     ready = net._supports_sdpa and net._supports_attention_backend and config._attn_implementation != "eager"

@@ -44,6 +44,11 @@ def placement(dtype: str = "auto") -> Placement:
     return Placement(device, best, why)
 
 
+def device_memory() -> list[int]:
+    """Bytes of each GPU at hand, in use or not: asking a device for what is free would take a part of it."""
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+
+
 def at_most_on_cpu(tokens: int, most: int) -> int:
     """Tokens of a batch, for a CPU no more than `most`: GPU profiles ask for what its memory does not hold."""
     return min(tokens, most) if placement().device == "cpu" else tokens

@@ -18,11 +18,13 @@ from ultramed.core.schema import ModelConfig
 from ultramed.core.store import Artifact, find, sha256, stage, write_json
 from ultramed.lm.architecture import probe
 from ultramed.lm.attention import use_cpu_attention
-from ultramed.lm.device import placement, quietly
+from ultramed.lm.device import device_memory, placement, quietly
 from ultramed.lm.templates import TEMPLATES, Template
 from ultramed.lm.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 
 log = logging.getLogger(__name__)
+ROOM = 1.2  # of the weights' size: a model needs so much to be run
+QUANTIZED_BYTES = {"8bit": 1, "4bit": 0.5}
 
 # --------------------------------------------------------------------------------------------------------- base models
 
@@ -158,6 +160,32 @@ def location(model: Artifact) -> dict:
     return {"pretrained_model_name_or_path": str(base_of(model).path)}
 
 
+def folder(model: Artifact) -> Path:
+    """Where the files of the whole model under an artifact are on this machine; those of a hub id are fetched if need be."""
+    from huggingface_hub import snapshot_download
+
+    where = location(model)
+    name = where["pretrained_model_name_or_path"]
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, revision=where["revision"], allow_patterns=["*.safetensors", "*.json"]))
+
+
+def generation(model: Artifact, tokenizer):
+    """A greedy generation config, with all tokens at which the model ends a reply."""
+    from transformers import AutoConfig, GenerationConfig
+
+    where = location(model)
+    try:
+        given = GenerationConfig.from_pretrained(where["pretrained_model_name_or_path"], revision=where.get("revision"))
+    except OSError:  # the model has none
+        given = AutoConfig.from_pretrained(**where)
+    given = given.eos_token_id
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(**ids, do_sample=False)
+
+
 def weights_of(model: Artifact) -> dict:
     """`location` with what loading weights needs besides: safetensors only, and the attention that transformers gets right.
 
@@ -180,6 +208,22 @@ def parameters(model: Artifact) -> int:
     return net.num_parameters()
 
 
+def weight_bytes(model: Artifact, dtype: torch.dtype, quantize: str | None = None) -> int:
+    """What the weights of the whole model take in memory."""
+    return int(parameters(model) * (QUANTIZED_BYTES[quantize] if quantize else dtype.itemsize))
+
+
+def exceeds(size: int, memory: int) -> bool:
+    """Whether weights of `size` bytes, with some room for caches and activations, are too large for a device of `memory` bytes."""
+    return size * ROOM > memory
+
+
+def spreads(model: Artifact, dtype: torch.dtype, quantize: str | None = None) -> bool:
+    """Whether `load` lays the model out over all GPUs of this machine, since no single one has room for it."""
+    memory = device_memory()
+    return len(memory) > 1 and exceeds(weight_bytes(model, dtype, quantize), min(memory))
+
+
 def load_tokenizer(model: Artifact):
     """Tokenizer with a pad token of its own."""
     from transformers import AutoTokenizer
@@ -192,14 +236,15 @@ def load_tokenizer(model: Artifact):
 def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | None = None, device: str | None = None):
     """The model, adapter merged, in evaluation mode.
 
-    dtype: of the weights; the machine's own choice if None. quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for
+    dtype: of the weights; the machine's own choice if None. device: the machine's own if None, or all of them (see `spreads`).
+    quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for
     whole models only: an adapter is merged into a freshly loaded 16- or 32-bit base, never into a quantised one.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     place = placement()
-    dtype, device = dtype or place.dtype, device or place.device
-    metadata, extra = card(model), {}
+    dtype, spread = dtype or place.dtype, device is None and spreads(model, dtype or place.dtype, quantize)
+    metadata, extra = card(model), {"device_map": "auto"} if spread else {}
     if quantize is not None:
         if metadata["kind"] == "adapter":
             raise ConfigError("an adapter is evaluated merged into its 16-bit base; merging into 8 or 4 bits ruins it")
@@ -215,7 +260,9 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
         # PEFT froze the base; on frozen weights `linear` takes a path through bmm that copies the vocabulary matrix
         # once for every row of the batch (3x slower generation). Nothing is trained here either way.
         net.requires_grad_(True)
-    net = use_cpu_attention(net.to(device) if quantize is None else net).eval()
+    if quantize is None and not spread:
+        net = net.to(device or place.device)
+    net = use_cpu_attention(net).eval()
     probe(net)
     return net
 

@@ -1,4 +1,5 @@
-"""Training over several processes: the stage's process starts `accelerate launch`, its workers run the same function.
+"""Work over several processes: the stage's process starts `accelerate launch`; in training, its workers run the same function.
+Processes that answer (crew.py) are started and ended in the same way.
 
 The process that asked for the artifact keeps the store's lock, shows the bar and publishes; the workers train, and the
 first of them writes the files. How many processes there are does not enter the artifact's key: they share out the same
@@ -38,6 +39,7 @@ from ultramed.core.store import Artifact, write_json
 
 WORKER = "ultramed.train.worker"
 JOB = "ULTRAMED_JOB"  # in a worker: the folder with what it is to do
+FOLDER, LOG = ".launch", "launch.log"  # in the stage's folder: that folder, and what is kept of it after a failure
 GRACE = 3600  # seconds that workers have for the step at hand and a checkpoint, which at 70B is a terabyte
 
 
@@ -48,12 +50,12 @@ def nodes() -> int:
     """
     count = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if shutil.which("srun") else 1
     if count > 1 and os.environ.get("SLURM_NODEID") != "0":
-        raise ConfigError(f"training over {count} nodes starts on the first of them: use sbatch, or `srun -N1 -n1 --overlap`")
+        raise ConfigError(f"work over {count} nodes starts on the first of them: use sbatch, or `srun -N1 -n1 --overlap`")
     return count
 
 
 def processes() -> int:
-    """How many processes train: `ULTRAMED_PROCESSES`, else one a GPU of all nodes, else one."""
+    """How many processes work together: `ULTRAMED_PROCESSES`, else one a GPU of all nodes, else one."""
     given = os.environ.get(PROCESSES)
     if given is not None and not (given.isdigit() and int(given) > 0):
         raise ConfigError(f"{PROCESSES}: wanted a number of processes, got {given!r}")
@@ -61,7 +63,7 @@ def processes() -> int:
 
 
 def worker() -> bool:
-    """Whether this process is one of several that train together."""
+    """Whether this process is one of several that work together."""
     return JOB in os.environ
 
 
@@ -101,10 +103,11 @@ def distributed(fn):
 
     @functools.wraps(fn)
     def run(out: Path, config, **inputs) -> dict:
-        count = processes()
-        if count == 1 or worker():
+        if worker():
             return fn(out, config, **inputs)
-        return _launch(fn, count, out, config, inputs)
+        clear(out)
+        count = processes()
+        return fn(out, config, **inputs) if count == 1 else _train(fn, count, out, config, inputs)
 
     return run
 
@@ -112,35 +115,100 @@ def distributed(fn):
 # --------------------------------------------------------------------------------------------- the process that launches
 
 
-def _launch(fn, count: int, out: Path, config, inputs: dict) -> dict:
+def _train(fn, count: int, out: Path, config, inputs: dict) -> dict:
     share(config, count)  # what cannot be shared out should show before any process is started
-    job = out / ".launch"
-    shutil.rmtree(job, ignore_errors=True)
-    (out / "launch.log").unlink(missing_ok=True)  # of an attempt that failed
-    art = {k: {"stage": v.stage, "key": v.key, "path": str(v.path)} for k, v in inputs.items() if isinstance(v, Artifact)}
-    write_json(
-        job / "job.json",
-        {
-            "function": [fn.__module__, fn.__name__],
-            "config": config,
-            "class": type(config).__name__,
-            "artifacts": art,
-            "options": {k: v for k, v in inputs.items() if k not in art},
-            "out": str(out),
-            "parent": [os.getpid(), psutil.Process().create_time()],
-        },
-    )
-    command, extra = _command(count, config.method == "full")
-    env = {**os.environ, **extra, JOB: str(job), progress.FILE: os.environ.get(progress.FILE, str(job / "progress"))}
-    with open(job / "log.txt", "w") as log:
-        # A session of its own: Ctrl-C in the terminal reaches this process alone, which asks the workers to stop.
-        child = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        family: set[psutil.Process] = set()
+    workers = Workers(fn, count, out, config, inputs, what="training", shard=config.method == "full")
+    try:
+        _watch(workers)
+    finally:
+        workers.end()
+    return workers.result()
+
+
+def clear(out: Path) -> None:
+    """Remove what an attempt that was killed or failed has left in `out`: it is no part of what is published."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    (out / LOG).unlink(missing_ok=True)
+
+
+class Workers:
+    """`count` processes that run `fn(out, config, **inputs)`, from now on until `end`. `what`: what they do, for messages;
+    `shard`: whether they share the weights out among themselves (FSDP2)."""
+
+    def __init__(self, fn, count: int, out: Path, config, inputs: dict, *, what: str, shard: bool):
+        self.job, self.count, self.what = out / FOLDER, count, what
+        self._family: set[psutil.Process] = set()
+        self._looked = float("-inf")
+        clear(out)
+        art = {k: {"stage": v.stage, "key": v.key, "path": str(v.path)} for k, v in inputs.items() if isinstance(v, Artifact)}
+        write_json(
+            self.job / "job.json",
+            {
+                "function": [fn.__module__, fn.__name__],
+                "config": config,
+                "class": type(config).__name__,
+                "artifacts": art,
+                "options": {k: v for k, v in inputs.items() if k not in art},
+                "out": str(out),
+                "parent": [os.getpid(), psutil.Process().create_time()],
+            },
+        )
+        command, extra = _command(count, shard)
+        told = {JOB: str(self.job), progress.FILE: os.environ.get(progress.FILE, str(self.job / "progress"))}
+        with open(self.job / "log.txt", "w") as log:
+            # A session of its own: Ctrl-C in the terminal reaches this process alone, which asks the workers to stop.
+            self._child = subprocess.Popen(
+                command, env={**os.environ, **extra, **told}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def at_work(self) -> bool:
+        """Whether the launcher is alive. To be asked often: what it has started is found out meanwhile, to be ended with it."""
+        if time.monotonic() > self._looked + 2:
+            self._looked = time.monotonic()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._family.update(psutil.Process(self._child.pid).children(recursive=True))
+        return self._child.poll() is None
+
+    def end(self, patience: float = 0) -> None:
+        """Wait so many seconds for all to end by themselves, then end what is left of the launcher and of all that it started:
+        the next attempt must have the folder to itself."""
+        self._looked = float("-inf")
+        if self.at_work() and patience:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(patience)
+        if self._child.poll() is None:
+            self._child.terminate()  # srun and torch's launcher end theirs in turn
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(15)
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()  # psutil sees to it that the number is still that process's
+        self._child.kill()
+        self._child.wait()
+
+    def result(self) -> dict:
+        """What the first worker's function returned, or raised. Raises StoreError if they ended without either."""
         try:
-            _watch(child, job, family)
-        finally:
-            _kill(child, family)
-    return _result(job, child.returncode, count)
+            result = json.loads((self.job / "result.json").read_text())
+        except OSError:
+            lines = (self.job / "log.txt").read_text(errors="replace").splitlines()
+            told = [line for line in lines if re.search(r"\b\w*(Error|Exception|OutOfMemory)\b.*:|Killed|Signal", line)]
+            kept = self.job.with_name(LOG)
+            os.replace(self.job / "log.txt", kept)
+            raise StoreError(
+                f"{self.what} over {self.count} processes ended with status {self._child.returncode}: "
+                f"{(told or lines or ['no output'])[0].strip()} The whole log: {kept}. The same command goes on where it stopped."
+            ) from None
+        shutil.rmtree(self.job)
+        if "error" in result:
+            raise told_error(result)
+        return result
+
+
+def told_error(result: dict) -> BaseException:
+    """The error that a worker has told of."""
+    kinds = {"ConfigError": ConfigError, "StoreError": StoreError, "KeyboardInterrupt": KeyboardInterrupt}
+    return kinds[result["error"]](result["message"])
 
 
 def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
@@ -150,13 +218,13 @@ def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
         raise ConfigError(f"{count} processes do not divide by {machines} nodes")
     file = home() / "params" / "accelerate" / ("fsdp_1x8.yaml" if machines == 1 else "fsdp_8x8.yaml")
     # Several trainings of one job need ports of their own; which ones are free on the other nodes cannot be seen.
-    port = _free_port() if machines == 1 else 20000 + (int(os.environ["SLURM_JOB_ID"]) * 17 + os.getpid()) % 20000
+    port = free_port() if machines == 1 else 20000 + (int(os.environ["SLURM_JOB_ID"]) * 17 + os.getpid()) % 20000
     given = [f"--num_processes={count}", f"--num_machines={machines}", f"--main_process_port={port}"]
     given += [f"--config_file={file}"] if shard else ["--multi_gpu", "--dynamo_backend=no", "--mixed_precision=no"]
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if not torch.cuda.is_available():
         cores = max(1, len(os.sched_getaffinity(0)) // (count // machines)) if hasattr(os, "sched_getaffinity") else 1
-        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(cores)}
+        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))))}
     line = [sys.executable, "-m", "accelerate.commands.launch", *given]
     if machines == 1:
         return [*line, "-m", WORKER], env
@@ -165,25 +233,22 @@ def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
     return [*spread, "bash", "-c", "exec " + " ".join(line)], env
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody on this machine uses now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def _watch(child: subprocess.Popen, job: Path, family: set[psutil.Process]) -> None:
-    """Wait for the workers, which are put into `family`; show their progress; hand them a request to stop."""
-    bar, asked, look = None, None, 0.0
+def _watch(workers: Workers) -> None:
+    """Wait for the workers, show their progress, hand them a request to stop."""
+    bar, asked = None, None
     with StopSignals() as stop:
-        while child.poll() is None:
+        while workers.at_work():
             time.sleep(0.2)
-            bar = _show(job / "progress", bar)
-            if time.monotonic() > look:
-                look = time.monotonic() + 2
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    family.update(psutil.Process(child.pid).children(recursive=True))
+            bar = _show(workers.job / "progress", bar)
             if stop.asked and asked is None:
-                (job / "stop").touch()
+                (workers.job / "stop").touch()
                 asked = time.monotonic()
             if asked is not None and (stop.asked > 1 or time.monotonic() - asked > GRACE):
                 raise KeyboardInterrupt
@@ -219,38 +284,6 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self._old.items():
             signal.signal(number, handler)
-
-
-def _kill(child: subprocess.Popen, family: set[psutil.Process]) -> None:
-    """End what is left of the launcher and of all that it started: the next attempt must have the folder to itself."""
-    if child.poll() is None:
-        child.terminate()  # srun and torch's launcher end theirs in turn
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(15)
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()  # psutil sees to it that the number is still that process's
-    child.kill()
-    child.wait()
-
-
-def _result(job: Path, code: int, count: int) -> dict:
-    try:
-        result = json.loads((job / "result.json").read_text())
-    except OSError:
-        lines = (job / "log.txt").read_text(errors="replace").splitlines()
-        told = [line for line in lines if re.search(r"\b\w*(Error|Exception|OutOfMemory)\b.*:|Killed|Signal", line)]
-        kept = job.with_name("launch.log")
-        os.replace(job / "log.txt", kept)
-        raise StoreError(
-            f"training over {count} processes ended with status {code}: {(told or lines or ['no output'])[0].strip()} "
-            f"The whole log: {kept}. The same command goes on from the last checkpoint."
-        ) from None
-    shutil.rmtree(job)
-    if "error" in result:
-        kinds = {"ConfigError": ConfigError, "StoreError": StoreError, "KeyboardInterrupt": KeyboardInterrupt}
-        raise kinds[result["error"]](result["message"])
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ the workers

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ultramed.lm.device import free_memory, placement, quietly
 from ultramed.lm.templates import Template, wording
 from ultramed.lm.tokens import encode_row
 from ultramed.train import launch, training
+from ultramed.train.crew import each
 from ultramed.train.launch import distributed
 from ultramed.train.token_rows import read_tokens, token_rows, tokenizer_of
 from ultramed.train.trl_adapter import listwise_reward_trainer, score_last_tokens, with_our_rows
@@ -143,9 +145,17 @@ def load_reward(model: Artifact, dtype: torch.dtype | None = None):
     return net, tokenizer
 
 
-@torch.inference_mode()
-def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: int = 8192, bar=None) -> list[float]:
-    """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut.
+def score_rows(
+    net,
+    tokenizer,
+    rows: list[dict],
+    template: Template,
+    *,
+    budget: int = 8192,
+    done: Callable[[list[int], list[float]], None] | None = None,
+) -> list[float]:
+    """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut. `done(indices, rewards)` is called
+    after every batch. net: a reward model, or a crew that holds it (train/crew.py).
 
     Raises ConfigError for rows that do not fit into the model's context.
     """
@@ -156,12 +166,22 @@ def score_rows(net, tokenizer, rows: list[dict], template: Template, *, budget: 
         if len(made["input_ids"]) > room:
             raise ConfigError(f"row {number + 1}: {len(made['input_ids'])} tokens do not fit into the model's {room} positions")
         groups.setdefault(tuple(made["input_ids"][:start]), []).append((number, made["input_ids"][start:]))
-    scores, each = [0.0] * len(rows), list(groups.items())
-    for batch in batches([len(prompt) + sum(len(ids) for _, ids in part) for prompt, part in each], budget):
-        found = [(number, (list(each[i][0]), ids)) for i in batch for number, ids in each[i][1]]
-        values = net([sequence for _, sequence in found]).tolist()
-        for (number, _), value in zip(found, values, strict=True):
-            scores[number] = value
-        if bar is not None:
-            bar.update(len(found))
+    scores, shared = [0.0] * len(rows), list(groups.items())
+    plan = [
+        [(number, (list(shared[i][0]), ids)) for i in batch for number, ids in shared[i][1]]
+        for batch in batches([len(prompt) + sum(len(ids) for _, ids in part) for prompt, part in shared], budget)
+    ]
+    tasks = [{"sequences": [sequence for _, sequence in batch]} for batch in plan]
+    for number, values in each(net, tokenizer, rewards, tasks):
+        indices = [index for index, _ in plan[number]]
+        for index, value in zip(indices, values, strict=True):
+            scores[index] = value
+        if done:
+            done(indices, values)
     return scores
+
+
+@torch.inference_mode()
+def rewards(net, tokenizer, sequences: list[tuple[list[int], list[int]]]) -> list[float]:
+    """Of one batch of (prompt, completion) token ids."""
+    return net(sequences).tolist()

@@ -1,4 +1,4 @@
-"""One of several processes that train together; `train/launch.py` starts them through `accelerate launch`."""
+"""One of several processes that train or ask together; `train/launch.py` starts them through `accelerate launch`."""
 
 import importlib
 import json
@@ -26,8 +26,9 @@ def main() -> None:
     if sharded() and not torch.cuda.is_available():
         shard_on_cpus()
     module, name = given["function"]
-    function = getattr(importlib.import_module(module), name).__wrapped__  # without the store around it
-    config = getattr(schema, given["class"]).model_validate(given["config"])
+    function = getattr(importlib.import_module(module), name)
+    function = getattr(function, "__wrapped__", function)  # without the store around it
+    config = getattr(schema, given["class"]).model_validate(given["config"]) if given["config"] is not None else None
     inputs = {k: Artifact(a["stage"], a["key"], Path(a["path"])) for k, a in given["artifacts"].items()}
     try:
         PartialState()  # this worker's device, before anything is put on one
