@@ -12,7 +12,7 @@ import pytest
 from faulty import Faulty
 from pydantic import BaseModel
 
-from ultramed.core.client import BudgetError, Request, ServerConfig, ServerError, ask, read_json, spent
+from ultramed.core.client import BudgetError, Request, ServerConfig, ServerError, ask, bill, read_json, spent
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
 
@@ -79,7 +79,21 @@ def test_budgets_stop_the_run_and_count_what_earlier_runs_spent(tmp_path):
         assert len(server.bodies) == 8
         ask(server.config(), requests(10), tmp_path / "l.jsonl")
     with Ledger(tmp_path / "l.jsonl") as ledger:
-        assert spent(ledger) == {"requests": 10, "tokens": 50}
+        assert spent(ledger.rows.values()) == {"requests": 10, "tokens": 50, "completion_tokens": 20}
+
+
+def test_what_it_costs_is_told_as_it_goes(tmp_path, monkeypatch, capsys):
+    assert bill(3_000_000, 1_000_000) == "3,000,000 tokens", "no prices, no cost"
+    monkeypatch.setenv("ULTRAMED_PRICES", "0.5,2")
+    assert bill(3_000_000, 1_000_000) == "3,000,000 tokens, $3.00"
+    monkeypatch.delenv("ULTRAMED_PROGRESS_FILE", raising=False)
+    monkeypatch.setenv("ULTRAMED_PRICES", "5000,20000")
+    with Faulty() as server:  # three tokens read and two written a request
+        ask(server.config(), requests(4), tmp_path / "l.jsonl")
+    assert "(20 tokens, $0.22)" in capsys.readouterr().err
+    monkeypatch.setenv("ULTRAMED_PRICES", "a lot")
+    with pytest.raises(ConfigError, match=r"wanted dollars a million tokens in and out, such as 0\.15,0\.6"):
+        bill(1, 1)
 
 
 class Score(BaseModel):
@@ -172,7 +186,7 @@ def test_it_works_where_an_event_loop_is_running_as_in_a_notebook(tmp_path):
 CLIENT = """
 import sys
 from pathlib import Path
-from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.client import bill, Request, ServerConfig, ask
 requests = [Request(f"q{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(500)]
 ask(ServerConfig(url=sys.argv[1], model="m", longest_wait=0.2, tries=20), requests, Path(sys.argv[2]))
 """

@@ -1,5 +1,6 @@
 """`ultramed bench`: anyone's models in the papers' tables."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ import typer
 
 from ultramed.cli.common import EngineOption, ProcessesOption, console
 from ultramed.core import config
-from ultramed.core.errors import ConfigError
+from ultramed.core.client import PRICES, bill
+from ultramed.core.client import prices as known_prices
 from ultramed.core.profile import BenchSection
 from ultramed.core.progress import duration
 
@@ -38,7 +40,9 @@ def bench(
     judge: Annotated[str, typer.Option(help="url#model that grades MT-Bench in suite general.")] = "",
     fetch: Annotated[bool, typer.Option("--fetch", help="Fetch tasks from the hub that are not in ULTRAMED_DATA.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the leaderboard, which grows from run to run.")] = Path("figures/bench"),
-    prices: Annotated[str, typer.Option(help="Dollars a million tokens of a hosted model: in,out, e.g. 0.15,0.6.")] = "",
+    prices: Annotated[
+        str, typer.Option(help="Dollars a million tokens of a hosted model: in,out, e.g. 0.15,0.6 (or in ULTRAMED_PRICES).")
+    ] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before it starts.")] = False,
     engine: EngineOption = "transformers",
     overrides: Annotated[list[str], typer.Option("--set", "-s", help="More: --set max_new_tokens=512.")] = [],  # noqa: B006
@@ -62,27 +66,19 @@ def bench(
         "engine": engine,
     }
     setting = config.validate(BenchSection, config.overridden(given, overrides), "bench")
-    dollars = _prices(prices)
+    if prices:
+        os.environ[PRICES] = prices
+        known_prices()  # a slip should show before anything is paid for
     found = {label: models.resolve(name) for label, name in map(benches.named, model)}
     clock = time.monotonic()
-    {"medical": _medical, "reward": _reward, "general": _general}[suite](setting, found, out, dollars, yes)
+    {"medical": _medical, "reward": _reward, "general": _general}[suite](setting, found, out, yes)
     console.print(
         f"leaderboard   {out / 'leaderboard.csv'}, page {out / 'index.html'} ({duration(time.monotonic() - clock)})",
         soft_wrap=True,
     )
 
 
-def _prices(text: str) -> tuple[float, float]:
-    try:
-        first, second = (float(part) for part in text.split(",")) if text else (0.0, 0.0)
-        return first, second
-    except ValueError:
-        raise ConfigError(
-            f"--prices {text!r}: wanted two numbers, dollars a million tokens in and out, such as 0.15,0.6"
-        ) from None
-
-
-def _ask_first(setting, questions, found, dollars, yes) -> None:
+def _ask_first(setting, questions, found, yes) -> None:
     """Say what it will take, and on a terminal ask whether to go on."""
     from ultramed.experiments.bench import estimate
     from ultramed.lm import models
@@ -94,8 +90,9 @@ def _ask_first(setting, questions, found, dollars, yes) -> None:
     )
     for name, art in found.items():
         if models.card(art)["kind"] == "server":
-            cost = f"about ${e.cost(*dollars):.2f} at most" if any(dollars) else "cost unknown (give --prices)"
-            console.print(f"  {name}: {cost}; how long is the server's to say", highlight=False)
+            cost = bill(e.prompt_tokens + e.new_tokens, e.new_tokens)
+            unknown = "" if known_prices() else ", cost unknown (give --prices)"
+            console.print(f"  {name}: at most {cost}{unknown}; how long is the server's to say", highlight=False)
         else:
             seconds = e.seconds(models.parameters(art), matrix_gflops())
             console.print(f"  {name}: at most about {duration(seconds)} here", highlight=False)
@@ -103,7 +100,7 @@ def _ask_first(setting, questions, found, dollars, yes) -> None:
         raise typer.Exit(1)
 
 
-def _medical(setting, found, out, dollars, yes) -> None:
+def _medical(setting, found, out, yes) -> None:
     import matplotlib.pyplot as plt
     import pandas as pd
 
@@ -113,11 +110,12 @@ def _medical(setting, found, out, dollars, yes) -> None:
 
     questions, missing = benches.medical_questions(setting.limit, setting.fetch)
     _tell(missing)
-    _ask_first(setting, questions, found, dollars, yes)
+    _ask_first(setting, questions, found, yes)
     answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
     for name, made in answered.items():
         if paid := benches.paid(made):
-            console.print(f"{name}: {paid['requests']:,} requests, {paid['tokens']:,} tokens", highlight=False)
+            cost = bill(paid["tokens"], paid["completion_tokens"])
+            console.print(f"{name}: {paid['requests']:,} requests, {cost}", highlight=False)
     table = benches.by_task(answered)
     protocol = setting.protocol + (f", {setting.samples} samples" if setting.samples else "")
     out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +152,7 @@ def _medical(setting, found, out, dollars, yes) -> None:
     report.page(out, "Medical bench", shown, charts, notes)
 
 
-def _reward(setting, found, out, dollars, yes) -> None:
+def _reward(setting, found, out, yes) -> None:
     import pandas as pd
 
     from ultramed.core.store import write_json
@@ -184,7 +182,7 @@ def _reward(setting, found, out, dollars, yes) -> None:
     report.page(out, "Reward bench", shown, [], missing)
 
 
-def _general(setting, found, out, dollars, yes) -> None:
+def _general(setting, found, out, yes) -> None:
     import pandas as pd
 
     from ultramed.experiments import bench as benches

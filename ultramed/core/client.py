@@ -12,7 +12,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import Strict
 from ultramed.core.store import digest
 
+PRICES = "ULTRAMED_PRICES"
 TOO_LONG = re.compile(r"context.{0,20}(length|window|size)|too (long|many tokens)|maximum.{0,30}tokens", re.IGNORECASE)
 RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may mend
 
@@ -106,10 +107,32 @@ def ask(
         return [{**ledger.rows[key], "id": request.id} for key, request in zip(keys, requests, strict=True)]
 
 
-def spent(ledger: Ledger) -> dict:
-    """Requests and tokens that the rows of a ledger cost."""
-    rows = ledger.rows.values()
-    return {"requests": sum(r["requests"] for r in rows), "tokens": sum(r["tokens"] for r in rows)}
+def spent(rows: Iterable[dict]) -> dict[str, int]:
+    """Requests and tokens that rows of a ledger cost; `completion_tokens` are those of the tokens that were written."""
+    total = {"requests": 0, "tokens": 0, "completion_tokens": 0}
+    for row in rows:
+        for name in total:
+            total[name] += row[name]
+    return total
+
+
+def prices() -> tuple[float, float] | None:
+    """Dollars a million tokens read and written, from `ULTRAMED_PRICES` ('0.15,0.6'); None without it."""
+    if not (text := os.environ.get(PRICES)):
+        return None
+    try:
+        read, written = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(f"prices {text!r}: wanted dollars a million tokens in and out, such as 0.15,0.6") from None
+    return read, written
+
+
+def bill(tokens: int, completion_tokens: int) -> str:
+    """'12,300 tokens', and what they cost where the prices are known."""
+    told = f"{tokens:,} tokens"
+    if price := prices():
+        told += f", ${((tokens - completion_tokens) * price[0] + completion_tokens * price[1]) / 1e6:.2f}"
+    return told
 
 
 def _in_thread(coroutine) -> None:
@@ -146,8 +169,7 @@ class _Run:
         if schema is not None:
             named = {"name": schema.__name__, "schema": schema.model_json_schema()}
             self.format = {"response_format": {"type": "json_schema", "json_schema": named}}
-        cost = spent(ledger)
-        self.requests, self.tokens = cost["requests"], cost["tokens"]
+        self.requests, self.tokens, self.written = spent(ledger.rows.values()).values()
         self.failed: dict[str, str] = {}
         self.over_budget = False
         self.not_before = 0.0  # a 429 holds back all workers, not one
@@ -168,7 +190,7 @@ class _Run:
                         self.failed[request.id] = str(err)
                         continue
                     self.ledger.add({"key": key, "id": request.id, "model": self.server.model, **row})
-                    self.bar.set_postfix_str(f"{self.tokens:,} tokens")
+                    self.bar.set_postfix_str(bill(self.tokens, self.written))
                     self.bar.update(1)
 
             async with asyncio.TaskGroup() as group:
@@ -249,13 +271,14 @@ class _Run:
                 continue
             usage = data.get("usage") or {}
             tokens = int(usage.get("total_tokens") or usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0))
-            self.tokens += tokens
+            written = int(usage.get("completion_tokens") or len(text.split()))
+            self.tokens, self.written = self.tokens + tokens, self.written + written
             return {
                 "text": text,
                 "finish_reason": choice.get("finish_reason") or "",
                 "requests": sent,
                 "tokens": tokens,
-                "completion_tokens": int(usage.get("completion_tokens") or len(text.split())),
+                "completion_tokens": written,
             }
         raise ServerError(why)
 

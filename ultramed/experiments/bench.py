@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 from ultramed.annotate.judge import LLMConfig, pairwise
 from ultramed.annotate.open_ended import as_pairs, grades, outcomes, win_rate
-from ultramed.core.client import ServerConfig
+from ultramed.core.client import ServerConfig, spent
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, stage
@@ -365,16 +365,11 @@ class Estimate:
         """Of weights here: two operations a parameter and token, at a part of the machine's matrix speed."""
         return 2 * parameters * (self.prompt_tokens + self.new_tokens) / (gflops * 1e9 * utilisation)
 
-    def cost(self, dollars_in: float, dollars_out: float) -> float:
-        """Of a hosted model, prices in dollars a million tokens."""
-        return (self.prompt_tokens * dollars_in + self.new_tokens * dollars_out) / 1e6
-
 
 def paid(answered: Answers) -> dict:
     """Requests and tokens that a server's answers took, faults included; empty for weights."""
     ledgers = [art / "requests.jsonl" for art in answered.artifacts if (art / "requests.jsonl").exists()]
-    rows = [json.loads(line) for path in ledgers for line in path.read_text().splitlines()]
-    return {name: sum(row[name] for row in rows) for name in ("requests", "tokens")} if rows else {}
+    return spent(json.loads(line) for path in ledgers for line in path.read_text().splitlines()) if ledgers else {}
 
 
 def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 200) -> Estimate:
