@@ -136,7 +136,7 @@ def _usable(checkpoint: str | None) -> str | None:
 def _total(parameter: torch.Tensor) -> float:
     """Sum of the absolute values, of a parameter of which this process may hold a part."""
     held = parameter.detach()
-    return (held.full_tensor() if hasattr(held, "full_tensor") else held).abs().sum().item()
+    return torch.linalg.vector_norm(held.full_tensor() if hasattr(held, "full_tensor") else held, 1).item()
 
 
 def save(
