@@ -82,6 +82,13 @@ def test_budgets_stop_the_run_and_count_what_earlier_runs_spent(tmp_path):
         assert spent(ledger.rows.values()) == {"requests": 10, "tokens": 50, "completion_tokens": 20}
 
 
+def test_a_server_on_this_machine_is_asked_without_a_proxy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with Faulty() as server:
+        assert len(ask(server.config(tries=1), requests(2), tmp_path / "l.jsonl")) == 2
+
+
 def test_what_it_costs_is_told_as_it_goes(tmp_path, monkeypatch, capsys):
     assert bill(3_000_000, 1_000_000) == "3,000,000 tokens", "no prices, no cost"
     monkeypatch.setenv("ULTRAMED_PRICES", "0.5,2")

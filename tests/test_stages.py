@@ -30,7 +30,7 @@ def test_every_stage_is_followed_into_what_it_uses():
         "base_model",
     } <= set(stages)
     assert {
-        "ultramed.lm.tokens:encode_row",
+        "ultramed.lm.tokens:encode_rows",
         "ultramed.train.trl_adapter:GroupedByLength",
         "ultramed.lm.attention:causal",
     } <= set(stages["sft"]["code"])
@@ -50,7 +50,7 @@ def test_prose_does_not_count_and_code_does():
 
 def test_a_change_names_its_stage(monkeypatch, tmp_path):
     record = stage_hashes.stages()
-    record["sft"] = {**record["sft"], "code": {**record["sft"]["code"], "ultramed.lm.tokens:encode_row": "other"}}
+    record["sft"] = {**record["sft"], "code": {**record["sft"]["code"], "ultramed.lm.tokens:encode_rows": "other"}}
     (tmp_path / "r.json").write_text(stage_hashes.json.dumps(record))
     monkeypatch.setattr(stage_hashes, "RECORD", tmp_path / "r.json")
-    assert stage_hashes.changes() == ["stage sft: version not raised; changed: ultramed.lm.tokens:encode_row"]
+    assert stage_hashes.changes() == ["stage sft: version not raised; changed: ultramed.lm.tokens:encode_rows"]

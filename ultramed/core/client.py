@@ -29,6 +29,7 @@ from ultramed.core.schema import Strict
 from ultramed.core.store import digest
 
 PRICES = "ULTRAMED_PRICES"
+LOCAL = ("127.0.0.1", "localhost", "::1")  # no proxy could reach these
 TOO_LONG = re.compile(r"context.{0,20}(length|window|size)|too (long|many tokens)|maximum.{0,30}tokens", re.IGNORECASE)
 RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may mend
 
@@ -216,7 +217,7 @@ class _Run:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self.server.concurrency, ssl=trusted),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait),
-            proxy=None if proxy_bypass(url.hostname) else getproxies().get(url.scheme),
+            proxy=None if url.hostname in LOCAL or proxy_bypass(url.hostname) else getproxies().get(url.scheme),
         )
 
     async def answer(self, http: aiohttp.ClientSession, request: Request) -> dict:
