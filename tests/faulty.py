@@ -29,12 +29,10 @@ class Faulty:
                     outer.headers.append(dict(self.headers))
                     outer.busy += 1
                     outer.most = max(outer.most, outer.busy)
-                try:
-                    time.sleep(delay)
-                    self.reply(faults(number), body)
-                finally:
-                    with outer.lock:
-                        outer.busy -= 1
+                time.sleep(delay)
+                with outer.lock:  # before it is answered: the next request may be here before this thread goes on
+                    outer.busy -= 1
+                self.reply(faults(number), body)
 
             def reply(self, fault, body):
                 if fault == "drop":
