@@ -153,6 +153,7 @@ def measure(config: CostConfig, model: Artifact, out: Path) -> None:
 
 def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -> tuple[int, int, list[float]]:
     """(most bytes of tensors at once, of the process, ends of the steps) of a training run on random tokens."""
+    from datasets import Dataset
     from transformers import TrainerCallback
 
     from ultramed.train.sft import make_trainer
@@ -165,7 +166,7 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.shape.words, (config.rows * config.steps, config.length), generator=draw).tolist()
     start = config.length - config.labels
-    rows = [{"input_ids": r, "labels": [-100] * start + r[start:], "length": len(r)} for r in ids]
+    rows = Dataset.from_list([{"input_ids": r, "prompt_length": start, "length": len(r)} for r in ids])
     net = load_for_training(model, train)
     trainer = make_trainer(net, tokenizer, rows, train, out)
     free_memory()
