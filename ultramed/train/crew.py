@@ -10,6 +10,7 @@ whatever kills them loses the batches at hand and no more.
 
 import importlib
 import json
+import secrets
 import shutil
 import socket
 import time
@@ -18,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.ledger import Ledger
@@ -80,9 +81,11 @@ class Crew:
 
         self.config, self.ledger, self.count = AutoConfig.from_pretrained(**models.location(model)), ledger, count
         host = "127.0.0.1" if launch.nodes() == 1 else socket.gethostname()
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        master, secret = TCPStore(host, 0, is_master=True, wait_for_workers=False), secrets.token_hex(16)
+        # Such a store listens on all interfaces and asks nobody who he is: without the prefix nobody can hand out work.
+        self._store = PrefixStore(secret, master)
         self._given = self._got = 0
-        inputs = {"model": model, "load": _name(load), "options": options, "address": [host, self._store.port]}
+        inputs = {"model": model, "load": _name(load), "options": options, "address": [host, master.port, secret]}
         self._workers = launch.Workers(work, count, out, None, inputs, what="asking", shard=False)
 
     def each(self, call: Callable, tasks: list[dict]) -> Iterator[tuple[int, Any]]:
@@ -137,13 +140,18 @@ def _name(function: Callable) -> list[str]:
 
 
 def _named(name: list[str]) -> Callable:
-    return getattr(importlib.import_module(name[0]), name[1])
+    module, function = name
+    if not module.startswith("ultramed."):
+        raise ConfigError(f"asked to call {module}.{function}, which is no function of this package")
+    return getattr(importlib.import_module(module), function)
 
 
 def work(out: Path, config: None, *, model: Artifact, load: list[str], options: dict, address: list) -> dict:
     """One of the processes: take the next task until there are no more. Ends with an error when nobody hands them out."""
     net, tokenizer = _named(load)(model, **options)
-    store = TCPStore(address[0], address[1], is_master=False, wait_for_workers=False, timeout=timedelta(days=365))
+    host, port, secret = address
+    master = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(days=365))
+    store = PrefixStore(secret, master)
     while True:
         key = f"task {store.add('taken', 1)}"
         task = json.loads(store.get(key))  # waits until there is one
