@@ -14,7 +14,7 @@ if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # the cores ar
 # Modules that take minutes, longest first: they begin, so that no process (`pytest -n 2 --dist loadfile`) ends alone.
 LONG = (
     *("test_paper_8b_from_hub", "test_notebooks", "test_profiles_from_hub", "test_lm_eval"),
-    *("test_sft", "test_launch", "test_server", "test_cluster"),
+    *("test_asking", "test_sft", "test_launch", "test_server", "test_cluster"),
 )
 
 
