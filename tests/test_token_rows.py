@@ -1,7 +1,11 @@
 """Tokens are made once, by one process or several, and read in place."""
 
-import os
+import json
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from ultramed.core.errors import ConfigError
@@ -38,9 +42,7 @@ def test_an_artifact_holds_what_its_rows_are_as_tokens(medalpaca, mixture, token
 def test_several_processes_make_the_same(medalpaca, mixture, monkeypatch, fresh_store):
     one = read_tokens(token_rows(CONFIG, model=medalpaca.base, data=mixture, template="chat")).to_list()
     monkeypatch.setenv("ULTRAMED_STORE", str(fresh_store) + "2")
-    monkeypatch.setattr(os, "environ", os.environ)  # `datasets` leaves a copy in its place, which would outlive this test
     monkeypatch.setattr(module, "PART", 10)
-    monkeypatch.setattr(module, "BATCH", 3)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     made = token_rows(CONFIG, model=medalpaca.base, data=mixture, template="chat")
     assert read_tokens(made).to_list() == one
@@ -49,12 +51,33 @@ def test_several_processes_make_the_same(medalpaca, mixture, monkeypatch, fresh_
         assert str(fresh_store) not in file.read_text(), "no path of this machine"
 
 
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """kill -9 while the parts are tokenised: nobody is left."""
+    script = (
+        "import os, time\nfrom concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
+        "from ultramed.train.token_rows import _end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=_end_with_parent)\n"
+        "    print([pool.submit(os.getpid).result() for _ in range(4)], flush=True)\n"
+        "    [pool.submit(time.sleep, 60) for _ in range(2)]\n    time.sleep(60)\n"
+    )
+    (tmp_path / "s.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, tmp_path / "s.py"], stdout=subprocess.PIPE, text=True)
+    workers = set(json.loads(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    gone = time.monotonic() + 10
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < gone:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, workers))
+
+
 def test_what_was_trained_from_a_base_shares_its_tokens(medalpaca):
     full, lora = medalpaca.train_arm("full"), medalpaca.train_arm("lora")
     assert tokenizer_of(full) == tokenizer_of(lora) == tokenizer_of(medalpaca.base) == medalpaca.base
 
 
-def test_nothing_that_fits_and_malformed_rows_are_errors(medalpaca, mixture, monkeypatch):
+def test_nothing_that_fits_and_malformed_rows_are_errors(medalpaca, mixture):
     with pytest.raises(ConfigError, match=r"none of [0-9]+ instructions fits into max_length 8"):
         token_rows(TokenConfig(kind="instructions", max_length=8), model=medalpaca.base, data=mixture, template="chat")
     with pytest.raises(TemplateError, match="doubled role header"):

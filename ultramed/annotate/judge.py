@@ -59,19 +59,24 @@ class Better(BaseModel):
 
 
 class LLMConfig(Strict):
-    """`see_reference`: show the judge the reference answer, where there is one. `medical`: pairs are judged as biomedical."""
+    """`see_reference`: show the judge the reference answer, where there is one."""
 
     server: ServerConfig
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(512, ge=1)
     see_reference: bool = True
-    medical: bool = True
     seed: int = 0
+
+
+class GeneralConfig(LLMConfig):
+    """For pairs of replies to any instruction, not a biomedical one."""
+
+    general: Literal[True] = True
 
 
 def wording(config=None) -> str:
     """Of the rubrics, for the keys of the stages."""
-    return repr((COMPLEXITY, FEEDBACK, PAIRWISE, GENERAL))
+    return repr((COMPLEXITY, FEEDBACK, PAIRWISE) + ((GENERAL,) if isinstance(config, GeneralConfig) else ()))
 
 
 def request(name: str, rubric: str, text: str, config, **more) -> Request:
@@ -141,7 +146,9 @@ def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     asked = []
     for row in rows:
-        rubric = _reference(PAIRWISE if config.medical else GENERAL, row["meta"].get("reference", ""), config)
+        rubric = _reference(
+            GENERAL if isinstance(config, GeneralConfig) else PAIRWISE, row["meta"].get("reference", ""), config
+        )
         for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
             shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
             text = f"Question:\n{conversation(row['prompt'])}\n\n{shown}"

@@ -184,7 +184,7 @@ def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact | Non
 
 
 def agreement_with_people(verdicts: Artifact) -> dict:
-    """Of `llm.pairwise` over pairs that people ranked: share of pairs where the judge agrees with them, of those where
+    """Of `judge.pairwise` over pairs that people ranked: share of pairs where the judge agrees with them, of those where
     it decided, and the share that it judged alike in both orders (consistency)."""
     counts = verdicts.metrics
     decided = [1] * counts["chosen"] + [0] * counts["rejected"]

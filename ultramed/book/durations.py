@@ -9,24 +9,36 @@ from pathlib import Path
 
 import yaml
 
+from ultramed.core.errors import UserError
 from ultramed.core.profile import Profile
 
 REFERENCE = 900.0  # GFLOP/s
 AROUND = 10.0  # seconds of any notebook, whatever it does: a process, imports, figures
 
 
-def reference_seconds(profile: Profile, notebooks: list[Path]) -> dict[str, float]:
+def speed_here() -> float | None:
+    """GFLOP/s of this machine's matrix products; None with a GPU, to which times of two cores say nothing, and which only the
+    processes that use it should open."""
+    from ultramed.lm.device import has_gpu, matrix_gflops
+
+    return None if has_gpu() else matrix_gflops()
+
+
+def reference_seconds(profile: Profile, notebooks: list[Path]) -> dict[str, float] | None:
     """Notebook -> seconds on the reference machine from an empty store: as measured (durations.yaml), or, for a profile that
-    nobody has measured, what the plan's arithmetic takes."""
+    nobody has measured, what the plan's arithmetic takes; None for a model whose shape is not known here."""
     measured = yaml.safe_load(files("ultramed.book").joinpath("durations.yaml").read_text()).get(profile.name)
     if measured:
         return {path.stem: measured.get(path.stem, AROUND) for path in notebooks}
     from ultramed.book.plan import Hardware, jobs_of, work_of
     from ultramed.train.estimate import shape_of
 
-    shape, hours = shape_of(profile.models[0].name), {}
-    for job in jobs_of(profile):
-        hours[job.notebook] = hours.get(job.notebook, 0) + work_of(job, shape, Hardware(1, REFERENCE / 1000))[2]
+    try:
+        shape, hours = shape_of(profile.models[0].name), {}
+        for job in jobs_of(profile):
+            hours[job.notebook] = hours.get(job.notebook, 0) + work_of(job, shape, Hardware(1, REFERENCE / 1000))[2]
+    except UserError:
+        return None
     return {path.stem: AROUND + 3600 * hours.get(path.stem.split("_")[0], 0) for path in notebooks}
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ultramed.book.durations import Rest, reference_seconds
+from ultramed.book.durations import Rest, reference_seconds, speed_here
 from ultramed.core.config import home, load_profile, nearest
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile
@@ -38,6 +38,7 @@ class Job:
     state: str = "waiting"  # waiting, running, done, skipped, failed
     seconds: float = 0.0
     note: str = ""
+    gflops: float | None = None  # of the machine's matrix products, where they were measured
 
     @property
     def stamp(self) -> Path:
@@ -128,12 +129,13 @@ def run(
 
 
 def _rest(todo: list[Job], profile: Profile, force: bool) -> Rest | None:
-    """What foretells the rest; None where nothing has to run, for which no speed need be measured."""
+    """What foretells the rest; None where nothing has to run, or where nothing is known to go by."""
     if not force and all(job.fresh() for job in todo):
         return None
-    from ultramed.lm.device import matrix_gflops
-
-    return Rest(todo, reference_seconds(profile, [job.source for job in todo]), matrix_gflops())
+    speed, known = speed_here(), reference_seconds(profile, [job.source for job in todo])
+    for job in todo:
+        job.gflops = speed and round(speed)
+    return Rest(todo, known, speed) if speed and known else None
 
 
 class _Terminal:
@@ -227,9 +229,8 @@ def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
         os.replace(work, job.target)
     if process.returncode == 0:
         job.state, job.note = "done", ""
-        write_json(
-            job.stamp, {"key": job.key(), "seconds": round(job.seconds, 1), "git": environment()["git"], **job.parameters}
-        )
+        pace = {"seconds": round(job.seconds, 1), "gflops": job.gflops}
+        write_json(job.stamp, {"key": job.key(), **pace, "git": environment()["git"], **job.parameters})
     else:
         job.stamp.unlink(missing_ok=True)
         lines = [line for line in stderr.splitlines() if line.strip()]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ultramed.cli.common import ProcessesOption, ProfileOption, SetOption, console
 from ultramed.core import config, store
-from ultramed.core.errors import ConfigError, UserError
+from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile
 
 book_app = typer.Typer(pretty_exceptions_enable=False)
@@ -81,11 +81,11 @@ def doctor(
 
     import psutil
 
-    from ultramed.book.durations import REFERENCE, reference_seconds
+    from ultramed.book.durations import REFERENCE, reference_seconds, speed_here
     from ultramed.book.runner import notebooks
     from ultramed.core.progress import duration
     from ultramed.data.sources import data_root
-    from ultramed.lm.device import disk_mbytes, matrix_gflops, memory_gbytes, placement
+    from ultramed.lm.device import disk_mbytes, memory_gbytes, placement
 
     place = placement()
     console.print(f"runs on       {place}", highlight=False)
@@ -94,14 +94,20 @@ def doctor(
     folder = store.root()
     place_of = next(p for p in [folder, *folder.parents] if p.exists())
     free = shutil.disk_usage(place_of).free / 2**30
-    speed = matrix_gflops()
-    slower = REFERENCE / speed
+    speed = speed_here()
+    if speed:
+        console.print(
+            f"speed         {speed:.0f} GFLOP/s in matrix products: times told for {REFERENCE:.0f} are {REFERENCE / speed:.2g} times "
+            f"as long here; memory {memory_gbytes():.0f} GB/s",
+            highlight=False,
+        )
+    try:
+        disk = f"{disk_mbytes(place_of):.0f} MB/s"
+    except OSError as err:
+        disk = f"[red]not writable: {err.strerror}[/]"
     console.print(
-        f"speed         {speed:.0f} GFLOP/s in matrix products: times told for {REFERENCE:.0f} are {slower:.2g} times as long here; "
-        f"memory {memory_gbytes():.0f} GB/s, disk {disk_mbytes(place_of):.0f} MB/s",
-        highlight=False,
+        f"store         {folder}, {free:.0f} GiB free, {disk}" + (" ([red]laptop writes about 6 GiB[/])" if free < 8 else "")
     )
-    console.print(f"store         {folder}, {free:.0f} GiB free" + (" ([red]laptop writes about 6 GiB[/])" if free < 8 else ""))
     console.print(f"ULTRAMED_DATA {data_root() or 'not set: the bundled exam is used, real data sets come from the hub'}")
     for package, version in store.environment()["versions"].items():
         console.print(f"{package:<13} {version or '[red]missing[/]'}", highlight=False)
@@ -110,10 +116,8 @@ def doctor(
         table.add_column(column, no_wrap=column == "profile")
     for name in config.profiles():
         found = config.load_profile(name)
-        try:
-            here = duration(slower * sum(reference_seconds(found, notebooks()).values()))
-        except UserError:  # a model whose shape is not known offline
-            here = "?"
+        known = reference_seconds(found, notebooks()) if speed else None
+        here = duration(REFERENCE / speed * sum(known.values())) if known else "not known"
         models = ", ".join(m.label for m in found.models)
         table.add_row(name, here, f"{found.description}\n[dim]{models}; {found.hardware}[/]")
     console.print(table)

@@ -99,6 +99,7 @@ def ask(
     further try can mend (a wrong key or model); finished answers are in the ledger in each case.
     """
     shape = schema.model_json_schema() if schema else None
+    prices()  # a slip in them should show before anything is paid for
     keys = [digest([server.model, r.messages, r.options, shape]) for r in requests]
     with Ledger(path) as ledger:
         todo = {k: r for k, r in zip(keys, requests, strict=True) if k not in ledger}  # equal requests are asked once
@@ -134,6 +135,14 @@ def bill(tokens: int, completion_tokens: int) -> str:
     if price := prices():
         told += f", ${((tokens - completion_tokens) * price[0] + completion_tokens * price[1]) / 1e6:.2f}"
     return told
+
+
+def _proxy(scheme: str) -> str | None:
+    """The proxy that the environment names. Raises ConfigError for one of a kind that cannot be used here."""
+    named = getproxies().get(scheme) or getproxies().get("all")
+    if named and urlsplit(named).scheme.startswith("socks"):
+        raise ConfigError(f"proxy {named!r}: only HTTP proxies can be used; name one in HTTP_PROXY and HTTPS_PROXY")
+    return f"http://{named}" if named and "://" not in named else named
 
 
 def _in_thread(coroutine) -> None:
@@ -217,7 +226,7 @@ class _Run:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self.server.concurrency, ssl=trusted),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait),
-            proxy=None if url.hostname in LOCAL or proxy_bypass(url.hostname) else getproxies().get(url.scheme),
+            proxy=None if url.hostname in LOCAL or proxy_bypass(url.hostname) else _proxy(url.scheme),
         )
 
     async def answer(self, http: aiohttp.ClientSession, request: Request) -> dict:
@@ -233,7 +242,7 @@ class _Run:
                 {"role": "user", "content": f"That cannot be used: {complaint}. Answer again with the JSON object only."},
             ]
             again = await self.complete(http, mend, request.options)
-            row |= {**again, **{k: row[k] + again[k] for k in ("requests", "tokens")}}
+            row |= {**again, **{k: row[k] + again[k] for k in ("requests", "tokens", "completion_tokens")}}
             value, complaint = read_json(row["text"], self.schema)
         return row | ({"value": value} if value is not None else {"status": "unparsed", "reason": complaint})
 

@@ -80,9 +80,10 @@ class Ledger:
         """Write the rows anew in the order of `keys`, which are all of them; the old file stays until the new one is whole."""
         if keys == list(self.rows):
             return
-        self.rows = {key: self.rows[key] for key in keys}
+        rows = {key: self.rows[key] for key in keys}
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
         self._file.close()
-        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values()))
+        self.rows = rows
         self._file = open(self.path, "ab")  # noqa: SIM115
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -19,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import ProxyHandler, build_opener
 
-import httpx
 import psutil
 import torch
 
@@ -41,6 +42,8 @@ from ultramed.train.launch import FOLDER, LOG, free_port
 
 log = logging.getLogger(__name__)
 ENVIRONMENT = "ULTRAMED_VLLM_ENV"
+KEY = "ULTRAMED_VLLM_KEY"
+DIRECT = build_opener(ProxyHandler({}))  # a server on this machine is asked without a proxy
 READY = 3600.0  # seconds that loading may take
 MINUTE = 60.0  # between two lines about it
 CHECKED, CHECK_TOKENS = 4, 32  # prompts that transformers answers, too, and the longest reply to them
@@ -68,12 +71,15 @@ class Vllm(Server):
     """Greedy or sampled replies of a model that vLLM serves. The server starts with the first request and ends at `close`."""
 
     def __init__(self, model: Artifact, template: Template, out: Path, dtype: torch.dtype, parallel: int = 0):
-        self.model, self.template, self.out, self.dtype, self.port = model, template, out, dtype, free_port()
-        name = f"{model.stage}-{model.key}"  # stays the same, so that what was answered before is found again
-        where = {"url": f"http://127.0.0.1:{self.port}/v1", "model": name}
-        super().__init__(ServerConfig(**where, concurrency=AT_ONCE, timeout=READY, tries=3), out / "requests.jsonl")
+        self.model, self.template, self.out, self.dtype = model, template, out, dtype
+        super().__init__(self._server(0), out / "requests.jsonl")
         self.parallel, self._program, self._process = parallel or max(1, torch.cuda.device_count()), command(), None
         self._log, self.tokenizer = out / FOLDER / "vllm.log", models.load_tokenizer(model)
+
+    def _server(self, port: int) -> ServerConfig:
+        name = f"{self.model.stage}-{self.model.key}"  # stays the same, so that what was answered before is found again
+        where = {"url": f"http://127.0.0.1:{port}/v1", "model": name, "key_env": KEY}
+        return ServerConfig(**where, concurrency=AT_ONCE, timeout=READY, tries=3)
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -136,9 +142,12 @@ class Vllm(Server):
         each = max(1, len(conversations) // CHECKED)
         chosen = [] if (self.out / CHECKS).exists() else conversations[::each][:CHECKED]
         theirs = self._replies_of_transformers(chosen)
+        port = free_port()
+        self.config = self._server(port)
+        os.environ.setdefault(KEY, secrets.token_hex(16))  # other users of the node are not answered
         given = {
             "--host": "127.0.0.1",
-            "--port": self.port,
+            "--port": port,
             "--served-model-name": self.config.model,
             "--tensor-parallel-size": self.parallel,
             "--dtype": _name(self.dtype),
@@ -146,6 +155,7 @@ class Vllm(Server):
         words = [*self._program, "serve", str(self.folder), *map(str, itertools.chain(*given.items()))]
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         env |= {"PATH": f"{Path(shutil.which(words[0])).parent}:{env['PATH']}", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        env["VLLM_API_KEY"] = os.environ[KEY]
         self._log.parent.mkdir(exist_ok=True)
         with open(self._log, "w") as told:
             # A session of its own: Ctrl-C in the terminal reaches this process alone, which ends the server.
@@ -166,9 +176,9 @@ class Vllm(Server):
         while True:
             self._check_alive()
             try:
-                if httpx.get(self.config.url.removesuffix("/v1") + "/health", timeout=2, trust_env=False).is_success:
+                with DIRECT.open(self.config.url.removesuffix("/v1") + "/health", timeout=2):
                     return
-            except httpx.TransportError:
+            except OSError:  # nobody there yet, or not ready
                 pass
             waited = time.monotonic() - begun
             if waited > READY:

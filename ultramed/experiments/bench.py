@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from ultramed.annotate.judge import LLMConfig, pairwise
+from ultramed.annotate.judge import GeneralConfig, LLMConfig, pairwise
 from ultramed.annotate.open_ended import as_pairs, grades, outcomes, win_rate
 from ultramed.core.client import ServerConfig, spent
+from ultramed.core.errors import ServerError
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, stage
@@ -320,15 +321,19 @@ def alpaca_eval(config: BenchSection, model: Artifact, data: Artifact) -> tuple[
     plain one in its name."""
     asked = ReplyConfig(max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, limit=config.limit)
     said = replies(asked, model=model, data=data)
-    pairs, frame = as_pairs(None, ours=said), read_replies(said)
-    judge = LLMConfig(server=ServerConfig.of(config.judge), see_reference=False, medical=False)
-    verdicts = pairwise(judge, pairs=pairs)
-    nothing = frame[frame.reply.str.strip() == ""]  # no judge need be asked about these
-    lost = pd.DataFrame({"worth": 0.0, "longer": -nothing.reference.str.len()})
-    won = pd.concat([outcomes(verdicts, pairs)[["worth", "longer"]], lost])
+    frame = read_replies(said)
+    empty, same = frame[frame.reply.str.strip() == ""], frame.reply == frame.reference  # no judge need be asked about these
+    settled = pd.DataFrame({"worth": 0.0, "longer": -empty.reference.str.len()})
+    parts, unread, artifact = [settled, pd.DataFrame({"worth": [0.5] * same.sum(), "longer": 0})], 0, said
+    if len(empty) + same.sum() < len(frame):
+        pairs = as_pairs(None, ours=said)
+        artifact = pairwise(GeneralConfig(server=ServerConfig.of(config.judge), see_reference=False), pairs=pairs)
+        parts, unread = [outcomes(artifact, pairs)[["worth", "longer"]], *parts], artifact.metrics["unread"]
+    won = pd.concat([part for part in parts if len(part)] or parts)
+    if won.empty:
+        raise ServerError(f"no verdict of {config.judge} on AlpacaEval could be read: is it a model that answers in JSON?")
     name = f"alpaca_eval, length-controlled (plain {100 * win_rate(won).value:.1f})"
-    e = stats.length_controlled(won.worth, won.longer)
-    return {"task": name, **_row(e), "unparsed": verdicts.metrics["unread"]}, verdicts
+    return {"task": name, **_row(stats.length_controlled(won.worth, won.longer)), "unparsed": unread}, artifact
 
 
 GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu, "mt_bench": mt_bench, "alpaca_eval": alpaca_eval}

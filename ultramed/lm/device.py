@@ -54,6 +54,11 @@ def at_most_on_cpu(tokens: int, most: int) -> int:
     return min(tokens, most) if placement().device == "cpu" else tokens
 
 
+def has_gpu() -> bool:
+    """Whether models run on a GPU here; asking opens none."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
 @functools.cache
 def matrix_gflops(side: int = 2048) -> float:
     """GFLOP/s of this machine's matrix products in the dtype that it runs models in: the best of

@@ -10,16 +10,17 @@ whatever kills them loses the batches at hand and no more.
 
 import importlib
 import json
-import secrets
+import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import TCPStore
 
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.ledger import Ledger
@@ -29,6 +30,8 @@ from ultramed.train import launch
 
 WORTH = 8  # items that each process must have for starting it to pay
 AHEAD = 2  # batches handed out for each process: one that it reads, one that waits
+CONNECT = 60  # seconds for a process to find the one that started it
+PIECE = 1 << 22  # characters of a value that travel together
 PATIENCE = 60  # seconds that idle processes have to end by themselves
 
 
@@ -80,12 +83,16 @@ class Crew:
         from transformers import AutoConfig
 
         self.config, self.ledger, self.count = AutoConfig.from_pretrained(**models.location(model)), ledger, count
-        host = "127.0.0.1" if launch.nodes() == 1 else socket.gethostname()
-        master, secret = TCPStore(host, 0, is_master=True, wait_for_workers=False), secrets.token_hex(16)
-        # Such a store listens on all interfaces and asks nobody who he is: without the prefix nobody can hand out work.
-        self._store = PrefixStore(secret, master)
+        alone = launch.nodes() == 1
+        host = "127.0.0.1" if alone else socket.gethostname()
+        # Bound here, because by itself such a store, which asks nobody who he is, listens on all interfaces. On several nodes
+        # it trusts the cluster's network, as torch's launcher does.
+        with socket.create_server((host if alone else "", 0)) as listening:
+            port = listening.getsockname()[1]
+            listen = {"wait_for_workers": False, "master_listen_fd": os.dup(listening.fileno())}
+            self._store = TCPStore(host, port, is_master=True, **listen)
         self._given = self._got = 0
-        inputs = {"model": model, "load": _name(load), "options": options, "address": [host, master.port, secret]}
+        inputs = {"model": model, "load": _name(load), "options": options, "address": [host, port]}
         self._workers = launch.Workers(work, count, out, None, inputs, what="asking", shard=False)
 
     def each(self, call: Callable, tasks: list[dict]) -> Iterator[tuple[int, Any]]:
@@ -98,9 +105,9 @@ class Crew:
             self._hand_out(call, waiting)
             before = len(self.ledger)
             yield number, result
-            turn |= dict.fromkeys(list(self.ledger.rows)[before:], number)
+            turn |= dict.fromkeys(islice(reversed(self.ledger.rows), len(self.ledger) - before), number)
         keys = list(self.ledger.rows)
-        self.ledger.reorder(keys[:start] + sorted(keys[start:], key=turn.__getitem__))
+        self.ledger.reorder(keys[:start] + sorted(keys[start:], key=turn.__getitem__))  # of a turn in the order of arrival
 
     def ask(self, call: Callable, **task) -> Any:
         """The result of one task."""
@@ -110,7 +117,7 @@ class Crew:
     def _hand_out(self, call: Callable, waiting: Iterator[tuple[int, dict]]) -> None:
         for number, task in waiting:
             self._given += 1
-            self._store.set(f"task {self._given}", json.dumps([number, _name(call), task]))
+            _put(self._store, f"task {self._given}", [number, _name(call), task])
             return
 
     def _next(self) -> tuple[int, Any]:
@@ -119,8 +126,7 @@ class Crew:
             if not self._workers.at_work():
                 self._workers.result()
             time.sleep(0.005)
-        number, result, error = json.loads(self._store.get(key))
-        self._store.delete_key(key)
+        number, result, error = _take(self._store, key)
         self._got += 1
         if error:
             raise launch.told_error(error)
@@ -130,9 +136,27 @@ class Crew:
         """End the processes: those with nothing to do by themselves, so that the devices are free afterwards."""
         idle = 0 < self._got == self._given
         for number in range(self.count if idle else 0):
-            self._store.set(f"task {self._given + number + 1}", "null")
+            _put(self._store, f"task {self._given + number + 1}", None)
         self._workers.end(PATIENCE if idle else 0)
         shutil.rmtree(self._workers.job, ignore_errors=True)
+
+
+def _put(store: TCPStore, key: str, value) -> None:
+    """JSON data under a key, in pieces that the store takes (8 MiB at most); the key itself, their number, comes last."""
+    text = json.dumps(value)
+    pieces = [text[k : k + PIECE] for k in range(0, len(text), PIECE)]
+    for number, piece in enumerate(pieces):
+        store.set(f"{key}, {number}", piece)
+    store.set(key, str(len(pieces)))
+
+
+def _take(store: TCPStore, key: str):
+    """What was `_put` there, once it is there; it is gone afterwards."""
+    parts = [f"{key}, {number}" for number in range(int(store.get(key)))]
+    text = b"".join(store.get(part) for part in parts)
+    for name in (key, *parts):
+        store.delete_key(name)
+    return json.loads(text)
 
 
 def _name(function: Callable) -> list[str]:
@@ -148,14 +172,12 @@ def _named(name: list[str]) -> Callable:
 
 def work(out: Path, config: None, *, model: Artifact, load: list[str], options: dict, address: list) -> dict:
     """One of the processes: take the next task until there are no more. Ends with an error when nobody hands them out."""
+    # Before the weights are read: whoever started this may be gone by then, and is not waited for.
+    store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT))
     net, tokenizer = _named(load)(model, **options)
-    host, port, secret = address
-    master = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(days=365))
-    store = PrefixStore(secret, master)
+    store.set_timeout(timedelta(days=365))
     while True:
-        key = f"task {store.add('taken', 1)}"
-        task = json.loads(store.get(key))  # waits until there is one
-        store.delete_key(key)
+        task = _take(store, f"task {store.add('taken', 1)}")  # waits until there is one
         if task is None:
             return {}
         (number, call, given), result, error = task, None, None
@@ -163,4 +185,4 @@ def work(out: Path, config: None, *, model: Artifact, load: list[str], options: 
             result = _named(call)(net, tokenizer, **given)
         except (ConfigError, StoreError) as err:
             error = {"error": type(err).__name__, "message": str(err)}
-        store.set(f"made {store.add('finished', 1)}", json.dumps([number, result, error]))
+        _put(store, f"made {store.add('finished', 1)}", [number, result, error])

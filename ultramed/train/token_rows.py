@@ -1,8 +1,12 @@
 """Rows as token ids, made once: an Arrow file that every rank and every arm reads in place, without holding it in memory."""
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import shutil
-from contextlib import nullcontext
+import signal
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from ultramed.core.errors import ConfigError
@@ -14,7 +18,7 @@ from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
 from ultramed.lm.tokens import encode_rows
 
 BATCH = 256  # rows that are tokenised at once
-PART = 20_000  # rows between two looks at the bar; up to so many, one process is done before others are at work
+PART = 20_000  # rows of a piece; up to so many, one process is done before others are at work
 
 
 def tokenizer_of(model: Artifact) -> Artifact:
@@ -30,38 +34,31 @@ def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifac
     Ask with `tokenizer_of(model)`, so that all models that come from one base share the result. Read it with `read_tokens`.
     Raises ConfigError if nothing fits into `max_length`, and TemplateError for a malformed row.
     """
-    from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, disable_progress_bars
+    from datasets import Dataset, DatasetInfo, concatenate_datasets, disable_progress_bars
 
     disable_progress_bars()
-    tokenizer, shape = models.load_tokenizer(model), TEMPLATES[template]
-    file, encode, columns = _kind(config.kind)
     scratch = out / ".scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was cut off
-    rows = Dataset.from_parquet(str(data / file), cache_dir=str(scratch))
-
-    def tokenised(batch: dict[str, list]) -> dict[str, list]:
-        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = encode(given, tokenizer, shape, config.max_length)
-        return {name: [row[name] for row in made] for name in columns}
-
+    source = str(data / _kind(config.kind)[0]), str(scratch)
+    rows = Dataset.from_parquet(source[0], cache_dir=source[1])
+    given = [(*source, config, model, template, k, min(k + PART, len(rows))) for k in range(0, len(rows), PART)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = []
-    with progress_bar(len(rows), "tokens", "row") if len(rows) > PART else nullcontext() as bar:
-        for first in range(0, len(rows), PART):
-            part = rows.select(range(first, min(first + PART, len(rows))))
-            made = part.map(
-                tokenised,
-                batched=True,
-                batch_size=BATCH,
-                remove_columns=rows.column_names,
-                features=Features(columns),
-                num_proc=cores if cores > 1 and len(rows) > PART else None,  # the tokenizer's threads are no faster than one
-                cache_file_name=str(scratch / f"tokens-{first}.arrow"),
-            )
-            parts.append(made)
-            if bar is not None:
-                bar.update(len(part))
-    made = concatenate_datasets(parts)
+    if len(given) < 2 or cores == 1:
+        files = [_part(*each) for each in given]
+    else:  # the tokenizer's own threads are no faster than one
+        context = multiprocessing.get_context("spawn")
+        with (
+            progress_bar(len(rows), "tokens", "row") as bar,
+            ProcessPoolExecutor(cores, context, initializer=_end_with_parent) as pool,
+        ):
+            waiting = [pool.submit(_part, *each) for each in given]
+            for future in as_completed(waiting):
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)  # an error should not wait for all other rows
+                future.result()
+                bar.update(min(PART, len(rows) - bar.n))
+        files = [future.result() for future in waiting]
+    made = concatenate_datasets([Dataset.from_file(file) for file in files]) if files else rows
     if not len(made):
         raise ConfigError(f"none of {len(rows)} {config.kind} fits into max_length {config.max_length}: nothing to train on")
     Dataset(made.data, DatasetInfo(features=made.features)).save_to_disk(out / "tokens")  # without the paths of this machine
@@ -69,9 +66,35 @@ def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifac
     if config.kind == "instructions":
         counts |= {"tokens": sum(made["length"]), "truncated": sum(made["truncated"])}
         counts["completion_tokens"] = counts["tokens"] - sum(made["prompt_length"])
-    del rows, made, parts
+    del rows, made
     shutil.rmtree(scratch)
     return counts
+
+
+def _part(file: str, scratch: str, config: TokenConfig, model: Artifact, template: str, first: int, end: int) -> str:
+    """Tokenise rows `first` to `end` of a Parquet file; the Arrow file that they are in."""
+    from datasets import Dataset, Features, disable_progress_bars
+
+    disable_progress_bars()
+    rows = Dataset.from_parquet(file, cache_dir=scratch)
+    rows = rows.select(range(first, end))
+    tokenizer, (_, encode, columns) = models.load_tokenizer(model), _kind(config.kind)
+
+    def tokenised(batch: dict[str, list]) -> dict[str, list]:
+        given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        made = encode(given, tokenizer, TEMPLATES[template], config.max_length)
+        return {name: [row[name] for row in made] for name in columns}
+
+    made = f"{scratch}/tokens-{first}.arrow"
+    told = {"remove_columns": rows.column_names, "features": Features(columns), "cache_file_name": made}
+    rows.map(tokenised, batched=True, batch_size=BATCH, **told)
+    return made
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that may be (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _kind(kind: str):
