@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,10 +11,11 @@ import time
 import psutil
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from ultramed.annotate.feedback import reward_feedback
 from ultramed.core import config
-from ultramed.core.errors import StoreError
+from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.schema import EvalConfig, SampleConfig, ScoringConfig
 from ultramed.data.sources import dataset
 from ultramed.evaluate.accuracy import answers
@@ -138,6 +140,29 @@ class Run:
 
 def at_work(family: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in family if p.cmdline()[-1:] == [launch.WORKER] and "accelerate.commands.launch" not in p.cmdline()]
+
+
+def test_killed_while_the_others_load_it_leaves_nobody(tmp_path):
+    run = Run(tmp_path, 2)
+    deadline = time.monotonic() + 60
+    while not (family := psutil.Process(run.process.pid).children(recursive=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.process.kill()
+    launched = {p for parent in family for p in [parent, *parent.children(recursive=True)] if p.is_running()}
+    assert not psutil.wait_procs(launched, timeout=2 * crew.CONNECT)[1]
+
+
+def test_values_of_any_size_are_handed_over_and_nobody_else_is_listened_to():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listening.fileno()))
+    value = ["ä" * 2_000_000, "x" * 9_000_000, None]
+    crew._put(store, "task 1", value)
+    assert crew._take(TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), "task 1") == value
+    assert store.num_keys() <= 1, "taken is gone (the store has a key of its own)"
+    with pytest.raises(ConfigError, match="no function of this package"):
+        crew._named(["os", "system"])
 
 
 def test_whatever_stops_it_another_number_of_processes_goes_on(tmp_path):

@@ -30,7 +30,7 @@ from ultramed.train import launch
 
 WORTH = 8  # items that each process must have for starting it to pay
 AHEAD = 2  # batches handed out for each process: one that it reads, one that waits
-CONNECT = 60  # seconds for a process to find the one that started it
+CONNECT = 30  # seconds for a process to find the one that started it
 PIECE = 1 << 22  # characters of a value that travel together
 PATIENCE = 60  # seconds that idle processes have to end by themselves
 
