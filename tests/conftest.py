@@ -11,15 +11,20 @@ REPO = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub is a wrong test
 if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # the cores are shared out among the processes
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // count))
-# Modules that take minutes, longest first: they begin, so that no process (`pytest -n 2 --dist loadfile`) ends alone.
-LONG = (
-    *("test_paper_8b_from_hub", "test_notebooks", "test_profiles_from_hub", "test_lm_eval"),
-    *("test_asking", "test_sft", "test_launch", "test_server", "test_cluster"),
+# Modules that start processes, books, servers or real models, the longest first: they begin, so that no process of
+# `pytest -n 2 --dist loadfile` ends alone, and `make test FAST=1` leaves them out.
+SLOW = (
+    *("test_notebooks", "test_lm_eval", "test_profiles_from_hub", "test_paper_8b_from_hub", "test_launch", "test_bench"),
+    *("test_asking", "test_plan", "test_cli", "test_server", "test_cli_data", "test_sft", "test_vllm", "test_preference"),
+    *("test_cluster", "test_sweep", "test_agreement", "test_scale", "test_chat"),
 )
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 @pytest.fixture(scope="session", autouse=True)

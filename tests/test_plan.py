@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from ultramed.book.plan import Hardware, plan
 from ultramed.cli import app
+from ultramed.cli.common import console
 from ultramed.core.config import load_profile, profiles
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
@@ -144,10 +145,9 @@ def test_replies_of_a_model_larger_than_a_device(monkeypatch):
     assert {round(c.gib) for c in alone} == {15}, "a whole one on each"
 
 
-def test_a_dry_run_says_who_writes_the_replies():
-    shown = (
-        CliRunner().invoke(app, ["run", "--profile", "paper-70b", "--dry-run", "--gpus", "8"], env={"COLUMNS": "200"}).output
-    )
+def test_a_dry_run_says_who_writes_the_replies(monkeypatch):
+    monkeypatch.setattr(console, "_width", 200)  # of a table whose words are not parted
+    shown = CliRunner().invoke(app, ["run", "--profile", "paper-70b", "--dry-run", "--gpus", "8"]).output
     assert "candidates, medical (vllm, 8 GPUs)" in shown
     assert "SFT ultramed: answers (vllm, 8 GPUs)" in shown
 
