@@ -6,9 +6,9 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Threads that have done their part of a matrix product sleep instead of spinning. Beside other work on the same cores, a
-# spinning thread keeps the one that it waits for from running, and training takes several times as long (docs/PERFORMANCE.md).
-# OpenMP reads this once, when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that have done their part of a matrix product spin for microseconds, not for milliseconds: beside other work on the
+# same cores a spinning thread keeps the one that it waits for from running, and training takes six times as long and more
+# (docs/PERFORMANCE.md). GNU's OpenMP reads this once, when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
