@@ -7,7 +7,7 @@ preference.
 
 import random
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -66,17 +66,18 @@ class LLMConfig(Strict):
     max_tokens: int = Field(512, ge=1)
     see_reference: bool = True
     seed: int = 0
+    rubric: ClassVar[str] = PAIRWISE  # of pairs
 
 
 class GeneralConfig(LLMConfig):
     """For pairs of replies to any instruction, not a biomedical one."""
 
-    general: Literal[True] = True
+    rubric: ClassVar[str] = GENERAL
 
 
-def wording(config=None) -> str:
+def wording(config: LLMConfig) -> str:
     """Of the rubrics, for the keys of the stages."""
-    return repr((COMPLEXITY, FEEDBACK, PAIRWISE) + ((GENERAL,) if isinstance(config, GeneralConfig) else ()))
+    return repr((COMPLEXITY, FEEDBACK, config.rubric))
 
 
 def request(name: str, rubric: str, text: str, config, **more) -> Request:
@@ -146,9 +147,7 @@ def pairwise(out: Path, config: LLMConfig, *, pairs: Artifact) -> dict:
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     asked = []
     for row in rows:
-        rubric = _reference(
-            GENERAL if isinstance(config, GeneralConfig) else PAIRWISE, row["meta"].get("reference", ""), config
-        )
+        rubric = _reference(config.rubric, row["meta"].get("reference", ""), config)
         for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
             shown = f"Reply A:\n{row[first][0]['content']}\n\nReply B:\n{row[second][0]['content']}"
             text = f"Question:\n{conversation(row['prompt'])}\n\n{shown}"

@@ -14,6 +14,7 @@ import torch
 
 from ultramed.lm.architecture import logits_only_at, plain_length, rope_limit
 from ultramed.lm.batches import batches, common_prefix, right_pad
+from ultramed.lm.tokens import end_tokens
 from ultramed.train.crew import each
 
 NUCLEUS = 256  # tokens sorted before the whole vocabulary is
@@ -214,8 +215,7 @@ def _nucleus(p: torch.Tensor, tokens: torch.Tensor, top_p: float, u: torch.Tenso
 
 def ends(model, tokenizer) -> set[int]:
     """Tokens at which a reply ends."""
-    end_tokens = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(end_tokens if isinstance(end_tokens, list | tuple) else [end_tokens])} - {None}
+    return end_tokens(tokenizer, model.generation_config.eos_token_id)
 
 
 def alone_beyond(model) -> int:

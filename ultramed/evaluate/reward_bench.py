@@ -21,7 +21,7 @@ from ultramed.lm import models
 from ultramed.lm.architecture import context_length
 from ultramed.lm.device import free_memory
 from ultramed.lm.templates import TEMPLATES, wording
-from ultramed.lm.tokens import encode_row
+from ultramed.lm.tokens import encode_rows
 from ultramed.train.crew import each, hold, let_go
 from ultramed.train.launch import clear
 from ultramed.train.reward import load_reward, score_rows
@@ -123,8 +123,8 @@ def read_scores(folder: Artifact | Path) -> pd.DataFrame:
 
 
 def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget: int = 8192) -> None:
-    """Score pair rows into the ledger `path`, `template` being one of TEMPLATES; those that are in it already are not scored again, and those that do not fit
-    into the model's context are noted and not scored."""
+    """Score pair rows into the ledger `path`, `template` being one of TEMPLATES; those that are in it already are not scored
+    again, and those that do not fit into the model's context are noted and not scored."""
     clear(path.parent)
     with Ledger(path, key="id") as ledger:
         todo = [row for row in rows if row["id"] not in ledger]
@@ -164,8 +164,8 @@ def scored(net, tokenizer, pairs: list[dict], template: str, budget: int) -> lis
 
 def fits(sides: list[dict], net, tokenizer, template) -> bool:
     """Whether both sides of a pair fit into the reward model's context."""
-    lengths = [len(encode_row(side, tokenizer, template, max_length=10**9)["input_ids"]) for side in sides]
-    return max(lengths) <= context_length(net)
+    made = encode_rows(sides, tokenizer, template, max_length=10**9)
+    return max(len(row["input_ids"]) for row in made) <= context_length(net)
 
 
 def _record(row: dict, chosen: float, rejected: float) -> dict:

@@ -49,6 +49,11 @@ def device_memory() -> list[int]:
     return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def at_most_on_cpu(tokens: int, most: int) -> int:
     """Tokens of a batch, for a CPU no more than `most`: GPU profiles ask for what its memory does not hold."""
     return min(tokens, most) if placement().device == "cpu" else tokens
@@ -61,8 +66,8 @@ def has_gpu() -> bool:
 
 @functools.cache
 def matrix_gflops(side: int = 2048) -> float:
-    """GFLOP/s of this machine's matrix products in the dtype that it runs models in: the best of
-    a dozen, which other work on the machine disturbs least."""
+    """GFLOP/s of this machine's matrix products in the dtype that it runs models in: the best of a dozen,
+    which other work on the machine disturbs least."""
     place = placement()
     a = torch.randn(side, side).to(place.device, place.dtype)
     times = []

@@ -20,6 +20,7 @@ from ultramed.lm.architecture import probe
 from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import device_memory, placement, quietly
 from ultramed.lm.templates import TEMPLATES, Template
+from ultramed.lm.tokens import end_tokens
 from ultramed.lm.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,12 @@ def folder(model: Artifact) -> Path:
     return Path(snapshot_download(name, revision=where["revision"], allow_patterns=["*.safetensors", "*.json"]))
 
 
+def save_tokenizer(tokenizer, template: Template, out: Path) -> None:
+    """The tokenizer with `template` as its chat template, for those who know no other way to render a conversation."""
+    tokenizer.chat_template = template.jinja(tokenizer) or tokenizer.chat_template
+    tokenizer.save_pretrained(out)
+
+
 def generation(model: Artifact, tokenizer):
     """A greedy generation config, with all tokens at which the model ends a reply."""
     from transformers import AutoConfig, GenerationConfig
@@ -180,9 +187,8 @@ def generation(model: Artifact, tokenizer):
         given = GenerationConfig.from_pretrained(where["pretrained_model_name_or_path"], revision=where.get("revision"))
     except OSError:  # the model has none
         given = AutoConfig.from_pretrained(**where)
-    given = given.eos_token_id
-    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+    ends = sorted(end_tokens(tokenizer, given.eos_token_id))
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     return GenerationConfig(**ids, do_sample=False)
 
 
@@ -237,8 +243,8 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
     """The model, adapter merged, in evaluation mode.
 
     dtype: of the weights; the machine's own choice if None. device: the machine's own if None, or all of them (see `spreads`).
-    quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for
-    whole models only: an adapter is merged into a freshly loaded 16- or 32-bit base, never into a quantised one.
+    quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for whole models only: an adapter is merged into a freshly loaded 16- or
+    32-bit base, never into a quantised one.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

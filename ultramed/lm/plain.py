@@ -27,8 +27,7 @@ def plain_model(out: Path, config: None = None, *, model: Artifact, template: st
             (out / path.name).unlink(missing_ok=True)  # of an attempt that was interrupted
             (out / path.name).symlink_to(path.resolve())
     tokenizer = models.load_tokenizer(model)
-    tokenizer.chat_template = TEMPLATES[template].jinja(tokenizer) or tokenizer.chat_template
-    tokenizer.save_pretrained(out)
+    models.save_tokenizer(tokenizer, TEMPLATES[template], out)
     made = models.generation(model, tokenizer)
     made.save_pretrained(out)
     return {"merged": adapter, "ends": made.eos_token_id}

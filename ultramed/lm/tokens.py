@@ -40,6 +40,11 @@ def encode_row(row: dict, tokenizer, template: Template, max_length: int) -> dic
     return encode_rows([row], tokenizer, template, max_length)[0]
 
 
+def end_tokens(tokenizer, named: int | list[int] | None) -> set[int]:
+    """Tokens at which a reply ends: the tokenizer's, and those that a generation config names."""
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])} - {None}
+
+
 def labels(ids: list[int], prompt_length: int, train_on_inputs: bool = False) -> list[int]:
     """What the loss of a row is taken on: every token, or those of the completion."""
     return list(ids) if train_on_inputs else [LABEL_IGNORED] * prompt_length + list(ids[prompt_length:])

@@ -50,9 +50,7 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"):
             for path in model.path.glob(pattern):
                 shutil.copyfile(path, part / path.name)
-    template = models.template_of(model)
-    tokenizer.chat_template = template.jinja(tokenizer) or tokenizer.chat_template
-    tokenizer.save_pretrained(part)
+    models.save_tokenizer(tokenizer, models.template_of(model), part)
     if gguf:
         with quietly():
             write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")

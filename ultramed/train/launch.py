@@ -36,6 +36,7 @@ from ultramed.core.config import PROCESSES, home
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.schema import OptimConfig
 from ultramed.core.store import Artifact, write_json
+from ultramed.lm.device import cores
 
 WORKER = "ultramed.train.worker"
 JOB = "ULTRAMED_JOB"  # in a worker: the folder with what it is to do
@@ -223,8 +224,9 @@ def _command(count: int, shard: bool) -> tuple[list[str], dict[str, str]]:
     given += [f"--config_file={file}"] if shard else ["--multi_gpu", "--dynamo_backend=no", "--mixed_precision=no"]
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if not torch.cuda.is_available():
-        cores = max(1, len(os.sched_getaffinity(0)) // (count // machines)) if hasattr(os, "sched_getaffinity") else 1
-        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(min(cores, int(os.environ.get("OMP_NUM_THREADS", cores))))}
+        threads = max(1, cores() // (count // machines))
+        threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
+        env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
     line = [sys.executable, "-m", "accelerate.commands.launch", *given]
     if machines == 1:
         return [*line, "-m", WORKER], env

@@ -16,7 +16,7 @@ from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.batches import batches
 from ultramed.lm.device import free_memory, placement, quietly
 from ultramed.lm.templates import Template, wording
-from ultramed.lm.tokens import encode_row
+from ultramed.lm.tokens import encode_rows
 from ultramed.train import launch, training
 from ultramed.train.crew import each
 from ultramed.train.launch import distributed
@@ -160,9 +160,9 @@ def score_rows(
     Raises ConfigError for rows that do not fit into the model's context.
     """
     groups: dict[tuple, list[tuple[int, list[int]]]] = {}
-    for number, row in enumerate(rows):
-        made = encode_row(row, tokenizer, template, max_length=10**9)
-        start, room = made["prompt_length"], context_length(net)
+    room = context_length(net)
+    for number, made in enumerate(encode_rows(rows, tokenizer, template, max_length=10**9)):
+        start = made["prompt_length"]
         if len(made["input_ids"]) > room:
             raise ConfigError(f"row {number + 1}: {len(made['input_ids'])} tokens do not fit into the model's {room} positions")
         groups.setdefault(tuple(made["input_ids"][:start]), []).append((number, made["input_ids"][start:]))

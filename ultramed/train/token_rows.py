@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import multiprocessing
-import os
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,6 +13,7 @@ from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import TokenConfig
 from ultramed.core.store import Artifact, find, stage
 from ultramed.lm import models
+from ultramed.lm.device import cores
 from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
 from ultramed.lm.tokens import encode_rows
 
@@ -42,14 +42,13 @@ def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifac
     source = str(data / _kind(config.kind)[0]), str(scratch)
     rows = Dataset.from_parquet(source[0], cache_dir=source[1])
     given = [(*source, config, model, template, k, min(k + PART, len(rows))) for k in range(0, len(rows), PART)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if len(given) < 2 or cores == 1:
+    if len(given) < 2 or cores() == 1:
         files = [_part(*each) for each in given]
     else:  # the tokenizer's own threads are no faster than one
         context = multiprocessing.get_context("spawn")
         with (
             progress_bar(len(rows), "tokens", "row") as bar,
-            ProcessPoolExecutor(cores, context, initializer=_end_with_parent) as pool,
+            ProcessPoolExecutor(cores(), context, initializer=_end_with_parent) as pool,
         ):
             waiting = [pool.submit(_part, *each) for each in given]
             for future in as_completed(waiting):
