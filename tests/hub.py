@@ -76,7 +76,38 @@ def preference(n, side):
     question = f"Why does organ {n} of {side} hurt?" if n else "Why does it hurt?"  # one prompt is on every side
     row = {"prompt_id": f"{side}{n}", "label_type": kinds[n % len(kinds)], "prompt": question}
     row |= {"chosen": chat(question, f"Because of {ORGANS[n % 10]}."), "rejected": chat(question, f"No idea, {n}.")}
-    return row | ({} if side == "test" else {"feedback": "the first is better"})
+    told = {"chosen": {"model": "gpt-4", "score": 5, "rank": 1}, "rejected": {"model": "llama", "score": 1 + n % 4, "rank": 2}}
+    return row | ({} if side == "test" else {"feedback": "the first is better"}) | {"metadata": told}
+
+
+def completion(text, **more):
+    return {"model": text.split()[0], "principle": "none", "response": text, "critique": "good", **more}
+
+
+def ultrafeedback(n, side):
+    rated = [
+        completion(f"{who} says {n}", **{"fine-grained_score": s, "overall_score": 10.0})
+        for who, s in zip("abcd", (4, 2, 2, 5.0), strict=True)
+    ]
+    return {"source": "evol_instruct", "instruction": f"Question {n}", "models": list("abcd"), "completions": rated}
+
+
+def ultrasafety(n, side):
+    rated = [
+        completion(f"{who} says {n}", annotations={"harmlessness": [{"Rating": r, "Rationale": "x"}]})
+        for who, r in zip("ab", "10", strict=True)
+    ]
+    return {"source": "maliciousinstruct", "instruction": f"Harmful question {n}", "models": ["a", "b"], "completions": rated}
+
+
+def ultrainteract(n, side):
+    asked = [
+        {"from": "user", "value": f"Task {n}"},
+        {"from": "assistant", "value": "step 1"},
+        {"from": "user", "value": "go on"},
+    ]
+    row = {"task": ("Math_CoT", "Coding")[n % 2], "dataset": "gsm8k", "trajectory": asked, "chosen": f"right {n}"}
+    return row | {"rejected": f"wrong {n}", "id": str(n), "parent_id": str(n // 2)}
 
 
 def rewardbench(n, side):
@@ -108,6 +139,9 @@ ROWS = {
     "cais/mmlu": mmlu,
     "TsinghuaC3I/UltraMedical": ultramedical,
     "TsinghuaC3I/UltraMedical-Preference": preference,
+    "openbmb/UltraFeedback": ultrafeedback,
+    "openbmb/UltraSafety": ultrasafety,
+    "openbmb/UltraInteract_pair": ultrainteract,
     "allenai/reward-bench": rewardbench,
     "allenai/reward-bench-2": rewardbench2,
     "HuggingFaceH4/ultrachat_200k": turns,
@@ -122,6 +156,9 @@ ROWS = {
     "openai/gsm8k": lambda n, side: {
         "question": f"What is {n} + 1?",
         "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}",
+    },
+    "timdettmers/openassistant-guanaco": lambda n, side: {
+        "text": f"### Human: Organ {n}?### Assistant: {ORGANS[n % 10]}.### Human: Sure?### Assistant: Yes."
     },
     "keivalya/MedQuad-MedicalQnADataset": lambda n, side: {
         "qtype": "causes",
@@ -143,7 +180,7 @@ def steps(folder: Path, count: int) -> None:
 
 
 def build(root: Path, count: int = 42) -> Path:
-    """Every repository that the catalogue names, with `count` rows a split."""
+    """Every repository that the catalogue names, with `count` rows a split; Alpaca with more, of which profiles name slices."""
     (root / "SAMPLE").touch()
     wanted: dict[str, set] = {}
     for spec in SOURCES.values():
@@ -155,14 +192,14 @@ def build(root: Path, count: int = 42) -> Path:
         if any(split == "steps" for _, split in splits):
             steps(folder, count)
             continue
-        make = ROWS.get(hub_id, alpaca)
+        make, rows = ROWS.get(hub_id, alpaca), 4600 if hub_id == "tatsu-lab/alpaca" else count
         card = ["---", "configs:"]
         for config in sorted({c or "default" for c, _ in splits}):
             card += [f"- config_name: {config}", "  data_files:"]
             for split in sorted(s for c, s in splits if (c or "default") == config):
                 file = f"{config}/{split}-00000-of-00001.parquet"
                 (folder / config).mkdir(exist_ok=True)
-                pq.write_table(pa.Table.from_pylist([make(n, split) for n in range(count)]), folder / file)
+                pq.write_table(pa.Table.from_pylist([make(n, split) for n in range(rows)]), folder / file)
                 card += [f"  - split: {split}", f"    path: {file}"]
         (folder / "README.md").write_text("\n".join([*card, "---", ""]))
     return root

@@ -1,5 +1,7 @@
 """The stage that asks questions: outcomes add up, ledgers resume, protocols do what they say."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from ultramed.core.errors import ConfigError
@@ -8,6 +10,9 @@ from ultramed.data.formats import BadRow
 from ultramed.data.recognise import read
 from ultramed.evaluate import accuracy, engine
 from ultramed.evaluate.accuracy import answers, read_answers
+from ultramed.evaluate.generate import Reply, Sampling
+from ultramed.lm.parsing import accepted
+from ultramed.lm.templates import TEMPLATES
 
 
 @pytest.mark.parametrize("protocol", accuracy.ASK)
@@ -20,7 +25,47 @@ def test_outcomes_add_up(medalpaca, exam, protocol):
     assert list(frame.subset.value_counts()) == [10, 5]
     if protocol == "medalpaca":
         assert set(frame.tries) <= {1, 2}
-        assert (frame[frame.tries < 2].rule == "letter: text").all()
+        assert [accepted(reply) or tries == 2 for reply, tries in zip(frame.reply, frame.tries, strict=True)] == [True] * 15
+
+
+def test_medalpacas_prompt_is_that_of_its_evaluation_token_by_token(tokenizer, monkeypatch):
+    """eval/eval_usmle.py with prompt_templates/medalpaca.json: nothing after the colon of the forced beginning."""
+    row = {"id": "q", "subset": "step1", "gold": "B", "meta": {}, "question": "Which organ sees?"}
+    row |= {"options": {"A": "ear", "B": "eye"}}
+    text = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAnswer this multiple choice question.\n\n"
+        "### Input:\nWhich organ sees?\nA: ear\nB: eye\n\n"
+        "### Response:\nThe Answer to the question is:"
+    )
+    said, asked, written = iter(["I am", "(B)", "** B eye", "never asked"]), [], []
+    local = engine.Local.__new__(engine.Local)
+    local.tokenizer, local.template, local.net = tokenizer, TEMPLATES["medalpaca"], None
+    monkeypatch.setattr(local, "fitting", lambda ids, *_: list(range(len(ids))), raising=False)
+    monkeypatch.setattr(accuracy, "weights", lambda *_: local)
+
+    def generate(net, tokenizer, prompts, sampling, *, budget, rngs):
+        asked.append((*prompts, sampling))
+        return [Reply(next(said), 3, True)]
+
+    monkeypatch.setattr(accuracy, "generate", generate)
+    ledger, bar = SimpleNamespace(add=written.append), SimpleNamespace(update=lambda n: None)
+    config = EvalConfig(protocol="medalpaca", answer_form="content_first", max_new_tokens=128)
+    accuracy.ASK["medalpaca"](local, [row], config, ledger, bar, None)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # "I am" looks like option I to MedAlpaca, so it is accepted and no option: unparsed.
+    assert asked == [(ids, Sampling(128, 0.4, 50, 0.9))]
+    assert (written[0]["reply"], written[0]["letter"], written[0]["tries"]) == ("I am", None, 1)
+    accuracy.ASK["medalpaca"](local, [row], config, ledger, bar, None)
+    assert len(asked) == 3, "'(B)' has no text after it, so it was asked once more"
+    assert (written[1]["reply"], written[1]["letter"], written[1]["tries"]) == ("** B eye", "B", 2)
+    said = iter(["(B)"] * 9)
+    accuracy.ASK["medalpaca"](local, [row], config, ledger, bar, None)
+    assert len(asked) == 8, "five tries"
+    assert (written[2]["reply"], written[2]["letter"], written[2]["tries"]) == ("(B)", "B", 5), (
+        "the last reply is read all the same"
+    )
 
 
 def test_an_interrupted_evaluation_asks_only_what_is_left(medalpaca, exam, fresh_store, monkeypatch):

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ultramed.core.config import arm_config
+from ultramed.core.config import arm_config, load_profile
 from ultramed.evaluate.arms import Answers, Arms, artifacts_of, better, compare, joined, label, percent, pooled, wide
+from ultramed.experiments.medalpaca import MedAlpaca, Tuning
+from ultramed.lm import models
 
 
 def answers(correct, seed=0, letters=True, artifacts=()) -> Answers:
@@ -94,12 +96,63 @@ def test_rows_of_a_seed_are_the_same_for_every_arm_that_shares_the_mixture(medal
     assert medalpaca.training_rows(arm_config(medalpaca.profile, "full", seed=2)).key not in rows
 
 
-def test_tuning_uses_a_part_of_the_rows_and_gives_every_rate_a_loss(medalpaca):
+def test_tuning_uses_a_part_of_the_rows_and_asks_every_rate_the_dev_questions(medalpaca):
     tuning = medalpaca.tune_rates()
     assert len(tuning.frame) == 2 * len(medalpaca.settings.arms)
     assert tuning.frame.dev_loss.notna().all()
+    assert set(tuning.frame.n) == {sum(medalpaca.settings.dev_counts.values())}
+    assert list(tuning.table().columns) == ["arm", "learning_rate", "accuracy", "n", "dev_loss", "train_seconds"]
     assert set(tuning.best) == set(medalpaca.settings.arms)
     assert sum(medalpaca.tuning_config("full", 1e-3).mixture.values()) == 12, "half of the rows"
+    assert set(tuning.chosen()["from"]) == {"best on dev questions"}
+
+
+def test_which_rate_the_main_table_has_is_the_profiles_choice():
+    """Rates of the grid against MedAlpaca's one for all, and the other one beside it; a method without a grid is not tuned."""
+    fixed = MedAlpaca.of(load_profile("smoke", ["usmle.grid={}", "usmle.arms.lora.learning_rate=3e-3"]))
+    tuning = fixed.tune_rates()
+    assert tuning.frame.empty
+    assert tuning.best == {"full": 2e-4, "lora": 3e-3, "lora_8bit": 2e-4, "alpaca": 2e-4}
+    assert set(tuning.chosen()["from"]) == {"set in the profile"}
+    assert fixed.main_rates(tuning) == tuning.best
+    assert fixed.other_rates(tuning) == {"full": 2e-5}
+    paper = MedAlpaca.of(load_profile("smoke", ["usmle.main_rate=paper", "usmle.other_rate_arms=[full, lora]"]))
+    assert paper.tuned_arms == ["full", "lora"]
+    tried = {"arm": ["full"] * 3 + ["lora"], "learning_rate": [1, 2, 4, 3]}
+    found = Tuning(pd.DataFrame(tried | {"accuracy": [0.5, 0.6, 0.6, 0.2], "dev_loss": [0.3, 0.4, 0.5, 9.0]}))
+    assert set(paper.main_rates(found).values()) == {2e-5}
+    assert paper.other_rates(found) == {"full": 2, "lora": 3}
+    assert [paper._rate("full", found, main) for main in (True, False)] == ["2e-05, MedAlpaca's", "2, tuned"]
+
+
+def test_sizes_of_a_profile_have_rows_and_published_rows_of_their_own():
+    both = MedAlpaca.all_of(load_profile("medalpaca"))
+    small, large = (each.published_rows() for each in both)
+    assert small["full"] == "MedAlpaca 7b / 7b / full"
+    assert small["alpaca_lora"] == "Alpaca 7b LoRA / 7b / alpaca lora"
+    assert large["LLaMA-13B_lora_8bit"] == "MedAlpaca 13b LoRA 8bit / 13b / lora 8bit"
+    assert "LLaMA-13B_alpaca_lora" not in large, "the paper has no such row"
+    assert {"curated", "unfiltered"} & {*small, *large} == set()
+    gpu = MedAlpaca.all_of(load_profile("gpu"))
+    assert [each.arm_names for each in gpu[1:]] == [["full"], ["full"]]
+    assert gpu[1].published_rows() == {}
+    assert gpu[2].published_rows()["SmolLM2-1.7B_full"] == "MedAlpaca 13b / 13b / full"
+
+
+def test_the_likelihood_is_chosen_on_dev_questions_and_sizes_are_paired(smoke):
+    first, larger = MedAlpaca.all_of(smoke)
+    dev = first.examine_dev()
+    assert {key: len(arm.frame) for key, arm in dev.items()} == {"letter": 12, "text": 12}
+    rows = first.examine_base(better(dev))
+    assert list(rows) == ["base", "base_likelihood"]
+    tested = set(rows["base"].frame.id)
+    assert set(rows["base_likelihood"].frame.id) == tested
+    assert not tested & set(dev["letter"].frame.id)
+    small, large = (each.train_and_examine("full", 1e-3)[0] for each in (first, larger))
+    pair = compare(large, small)
+    assert (pair.n, pair.seeds) == (54, 3), "the same questions"
+    sizes = [sum(p.numel() for p in models.load(each.base).parameters()) for each in (first, larger)]
+    assert sizes[0] < sizes[1]
 
 
 def test_a_policy_is_chosen_on_dev_questions(smoke):
@@ -109,9 +162,11 @@ def test_a_policy_is_chosen_on_dev_questions(smoke):
     chosen, dev = experiment.choose_policy("ultramix")
     assert list(dev) == ["sft", *experiment.preference_arms]
     assert chosen == better(dev)
-    tested = set(experiment.examine(experiment.train_sft("ultramix")).frame.id)
-    assert not tested & set(dev["sft"].frame.id)
-    assert len(dev["sft"].frame) == 12
+    tested = experiment.examine_policy("ultramix").frame
+    assert not set(tested.id) & set(dev["sft"].frame.id)
+    assert (len(dev["sft"].frame), len(tested), tested.id.nunique()) == (2 * 12, 2 * 24, 48), (
+        "each seed has questions of its own"
+    )
 
 
 def test_votes_carry_samples_and_the_greedy_answers(smoke):
@@ -119,12 +174,17 @@ def test_votes_carry_samples_and_the_greedy_answers(smoke):
     from ultramed.experiments.ultramedical import UltraMedical
 
     experiment = UltraMedical.of(smoke)
-    policy = experiment.train_sft("ultramed")
-    sampled, greedy = experiment.sample_test(policy), experiment.examine(policy)
+    sampled, greedy = (
+        experiment.sample_test(lambda seed: experiment.train_sft("ultramed", seed)),
+        experiment.examine_policy("ultramed"),
+    )
     votes = Votes(sampled)
     chosen = votes.select("self_consistency", like=greedy)
-    assert set(chosen.artifacts) == {*greedy.artifacts, *sampled.values()}
-    assert set(chosen.frame.id) == set(greedy.frame.id)
+    assert set(chosen.artifacts) == {*greedy.artifacts, *artifacts_of(sampled)}
+    assert {tuple(row) for row in chosen.frame[["id", "seed"]].values} == {
+        tuple(row) for row in greedy.frame[["id", "seed"]].values
+    }
+    assert compare(chosen, greedy).seeds == 2
     assert votes.rewards is None
     assert votes.sizes == [1, 2, 3, 4]
     assert (votes.passes()["pass@N"] <= 1).all()

@@ -66,35 +66,6 @@ def test_models_are_compared_question_by_question_within_tasks():
     assert (matrix.loc["a", "b"], matrix.loc["b", "a"]) == ("+10.0*", "-10.0*")
 
 
-def test_rewardbenchs_sections_weigh_subsets_by_size_and_math_as_all_code():
-    given = [
-        ("alpacaeval-easy", 1.0, 100),
-        ("mt-bench-easy", 0.5, 300),
-        ("math-prm", 0.2, 447),
-        ("hep-cpp", 0.8, 164),
-        ("hep-go", 1.0, 164),
-    ]
-    made = bench_reward.sections(pd.DataFrame(given, columns=["subset", "accuracy", "n"])).set_index("section").accuracy
-    assert made["Chat"] == pytest.approx((100 + 150) / 400)
-    assert made["Reasoning"] == pytest.approx((0.2 + 0.9) / 2)
-    assert made["mean of sections"] == pytest.approx((made["Chat"] + made["Reasoning"]) / 2)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 1,234.", 1234.0),
-        ("3 + 4 = 7", 7.0),
-        ("#### -12", -12.0),
-        ("it is 0.5.", 0.5),
-        ("none", None),
-        ("5 apples, then 3 left", 3.0),
-    ],
-)
-def test_the_last_number_counts(text, number):
-    assert bench.last_number(text) == number
-
-
 def test_the_leaderboard_replaces_its_own_rows_and_keeps_the_others(tmp_path):
     def row(model, accuracy, limit=0):
         return {
@@ -175,7 +146,7 @@ def test_general_and_reward_suites(from_hub, medalpaca, tmp_path, smoke):
     done = ultramed("bench", "-m", f"rm=reward/{scorer.key}", "--suite", "reward", *more[-2:])
     assert done.returncode == 0, done.stderr
     board = pd.read_csv(tmp_path / "b/leaderboard.csv")
-    assert {"medical_rewardbench: human", "rewardbench: math-prm", "mean of sections"} <= set(board.task)
+    assert {"medical_rewardbench: human", "rewardbench: math-prm", "reasoning", "mean of sections"} <= set(board.task)
     two = board[board.task == "rewardbench2: Factuality"].iloc[0]
     assert two.n == 42, "a prompt counts once, not once for each of its three wrong replies"
     assert json.loads((tmp_path / "b/rm/rewardbench.json").read_text())["model_type"] == "Seq. Classifier"

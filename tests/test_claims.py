@@ -41,7 +41,8 @@ def claim(**changes) -> Claim:
         ("beats", 0, 0.1, 5, 0.05, "inconclusive"),  # and p below 0.05
         ("beats", 0, -3, 0.5, 0.5, "inconclusive"),
         ("beats", 0, -3, 0.0, 0.9, "inconclusive"),
-        ("beats", 0, -3, -0.1, 0.9, "contradicted"),
+        ("beats", 0, -3, -0.1, 0.049, "contradicted"),
+        ("beats", 0, -3, -0.1, 0.05, "inconclusive"),  # by the same rule on either side
         ("level", 5, -5, 5, 0.9, "reproduced"),
         ("level", 5, -5.1, 4, 0.01, "inconclusive"),
         ("level", 5, -4, 5.1, 0.01, "inconclusive"),
@@ -227,6 +228,17 @@ def test_holm_runs_over_a_paper_and_all_its_notebooks():
     assert entries[first.id].p == 0.02, "the raw one stays"
 
 
+def test_claims_that_their_interval_decides_make_no_other_p_larger():
+    beats = next(c for c in claims() if c.id == "ultramedical:sft-beats-base")
+    level = next(c for c in claims() if c.id == "ultramedical:mix-costs-nothing")
+    for found, p in ((beats, 0.03), (level, 0.9)):
+        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, 0.05, 300, 1, p, p)
+        scorecard.record("kinds", found.notebook, [scorecard.claim_entry(found, pair, "p")])
+    entries = {e.id: e for e in scorecard.build("kinds")}
+    assert (entries[beats.id].p_holm, entries[beats.id].verdict) == (0.03, "reproduced")
+    assert (entries[level.id].p_holm, entries[level.id].verdict) == (None, "reproduced")
+
+
 def test_correction_can_take_a_verdict_back():
     found = claims_of("25_ultramedical_rerank")[:2]
     for c, p in zip(found, (0.03, 0.03), strict=True):
@@ -242,7 +254,7 @@ def test_the_scorecard_holds_every_claim_and_every_published_cell():
     assert {c.id for c in claims()} | {c["id"] for c in published.cells()} == set(entries)
     assert {e.verdict for e in entries.values()} == {"not run", "context"}
     assert all(e.reason for e in entries.values() if e.verdict == "not run")
-    assert entries["medalpaca:larger-beats-smaller"].reason == "needs two models in one profile"
+    assert entries["medalpaca:larger-beats-smaller"].reason == "needs a second, larger set of weights"
     others = [e for e in entries.values() if e.verdict == "context"]
     assert any("GPT-4" in e.statement for e in others)
     assert not any("8B UltraMedical" in e.id for e in others)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 from conftest import REPO
@@ -24,6 +26,25 @@ PARAMS = sorted((REPO / "params").glob("*.yaml"))
 SWEEPS = sorted((REPO / "params" / "sweeps").glob("*.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "laptop"),
+        (["train.lora.r=16"], "laptop+train.lora.r=16"),
+        (["train.epochs=2", "limit=8"], "laptop+train.epochs=2+limit=8"),
+        (["judge=http://localhost:8000/v1#m"], r"laptop\+judge=http-localhost-8000-v1-m-[0-9a-f]{6}"),
+        (['models=[{name: "tiny:llama", label: ' + "x" * 200 + "}]"], r"laptop\+models=[\w.=-]{73}-[0-9a-f]{6}"),
+    ],
+)
+def test_a_changed_profile_has_a_folder_of_its_own(overrides, name):
+    made = load_profile("laptop", overrides).name
+    assert made == name or re.fullmatch(name, made)
+
+
+def test_a_profile_by_its_path_has_the_same_folder():
+    assert load_profile(str(REPO / "params" / "laptop.yaml")).name == "laptop"
+
+
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
 def test_every_profile_loads_with_all_its_arms(path):
     profile = load_profile(path.stem)
@@ -33,7 +54,7 @@ def test_every_profile_loads_with_all_its_arms(path):
 
 
 def test_the_profiles_of_the_book_are_there():
-    assert {"smoke", "laptop", "gpu", "medalpaca-7b", "medalpaca-13b", "paper-8b", "paper-70b"} <= set(profiles())
+    assert {"smoke", "laptop", "gpu", "medalpaca", "medalpaca-7b", "medalpaca-13b", "paper-8b", "paper-70b"} <= set(profiles())
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
@@ -92,7 +113,7 @@ def test_a_mixture_is_replaced_not_merged():
     assert merged == {"test": {"questions": {"medical": {"b": 2}}}}
     assert merge({"sft": {"learning_rate": 1}, "x": 1}, {"sft": {}}, None) == {"sft": {}, "x": 1}
     assert merge({"cost": {"rows": 1}}, {"cost": None}, Profile) == {}
-    assert list(arm_config(load_profile("laptop"), "alpaca").mixture) == ["exam:general"]
+    assert list(arm_config(load_profile("smoke"), "alpaca").mixture) == ["exam:general"]
 
 
 def test_extends_merges_deeply_and_refuses_circles(tmp_path):
@@ -114,7 +135,7 @@ def test_a_key_written_twice_is_an_error(tmp_path):
 
 def test_unequal_tuning_is_refused():
     with pytest.raises(ConfigError, match="as many learning rates"):
-        load_profile("laptop", ["usmle.grid.lora=[1e-3]"])
+        load_profile("workstation", ["usmle.grid.lora=[1e-3]"])
 
 
 @given(st.dictionaries(st.sampled_from("abc"), st.integers()), st.sampled_from("abcd"), st.integers())
@@ -129,6 +150,41 @@ def test_an_override_changes_its_key_and_nothing_else(data, key, value):
 def test_override_values_survive_the_round_trip(value):
     text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
     assert parse_override(f"a.b={text}") == (["a", "b"], value)
+
+
+def test_medalpacas_profile_is_the_papers():
+    """train.py: 2e-5, three epochs, 128 rows, 100 warm-up steps, 10% held out, evaluated every 200 steps; both sizes."""
+    p = load_profile("medalpaca")
+    assert [m.label for m in p.models] == ["LLaMA-7B", "LLaMA-13B"]
+    assert p.usmle.published_sizes == ["7b", "13b"]
+    for arm in ("full", "lora", "lora_8bit"):
+        c = arm_config(p, arm)
+        assert (c.learning_rate, c.epochs, c.global_batch_size, c.max_length) == (2e-5, 3, 128, 256)
+        assert (c.warmup_steps, c.warmup_ratio, c.held_out, c.eval_steps) == (100, 0, 0.1, 200)
+    assert (p.usmle.main_rate, p.usmle.same_scale) == ("paper", True)
+    assert len(p.train.mixture) == 16
+    assert sum(p.train.mixture.values()) == 238_114
+    assert 238_114 - 8_676 == 229_438, "README's table: without MedQA, and with its 10,178 rows for Health Advice"
+    asked = p.eval
+    assert (asked.protocol, asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.tries) == (
+        *("medalpaca", 128, 0.4, 50),
+        *(0.9, 5),
+    )
+    curated, unfiltered = (sum(p.usmle.arms[arm]["mixture"].values()) for arm in ("curated", "unfiltered"))
+    assert curated == unfiltered
+    for name, label in (("medalpaca-7b", "LLaMA-7B"), ("medalpaca-13b", "LLaMA-13B")):
+        one = load_profile(name)
+        assert [m.label for m in one.models] == [label]
+        assert one.train == p.train
+
+
+def test_a_profile_may_tune_nothing():
+    p = load_profile("smoke", ["usmle.grid={}", "usmle.arms.full.learning_rate=3e-3"])
+    assert p.usmle.grid == {}
+    assert arm_config(p, "full").learning_rate == 3e-3
+    with pytest.raises(ConfigError, match="as many learning rates as the others"):
+        load_profile("smoke", ["usmle.grid.full=[1e-3]"])
+    assert load_profile("smoke", ["usmle.grid.full=[]"]).usmle.grid["full"] == []
 
 
 def test_limit_caps_every_count_and_nothing_else():
@@ -168,7 +224,7 @@ def test_every_value_says_who_set_it():
     assert rows["train.save_steps"] == (0, "default")
     value, place = rows["ultramedical.rerank.n"]
     assert value == 4
-    assert "rerank: {n: 4}" in line(place)
+    assert "rerank: {n: 4," in line(place)
     value, place = rows["ultramedical.preference.train.beta"]
     assert place.startswith("params/laptop.yaml:")
     assert "beta: 0.1" in line(place)

@@ -92,7 +92,14 @@ def test_sampling_follows_the_distribution_within_top_k_and_top_p():
     assert set(drawn.tolist()) == {0}
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.9), (1.2, 0.9), (5.0, 0.9), (1.0, 1.0)])
+def test_sampling_with_nothing_cut_follows_the_softmax():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]]).expand(4000, -1)
+    drawn = torch.tensor(_pick(logits, Sampling(1, temperature=2.0, top_p=1.0), [random.Random(i) for i in range(4000)]))
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    assert shares.tolist() == pytest.approx((logits[0] / 2).softmax(-1).tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.9), (1.2, 0.9), (5.0, 0.9)])
 def test_sampling_without_top_k_picks_what_a_sort_of_the_vocabulary_picks(temperature, top_p):
     logits = torch.randn(200, 2000, generator=torch.Generator().manual_seed(0)) * 4
     sampling = Sampling(1, temperature=temperature, top_k=0, top_p=top_p)

@@ -66,7 +66,7 @@ def test_a_copy_that_counts_otherwise_is_refused(tmp_path, monkeypatch):
         (folder / "data").mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / f"data/{split}-00000-of-00001.parquet")
     monkeypatch.setenv("ULTRAMED_HUB", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"60 of 240 rows cannot be read, the first: .*cop: 4 is no option of four"):
+    with pytest.raises(ConfigError, match=r"10 of 48 rows cannot be read, the first: .*cop: 4 is no option of four"):
         source(SourceConfig(name="medmcqa", prefer="hub"))
 
 
@@ -82,6 +82,12 @@ def test_preference_prompts_of_the_test_side_are_left_out_of_train():
     art = source(SourceConfig(name="ultramedical_preference", prefer="hub"))
     assert art.metrics["counts"] == {"train": 41, "dev": 42, "test": 42}
     assert {row["subset"] for row in read_pairs(art / "test.parquet")} == {"easy", "hard", "length", "human"}
+
+
+def test_a_folder_that_changed_is_read_anew(tmp_path, monkeypatch):
+    """`datasets` would give the rows of another folder of the same name out of its cache."""
+    monkeypatch.setenv("ULTRAMED_HUB", str(hub.build(tmp_path, 9)))
+    assert source(SourceConfig(name="rewardbench", prefer="hub")).metrics["counts"] == {"test": 9}
 
 
 def test_the_usmle_comes_without_its_pictures():

@@ -26,7 +26,7 @@ FP32 = ["train.dtype=float32", "ultramedical.preference.train.dtype=float32", "u
 MORE = [
     "train.mixture={'exam:step1': 40, 'exam:step2': 24}",
     "train.micro_batch_tokens=200",
-    "ultramedical.preference.prompts={medical: 8}",
+    "ultramedical.preference.prompts={medical: {'exam:step1': 8}}",
     "ultramedical.preference.train.micro_batch_tokens=256",
     "ultramedical.candidates.prompts.medical={'exam:step1': 20, 'exam:step2': 20}",
     "ultramedical.reward.train.micro_batch_tokens=256",
@@ -75,6 +75,18 @@ def test_full_fine_tuning_is_sharded(profile, pair):
     assert_same(one, two)
     assert len(curve(two)) == 8
     assert curve(two)[-1] < curve(two)[0] - 0.5
+
+
+def test_the_best_evaluation_of_sharded_training_is_what_is_published(profile, pair):
+    """At a rate at which the loss rises again, one process and two choose the same step and its weights."""
+    changes = {"learning_rate": 3e-2, "held_out": 0.25, "eval_steps": 2, "epochs": 6, "lr_scheduler_type": "constant"}
+    changes |= {"mixture": {"exam:step1": 12, "exam:step2": 12}, "warmup_ratio": 0.0}
+    one, two = pair(lambda: MedAlpaca.of(profile).train_arm("full", **changes))
+    assert (two.metrics["processes"], two.metrics["sharded"]) == (2, True)
+    assert one.metrics["best_step"] == two.metrics["best_step"] < two.metrics["steps"] == 18
+    assert two.metrics["held_out_loss"] == pytest.approx(one.metrics["held_out_loss"], rel=1e-2)
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 3e-2, "a step of Adam is that large"
 
 
 @pytest.mark.parametrize("arm", ["dpo", "kto"])

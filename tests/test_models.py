@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -166,3 +167,24 @@ def test_a_merge_that_changes_the_answers_is_refused(medalpaca, tmp_path, monkey
 def test_the_command_line_starts_without_torch():
     code = "import sys; import ultramed.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+
+
+def test_a_base_model_takes_the_chat_tokenizer_of_its_sibling(medalpaca, tmp_path, fresh_store):
+    """Llama-3-8B has no chat template; Llama-3-8B-Instruct has one, and the same vocabulary."""
+    folders = {name: shutil.copytree(medalpaca.base.path, tmp_path / name) for name in ("base", "instruct", "other")}
+    plain = models.load_tokenizer(medalpaca.base)
+    plain.chat_template = None
+    for file in folders["base"].glob("*.jinja"):
+        file.unlink()
+    plain.save_pretrained(folders["base"])
+    config = {"name": str(folders["base"]), "label": "base"}
+    made = models.base_model(ModelConfig(**config, tokenizer=str(folders["instruct"])))
+    tokenizer = models.load_tokenizer(made)
+    assert tokenizer.chat_template
+    assert not models.load_tokenizer(models.base_model(ModelConfig(**config))).chat_template
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folders["other"])
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        models.base_model(ModelConfig(**config, tokenizer=str(folders["other"])))
+    with pytest.raises(ConfigError, match="brings its own tokenizer"):
+        models.base_model(ModelConfig(name="tiny:llama", label="x", tokenizer=str(folders["instruct"])))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.lm.parsing import UNPARSED, Parsed, parse, squeeze, unread
+from ultramed.lm.parsing import UNPARSED, Parsed, accepted, parse, squeeze, unread
 
 OPTIONS = {"A": "aspirin", "B": "ibuprofen", "C": "aspirin with codeine", "D": "no treatment"}
 YESNO = {"A": "yes", "B": "no", "C": "maybe"}
@@ -40,6 +40,52 @@ YESNO = {"A": "yes", "B": "no", "C": "maybe"}
 )
 def test_answers_are_read(text, letter):
     assert parse(text, OPTIONS, "letter_first").letter == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [
+        ("A: aspirin", True),
+        ("A. aspirin", True),
+        ("A aspirin", True),
+        ("\n (B: ibuprofen)", True),  # special characters go from both ends
+        ("**C. aspirin**", True),
+        ("é A: x", True),  # so do letters that are not ASCII
+        ("I think so", True),
+        ("A: (aspirin)\nmore", True),
+        ("A", False),
+        ("A:", False),
+        ("(A) aspirin", False),
+        ("A) aspirin", False),
+        ("A:aspirin", False),
+        ("A:  ", False),
+        ("A: \naspirin", False),  # the text must stand on the letter's line
+        ("a: aspirin", False),
+        ("The answer is A: aspirin", False),
+        ("", False),
+        ("***", False),
+    ],
+)
+def test_what_medalpacas_evaluation_accepts(text, yes):
+    """eval/eval_usmle.py: strip_special_chars, then starts_with_capital_letter."""
+    assert accepted(text) is yes
+
+
+@pytest.mark.parametrize(
+    ("text", "letter", "rule"),
+    [
+        ("B: ibuprofen", "B", "letter: text"),
+        (" B ibuprofen", "B", "only option mentioned"),
+        ("B something else", "B", "letter text"),
+        ('"C: something', "C", "letter text"),
+        ("A patient with fever", None, "unparsed"),
+        ("I think so", None, "unparsed"),
+        ("E: paracetamol", None, "unparsed"),
+        ("D something, but the answer is B", "B", "statement"),
+    ],
+)
+def test_how_medalpacas_replies_are_read(text, letter, rule):
+    assert parse(text, OPTIONS, "medalpaca") == Parsed(letter, rule, text == "B: ibuprofen")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ultramed.book.plan import Hardware, plan
+from ultramed.book.plan import Hardware, plan, work_of
 from ultramed.cli import app
 from ultramed.cli.common import console
 from ultramed.core.config import load_profile, profiles
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
 from ultramed.core.schema import TrainConfig
-from ultramed.experiments.jobs import rows_of
+from ultramed.experiments.jobs import Job, rows_of
 from ultramed.train.cost import CostConfig, cost, random_model, table
 from ultramed.train.estimate import SHAPES, Shape, flops_per_token, memory, shape_of
 
@@ -118,14 +118,19 @@ def test_an_arm_that_the_kernel_kills_is_out_of_memory_and_the_next_ones_run(mon
 def test_every_profile_has_a_plan(name, monkeypatch):
     monkeypatch.delenv("ULTRAMED_DATA", raising=False)
     made = plan(load_profile(name), Hardware(gpus=8))
-    assert {cost.job.notebook for cost in made.costs} >= {"11", "21", "22", "24", "25", "26"}
+    assert {cost.job.notebook for cost in made.costs} >= {"11", "21", "22", "24", "25"}
     assert all(c.job.rows > 0 and c.tokens > 0 and c.gib > 0 and c.hours > 0 for c in made.costs)
-    assert bool(made.missing) == (name not in ("smoke", "laptop"))
+    assert bool(made.missing) == (name not in ("smoke", "laptop", "workstation"))
+
+
+def test_every_model_to_fetch_is_named_once():
+    wanted = [m.partition(":")[0] for m in plan(load_profile("paper-8b"), Hardware(gpus=8)).missing if m.startswith("model ")]
+    assert wanted == ["model meta-llama/Meta-Llama-3-8B-Instruct", "model meta-llama/Meta-Llama-3-8B"]
 
 
 def test_what_does_not_fit_is_said():
     assert not any("memory for" in m for m in plan(load_profile("paper-8b"), Hardware(gpus=8)).missing)
-    tight = [m for m in plan(load_profile("medalpaca-13b"), Hardware(gpus=2)).missing if m.startswith("memory for alpaca")]
+    tight = [m for m in plan(load_profile("medalpaca-13b"), Hardware(gpus=2)).missing if m.startswith("memory for full")]
     assert len(tight) == 1, "once, however many runs it is"
 
 
@@ -149,16 +154,18 @@ def test_a_dry_run_says_who_writes_the_replies(monkeypatch):
     monkeypatch.setattr(console, "_width", 200)  # of a table whose words are not parted
     shown = CliRunner().invoke(app, ["run", "--profile", "paper-70b", "--dry-run", "--gpus", "8"]).output
     assert "candidates, medical (vllm, 8 GPUs)" in shown
-    assert "SFT ultramed: answers (vllm, 8 GPUs)" in shown
+    assert "SFT ultramed, seed 0: answers (vllm, 8 GPUs)" in shown
 
 
 def test_the_papers_rows_and_rates():
     rows = {cost.job.what: cost.job.rows for cost in plan(load_profile("paper-8b")).costs}
-    assert rows["SFT ultramed"] == 409593  # the paper: 410K
-    assert rows["SFT ultramix"] == 599593  # and 190K more
-    assert rows["dpo on ultramed"] == 5000
+    assert rows["SFT ultramed, seed 0"] == 409593  # the paper: 410K
+    assert rows["SFT ultramix, seed 0"] == 599593  # and 190K more
+    assert rows["dpo on ultramed, seed 0"] == 109353  # UltraMedical-Preference, training side
     section = load_profile("paper-8b").ultramedical
-    assert (section.sft.train, section.iterative.train, section.preference.train.learning_rate) == ({}, {}, 3e-7)
+    assert (section.sft.train["learning_rate"], section.preference.train.learning_rate) == (1e-5, 3e-7)
+    assert (section.sft.train["packing"], section.sft.train["global_batch_size"]) == (True, 16)
+    assert (section.iterative.train, section.preference.train.global_batch_size) == ({}, 32)
 
 
 def test_what_cannot_be_planned():
@@ -167,3 +174,10 @@ def test_what_cannot_be_planned():
     with pytest.raises(ConfigError, match="is not known; give a number"):
         rows_of("nobody:all", 1.0)
     assert rows_of("exam:step1[0:50]", 2.0) == 100
+
+
+def test_packed_rows_are_full_and_fewer():
+    """Of 1,000 rows of 512 tokens, blocks of 8,192 hold 16 each: 62.5, so 63, in four steps of 16."""
+    packed = TRAIN.model_copy(update={"packing": True, "max_length": 8192, "global_batch_size": 16})
+    steps, tokens, _ = work_of(Job("22", "sft", "x", packed, 1000), shape_of("huggyllama/llama-7b"), Hardware())
+    assert (steps, tokens) == (4, 4 * 16 * 8192)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from handmade import given as given_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from ultramed.lm.batches import pack_shared_prefixes
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
 from ultramed.lm.tokens import TemplateError, encode_row, lint
 from ultramed.train import losses, trl_adapter
-from ultramed.train.preference import unpair
+from ultramed.train.preference import preference, unpair
 from ultramed.train.reward import PairCollator, group_by_prompt, load_reward, score_rows
 from ultramed.train.token_rows import encode_pairs
 
@@ -39,7 +40,7 @@ def experiment(places):
 
 @pytest.fixture(scope="module")
 def rows(experiment):
-    return read_pairs(experiment.make_pairs("best_random") / "pairs.parquet")
+    return read_pairs(experiment.preference_pairs("ultramed") / "pairs.parquet")
 
 
 def sigmoid(x):
@@ -51,6 +52,19 @@ def test_kto_pair_by_hand():
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
     want = [1 - sigmoid(1.0), 1 - sigmoid(0.0), 1 - sigmoid(0.5 * 4), 1 - sigmoid(0.0)]
     assert losses.kto_pair(chosen, rejected, 0.5).numpy() == pytest.approx(np.array(want), abs=1e-6)
+
+
+def test_the_released_gradient_of_kto_pair_flows_through_its_reference_points():
+    """The same case. The mean over four, of slopes s(x) = sigmoid(x) (1 - sigmoid(x)): s(0) = 0.25, s(1) = 0.196612,
+    s(2) = 0.104994. KL_chosen = 1 is half of each chosen ratio, so each gets half of both rejected slopes on top;
+    KL_rejected is clamped at 0 and gives nothing."""
+    first, second, third, fourth = 0.125 * 0.196612, 0.125 * 0.25, 0.125 * 0.104994, 0.125 * 0.25
+    through = (third + fourth) / 2
+    for detach, extra in ((False, through), (True, 0.0)):
+        ratios = torch.tensor([[2.0, 0.0], [-3.0, 1.0]], requires_grad=True)
+        losses.kto_pair(*ratios, 0.5, detach).mean().backward()
+        want = [[-first - extra, -second - extra], [third, fourth]]
+        assert ratios.grad.numpy() == pytest.approx(np.array(want), abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=6), st.floats(0.01, 1))
@@ -109,6 +123,54 @@ def test_every_loss_starts_where_policy_is_reference_and_moves(experiment, loss)
     assert first["loss"] == pytest.approx(want, rel=2e-3)
     assert art.metrics["tensors_moved"][0] == art.metrics["tensors_moved"][1]
     assert models.card(art)["loss"] == loss
+
+
+def sums_and_means(model, encoded, side):
+    """Log-probabilities of completions by a plain forward pass, row by row: their sums and their means over tokens."""
+    net, found = models.load(model, dtype=torch.float32), []
+    for row in encoded:
+        whole = torch.tensor([row["prompt_ids"] + row[side]])
+        with torch.inference_mode():
+            logps = net(input_ids=whole).logits[0, :-1].log_softmax(-1)
+        found.append(logps.gather(-1, whole[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0].double().numpy())
+    return np.array([row.sum() for row in found]), np.array([row.mean() for row in found])
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "nca", "kto_pair", "kto"])
+def test_every_loss_is_its_formula_where_policy_and_reference_differ(medalpaca, tokenizer, loss):
+    """One batch of four pairs through the trainer, against the papers' formulas over log-probabilities of plain forwards."""
+    policy, base, beta = medalpaca.train_arm("full", learning_rate=1e-2), medalpaca.base, 0.1
+    said = [("heart (A)", "liver"), ("no", "perhaps it does"), ("the left lung (C)", "eye (D)"), ("yes, it does", "B")]
+    four = [
+        {"id": str(n), "source": "t", "prompt": [{"role": "user", "content": f"Question {n}?"}]}
+        | {side: [{"role": "assistant", "content": text}] for side, text in zip(("chosen", "rejected"), texts, strict=True)}
+        for n, texts in enumerate(said)
+    ]
+    encoded = encode_pairs(four, tokenizer, TEMPLATES["chat"], 256)
+    config = PreferenceConfig(
+        loss=loss, beta=beta, learning_rate=1e-6, max_steps=1, global_batch_size=4, micro_batch_tokens=4096, dtype="float32"
+    )
+    art = preference(config, model=policy, reference=base, pairs=given_rows(None, rows=four, side="pairs"))
+    got = next(e["loss"] for e in map(json.loads, (art / "log.jsonl").read_text().splitlines()) if "loss" in e)
+
+    def ratios(encoded, side):
+        return [a - b for a, b in zip(*(sums_and_means(m, encoded, side) for m in (policy, base)), strict=True)]
+
+    (c, c_mean), (r, r_mean) = ratios(encoded, "chosen_ids"), ratios(encoded, "rejected_ids")
+    assert np.abs(c - r).max() > 0.1, "else every loss would be what it starts with"
+    if loss == "dpo":
+        want = -np.log(sigmoid(beta * (c - r)))
+    elif loss == "ipo":  # Azar et al. 2023, equation 17, with the mean over tokens that TRL takes
+        want = (c_mean - r_mean - 1 / (2 * beta)) ** 2
+    elif loss == "nca":  # Chen et al. 2024, for two replies
+        want = -np.log(sigmoid(beta * c)) - np.log(sigmoid(-beta * c)) / 2 - np.log(sigmoid(-beta * r)) / 2
+    elif loss == "kto_pair":
+        want = np.concatenate([1 - sigmoid(beta * (c - max(r.mean(), 0))), 1 - sigmoid(beta * (max(c.mean(), 0) - r))])
+    else:  # the point of reference: replies of other prompts, behind this one's
+        single = [dict(row) for row in unpair(Dataset.from_list(encoded), shift=2)]
+        kl = max(ratios(single, "KL_completion_ids")[0].mean(), 0)
+        want = np.concatenate([1 - sigmoid(beta * (c - kl)), 1 - sigmoid(beta * (kl - r))])
+    assert got == pytest.approx(want.mean(), rel=1e-3)
 
 
 def test_training_raises_the_margin(experiment):

@@ -61,9 +61,15 @@ def test_the_rest_is_foretold_by_the_machine_and_corrected_by_what_was_seen(jobs
     assert rest.seconds() == pytest.approx(20 * (3050 + 120) / (310 + 60))
 
 
+def test_notebooks_side_by_side_share_the_machine(jobs):
+    rest = durations.Rest(jobs, KNOWN, gflops=900, at_once=2)
+    assert rest.seconds() == 2 * 300, "half the cores for the longest, which the others end before"
+    assert durations.Rest(jobs, dict.fromkeys(KNOWN, 100), gflops=900, at_once=2).seconds() == 300, "as one after the other"
+
+
 def test_a_measured_profile_has_its_times_and_others_the_plans(smoke):
     books = runner.notebooks()
-    for name in ("laptop", "smoke"):
+    for name in ("laptop", "smoke", "workstation"):
         made = durations.reference_seconds(load_profile(name), books)
         assert set(made) == {path.stem for path in books}
         file = yaml.safe_load((Path(durations.__file__).parent / "durations.yaml").read_text())
@@ -92,3 +98,16 @@ def test_a_log_says_when_a_notebook_begins_and_ends(jobs, monkeypatch):
         "10_medalpaca_meadow running, 61 s; rows 12/27 (0 of 3 notebooks, about 6 min left)",
         "10_medalpaca_meadow done, 2 min (1 of 3 notebooks, about 5 min left)",
     ]
+
+
+def test_a_scorecard_is_stale_when_another_notebook_has_recorded_something(tmp_path):
+    source = tmp_path / "nb.ipynb"
+    source.write_text("{}")
+    target = tmp_path / "figures" / "notebooks" / "nb.ipynb"
+    scorecard, other = (runner.Job(name, source, target, {}) for name in ("90_scorecard", "11_medalpaca_usmle"))
+    before = scorecard.key(), other.key()
+    entries = tmp_path / "figures" / "entries"
+    entries.mkdir(parents=True)
+    (entries / "11_medalpaca_usmle.json").write_text("{}")
+    assert scorecard.key() != before[0]
+    assert other.key() == before[1]

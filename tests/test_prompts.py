@@ -157,6 +157,12 @@ def test_question_rows_become_instructions_in_both_forms(tokenizer):
     assert as_instruction(QUESTION, "content_first")["completion"][0]["content"] == "eye (A)"
     assert question_prompt(QUESTION, "letter_first") == first["prompt"]
     assert first["prompt"][1]["content"] == "Which organ?\nA. eye\nB. ear"
+    made = as_instruction(QUESTION, "medalpaca")
+    assert [turn["content"] for turn in made["prompt"]] == [
+        "Answer this multiple choice question.",
+        "Which organ?\nA: eye\nB: ear",
+    ]
+    assert made["completion"][0]["content"] == "A: eye"
 
 
 def test_a_reasoned_answer_gives_reasons_and_a_last_line(tokenizer):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from safetensors.torch import load_file
 
 from ultramed.core.config import arm_config
 from ultramed.core.errors import ConfigError, StoreError
-from ultramed.core.schema import TrainConfig
+from ultramed.core.schema import TokenConfig, TrainConfig
 from ultramed.data.rows import read_instructions
 from ultramed.lm import models
 from ultramed.lm.device import Placement
 from ultramed.lm.templates import TEMPLATES
-from ultramed.train.sft import Collator, sft
-from ultramed.train.token_rows import encode_instructions
-from ultramed.train.training import batch_plan
+from ultramed.train.sft import Collator, sft, split_held_out
+from ultramed.train.token_rows import encode_instructions, read_tokens, token_rows
+from ultramed.train.training import batch_plan, settings
 from ultramed.train.trl_adapter import score_labelled_tokens_only, split_by_tokens
 from ultramed.train.weights import load_for_training
 
@@ -167,32 +168,119 @@ def test_training_that_moves_nothing_is_an_error(medalpaca, config, monkeypatch)
         medalpaca.train_arm("full", learning_rate=3e-3, seed=2)
 
 
+@pytest.mark.parametrize(("method", "rate"), [("full", 3e-2), ("lora", 2.0), ("lora_8bit", 2.0)])
+def test_with_rows_held_out_the_best_evaluation_is_what_is_published(medalpaca, config, rows, tokenizer, method, rate):
+    """A rate at which the loss rises again: the published weights are those of the lowest loss, not the last ones."""
+    changes = {"method": method, "learning_rate": rate, "epochs": 6, "held_out": 0.25, "eval_steps": 2, "warmup_ratio": 0.0}
+    config = config.model_copy(update={**changes, "lr_scheduler_type": "constant", "dtype": "float32"})
+    made = sft(config, model=medalpaca.base, data=rows)
+    log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    losses = {e["step"]: e["eval_loss"] for e in log if "eval_loss" in e}
+    m = made.metrics
+    assert (m["rows"], m["held_out"], m["steps"]) == (18, 6, 18)  # of 24 rows; 3 batches of 8, the last one short
+    assert list(losses) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    best = min(losses, key=losses.get)
+    assert best < 18, f"this test needs a loss that rises again: {losses}"
+    assert (m["best_step"], m["held_out_loss"]) == (best, losses[best])
+    _, held = split_held_out(read_tokens(token_rows_of(medalpaca, rows, config)), config)
+    loss = held_out_loss(made, held, tokenizer)
+    assert loss == pytest.approx(losses[best], rel=2e-3), f"loss of the published weights {loss}; of all steps {losses}"
+    assert not (made / "checkpoints").exists()
+
+
+def token_rows_of(medalpaca, rows, config):
+    return token_rows(
+        TokenConfig(kind="instructions", max_length=config.max_length), model=medalpaca.base, data=rows, template="chat"
+    )
+
+
+def held_out_loss(made, held, tokenizer) -> float:
+    """Mean over the completion tokens of all rows, by a plain forward pass."""
+    net = models.load(made, dtype=torch.float32)
+    total, count = 0.0, 0
+    for row in held:
+        batch = Collator(tokenizer.pad_token_id)([row])
+        with torch.inference_mode():
+            logits = net(input_ids=batch["input_ids"]).logits[0, :-1]
+        wanted = batch["labels"][0, 1:]
+        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+        count += int((wanted != -100).sum())
+    return total / count
+
+
+def test_what_is_held_out_is_not_trained_on_and_goes_by_the_seed(medalpaca, config, rows):
+    made = read_tokens(token_rows_of(medalpaca, rows, config))
+    parts = [split_held_out(made, config.model_copy(update={"held_out": 0.1, "seed": seed})) for seed in (0, 0, 1)]
+    texts = [[[str(ids) for ids in side["input_ids"]] for side in part] for part in parts]
+    assert [len(side) for side in texts[0]] == [22, 2]
+    assert sorted(texts[0][0] + texts[0][1]) == sorted(str(ids) for ids in made["input_ids"])
+    assert texts[0] == texts[1] != texts[2]
+    assert split_held_out(made, config) == (made, None)
+    with pytest.raises(ConfigError, match="nothing to hold out"):
+        split_held_out(made.select([0]), config.model_copy(update={"held_out": 0.1}))
+
+
+def test_two_warmups_or_checkpoints_without_evaluation_are_errors():
+    given = {"mixture": {"x": 1}, "learning_rate": 1.0}
+    with pytest.raises(ValueError, match=r"warmup_steps 100 and warmup_ratio 0\.1 are two warm-ups: set one of them to 0"):
+        TrainConfig(**given, warmup_steps=100)
+    with pytest.raises(ValueError, match="save_steps 50 must be 0 or eval_steps 200"):
+        TrainConfig(**given, held_out=0.1, save_steps=50)
+    place = settings(TrainConfig(**given, warmup_steps=100, warmup_ratio=0), Path("x"), 1000, 1, 1)
+    assert place["warmup_steps"] == 100
+    assert settings(TrainConfig(**given, warmup_ratio=0.25), Path("x"), 1000, 1, 1)["warmup_steps"] == 250
+
+
+PACKED = {"packing": True, "train_on_inputs": True, "max_length": 128, "global_batch_size": 4}
+
+
+def test_packed_training_trains_and_counts_blocks(medalpaca):
+    """As UltraMedical's run_sft.py: a batch is four packed rows here, 16 of 8,192 tokens there."""
+    made = medalpaca.train_arm("full", learning_rate=1e-2, epochs=4, **PACKED)
+    m = made.metrics
+    assert m["rows"] == -(-m["tokens"] // 128) < m["documents"] == 24
+    assert m["steps"] == 4 * -(-m["rows"] // 4)
+    assert m["trained_tokens"] == m["tokens"]
+    assert m["tensors_moved"][0] == m["tensors_moved"][1]
+    losses = [e["loss"] for e in map(json.loads, (made / "log.jsonl").read_text().splitlines()) if "loss" in e]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
 def test_nothing_fits(medalpaca, config):
     with pytest.raises(ConfigError, match="max_length 8"):
         sft(config.model_copy(update={"max_length": 8}), model=medalpaca.base, data=medalpaca.training_rows(config))
 
 
 RUN = """
-import sys
+import json, sys
 from ultramed.core.config import load_profile
 from ultramed.core.log import quiet_libraries
 from ultramed.experiments.medalpaca import MedAlpaca
 quiet_libraries()
-p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
-MedAlpaca.of(p).train_arm(sys.argv[1], learning_rate=1e-3)
+p = load_profile("smoke", ["train.epochs=12", *sys.argv[3:]])
+MedAlpaca.of(p).train_arm(sys.argv[1], learning_rate=1e-3, **json.loads(sys.argv[2]))
 """
+EVALUATED = ("train.held_out=0.25", "train.eval_steps=2")
 
 
-@pytest.mark.parametrize(("method", "how"), [("full", signal.SIGKILL), ("lora", signal.SIGINT)])
-def test_killed_half_way_and_run_again_ends_with_the_same_weights(medalpaca, tmp_path, monkeypatch, method, how):
+@pytest.mark.parametrize(
+    ("method", "how", "changes", "more"),
+    [
+        ("full", signal.SIGKILL, PACKED, ("train.save_steps=2",)),
+        ("lora", signal.SIGINT, {}, ("train.save_steps=2",)),
+        ("full", signal.SIGINT, {}, EVALUATED),
+    ],
+    ids=["packed", "lora", "held out"],
+)
+def test_killed_half_way_and_run_again_ends_with_the_same_weights(medalpaca, tmp_path, monkeypatch, method, how, changes, more):
     """SIGINT saves a checkpoint first; SIGKILL leaves the last of those made every two steps."""
     from ultramed.core.config import load_profile
     from ultramed.experiments.medalpaca import MedAlpaca
 
-    p = load_profile("smoke", ["train.epochs=12", "train.save_steps=2"])
-    whole = MedAlpaca.of(p).train_arm(method, learning_rate=1e-3)
+    p = load_profile("smoke", ["train.epochs=12", *more])
+    whole = MedAlpaca.of(p).train_arm(method, learning_rate=1e-3, **changes)
     env = {**os.environ, "ULTRAMED_STORE": str(tmp_path)}
-    command = [sys.executable, "-c", RUN, method]
+    command = [sys.executable, "-c", RUN, method, json.dumps(changes), *more]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("sft/.work-*/checkpoints/checkpoint-*/trainer_state.json")):
@@ -204,7 +292,7 @@ def test_killed_half_way_and_run_again_ends_with_the_same_weights(medalpaca, tmp
     assert process.returncode != 0
     assert not list(tmp_path.glob("sft/[!.]*")), "nothing half-trained is published"
     monkeypatch.setenv("ULTRAMED_STORE", str(tmp_path))
-    again = MedAlpaca.of(p).train_arm(method, learning_rate=1e-3)
+    again = MedAlpaca.of(p).train_arm(method, learning_rate=1e-3, **changes)
     assert again.metrics["tokens_per_second"] is None, "it went on from a checkpoint"
     assert again.key == whole.key
     assert again.path != whole.path

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ultramed.core.errors import ConfigError
-from ultramed.data import sources
+from ultramed.data import adapters, sources
 from ultramed.data.adapters import stated_score
 from ultramed.data.catalog import SOURCES
 from ultramed.data.formats import read_table
@@ -13,7 +13,8 @@ from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.rows import read_instructions, read_questions
 from ultramed.data.sources import SourceConfig, adapt, local_files, source
 
-LOCAL = [name for name, spec in SOURCES.items() if spec.files and name != "usmle_self_assessment"]
+# Those whose rows are known, but for an exam that may not be passed on.
+LOCAL = [name for name, spec in SOURCES.items() if any(n for _, n in spec.files.values()) and name != "usmle_self_assessment"]
 
 
 @pytest.mark.parametrize("name", LOCAL)
@@ -94,6 +95,27 @@ def test_a_set_that_is_not_at_hand_says_what_to_put_where(monkeypatch):
     monkeypatch.setenv("ULTRAMED_DATA", "/nowhere/at/all")
     with pytest.raises(ConfigError, match="not a folder"):
         sources.data_root()
+
+
+def test_a_part_of_meadow_without_a_public_copy_says_how_to_bring_it(monkeypatch, tmp_path, fresh_store):
+    monkeypatch.setenv("ULTRAMED_DATA", str(tmp_path))
+    wanted = (
+        r"'meadow_stackexchange_health' is not at hand: .*\$ULTRAMED_DATA/meadow_stackexchange/\{health.jsonl\}.*no public copy"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        source(SourceConfig(name="meadow_stackexchange_health"))
+    (tmp_path / "meadow_stackexchange").mkdir()
+    row = {"instruction": "Answer.", "input": "Is water wet?", "output": "Yes."}
+    (tmp_path / "meadow_stackexchange/health.jsonl").write_text(json.dumps(row) + "\n")
+    made = source(SourceConfig(name="meadow_stackexchange_health"))
+    assert made.metrics["counts"] == {"train": 1}
+    assert read_instructions(made / "train.parquet")[0]["completion"][0]["content"] == "Yes."
+
+
+def test_the_first_exchange_of_an_openassistant_conversation():
+    text = "### Human: Why?### Assistant: Because.\nSo.### Human: Really?### Assistant: Yes."
+    made = adapters.guanaco({"text": text}, 0)
+    assert [turn["content"] for turn in (*made["prompt"], *made["completion"])] == ["Why?", "Because.\nSo."]
 
 
 def test_a_wrong_count_is_an_error(tmp_path, monkeypatch, fresh_store):

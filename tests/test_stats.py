@@ -194,13 +194,13 @@ def test_a_permutation_counts_every_draw_once():
 def test_shifts_of_seeds_by_hand():
     """Sums 3, 0, 0 by seed: drawing the first 0, 1, 2, 3 times gives 0, 3, 6, 9, less 3, with either sign."""
     seeds = ["one", "two", "three"]
-    shifts = stats._seed_shifts(np.array([3.0, 0, 0]), seeds, 5000, 0)
+    shifts = stats._seed_shifts(np.array([3.0, 0, 0]), np.ones(3), seeds, 5000, 0)
     assert set(shifts.round(6)) == {-6, -3, 0, 3, 6}
     assert np.mean(shifts.round(6) == 6) == pytest.approx(1 / 54, abs=0.01)
     assert np.mean(shifts.round(6) == -6) == pytest.approx(1 / 54, abs=0.01)
-    two = stats._seed_shifts(np.array([1.0, 1, 0, 0]), [1, 1, 2, 2], 2000, 0)
+    two = stats._seed_shifts(np.array([1.0, 1, 0, 0]), np.ones(4), [1, 1, 2, 2], 2000, 0)
     assert set(two.round(6)) == {-2, 0, 2}
-    assert not stats._seed_shifts(np.array([3.0, 0, 0]), None, 5, 0).any()
+    assert not stats._seed_shifts(np.array([3.0, 0, 0]), np.ones(3), None, 5, 0).any()
 
 
 def test_tests_of_seeds_come_out_the_same_again():
@@ -225,3 +225,21 @@ def test_a_win_rate_without_what_length_bought():
     assert e.value == pytest.approx(0.7, abs=0.02)
     assert e.low < 0.7 < e.high
     assert stats.length_controlled([1, 1, 1], [4, 5, 6]).value == 1.0
+
+
+def test_tasks_count_the_same_whatever_their_size():
+    """Three questions of one task, one of another: weights 4 / (2 * 3) and 4 / (2 * 1), 1 on average."""
+    weights = stats.task_weights(["a", "a", "a", "b"])
+    assert weights.tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
+    made = stats.clustered([1, 1, 0, 0], range(4), weights=weights)
+    assert made.value == pytest.approx((2 / 3 + 0) / 2), "the mean of the tasks, not of the questions"
+    assert stats.task_weights(["x"] * 3).tolist() == [1, 1, 1]
+
+
+def test_weights_decide_a_test_as_they_decide_the_mean():
+    """Of 100 questions of one task A wins ten, of 10 of another it loses ten: by questions even, by tasks lost."""
+    a, b = [1] * 10 + [0] * 100, [0] * 100 + [1] * 10
+    weights = stats.task_weights(["large"] * 100 + ["small"] * 10)
+    assert stats.difference(a, b, weights=weights).value == pytest.approx((0.1 - 1) / 2)
+    assert stats.sign_flip(a, b, range(110)) == 1
+    assert stats.sign_flip(a, b, range(110), weights=weights) < 0.01

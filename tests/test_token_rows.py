@@ -7,9 +7,11 @@ import time
 
 import psutil
 import pytest
+from datasets import Dataset
+from handmade import given
 
 from ultramed.core.errors import ConfigError
-from ultramed.core.schema import TokenConfig
+from ultramed.core.schema import TokenConfig, TrainConfig
 from ultramed.data.rows import read_instructions
 from ultramed.experiments.medalpaca import arm_config
 from ultramed.lm.templates import TEMPLATES
@@ -82,3 +84,55 @@ def test_nothing_that_fits_and_malformed_rows_are_errors(medalpaca, mixture):
         token_rows(TokenConfig(kind="instructions", max_length=8), model=medalpaca.base, data=mixture, template="chat")
     with pytest.raises(TemplateError, match="doubled role header"):
         token_rows(CONFIG, model=medalpaca.base, data=mixture, template="ultramedical_released")
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.fixture
+def three(fresh_store):
+    """An artifact of three made-up rows."""
+    texts = [("Where is the heart?", "In the chest."), ("And the liver?", "Below the ribs, on the right."), ("Hm?", "Yes.")]
+    rows = [
+        {
+            "id": str(n),
+            "source": "t",
+            "prompt": [{"role": "user", "content": asked}],
+            "completion": [{"role": "assistant", "content": said}],
+        }
+        for n, (asked, said) in enumerate(texts)
+    ]
+    return given(None, rows=rows, side="rows")
+
+
+def test_packed_rows_are_the_same_tokens_cut_every_so_many(medalpaca, three, tokenizer):
+    made = token_rows(
+        TokenConfig(kind="instructions", max_length=20, packing=True), model=medalpaca.base, data=three, template="chat"
+    )
+    chat, want = TEMPLATES["chat"], []
+    for row in read_instructions(three / "rows.parquet"):
+        text = chat.render(row["prompt"], tokenizer) + chat.finish(row["completion"][0]["content"], tokenizer)
+        want += tokenizer(text, add_special_tokens=False)["input_ids"]
+    blocks = read_tokens(made).to_list()
+    assert [block["input_ids"] for block in blocks] == [want[k : k + 20] for k in range(0, len(want), 20)]
+    assert want.count(tokenizer.eos_token_id) >= 3, "each row ends with its end token"
+    assert {block["prompt_length"] for block in blocks} == {0}, "the loss is on every token"
+    assert [block["length"] for block in blocks[:-1]] == [20] * (len(blocks) - 1)
+    m = made.metrics
+    assert (m["rows"], m["documents"], m["dropped"], m["truncated"]) == (len(blocks), 3, 0, 0)
+    assert m["tokens"] == len(want)
+    assert m["longest"] == 20
+    alone = token_rows(TokenConfig(kind="instructions", max_length=20), model=medalpaca.base, data=three, template="chat")
+    assert alone.metrics["truncated"] > 0, "unpacked, what is too long is cut off"
+
+
+def test_packing_goes_on_over_batches(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[n] * 3 for n in range(1, 2500)]})
+    blocks = Dataset.from_file(module._packed(rows, 7, str(tmp_path / "x.arrow")))["input_ids"]
+    flat = [n for n in range(1, 2500) for _ in range(3)]
+    assert list(blocks) == [flat[k : k + 7] for k in range(0, len(flat), 7)]
+
+
+def test_packing_needs_a_loss_on_every_token():
+    with pytest.raises(ValueError, match="needs train_on_inputs"):
+        TrainConfig(mixture={"x": 1}, learning_rate=1, packing=True)

@@ -1,13 +1,15 @@
 """What does not fit into a model's context is told, counted and kept out."""
 
 import pytest
-from handmade import given
+from handmade import given, prompt_row
 
 from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import Ledger
 from ultramed.core.schema import EvalConfig, SampleConfig
 from ultramed.data.rows import Pair, Question, check_rows
 from ultramed.evaluate.accuracy import answers, read_answers
 from ultramed.evaluate.engine import one_reply
+from ultramed.evaluate.open_ended import ReplyConfig, read_replies, replies
 from ultramed.evaluate.reward_bench import read_scores, score_pairs
 from ultramed.evaluate.sample import read_samples, samples
 from ultramed.lm.templates import TEMPLATES
@@ -36,6 +38,15 @@ def test_samples_leave_it_out(medalpaca, questions):
     art = samples(SampleConfig(n=2, max_new_tokens=4), model=medalpaca.base, questions=questions)
     assert (art.metrics["prompts"], art.metrics["samples"], art.metrics["too_long"]) == (2, 4, 1)
     assert [row["id"] for row in read_samples(art)] == ["short", "other"]
+
+
+def test_an_open_question_that_does_not_fit_has_an_empty_reply(medalpaca):
+    data = given(None, rows=[prompt_row("short", "Which organ hears?"), prompt_row("long", LONG)], side="test")
+    art = replies(ReplyConfig(max_new_tokens=4), model=medalpaca.base, data=data)
+    said = read_replies(art).set_index("id").reply
+    assert (art.metrics["rows"], art.metrics["too_long"], said["long"]) == (2, 1, "")
+    marked = {key: "too_long" in entry for key, entry in Ledger(art / "turns.jsonl").rows.items()}
+    assert marked == {"short#0": False, "long#0": True}
 
 
 def test_where_nothing_may_be_left_out_it_is_an_error(medalpaca):

@@ -35,7 +35,7 @@ args = parser.parse_args()
 quiet_libraries()
 profile = load_profile("laptop")
 experiment = UltraMedical.of(profile)
-model = models.resolve(args.model) if args.model else experiment.train_sft("ultramix")
+model = models.resolve(args.model) if args.model else experiment.train_sft("ultramed")
 rows = []
 for questions, side, select in experiment.test_prompts("medical"):
     rows += [r for r in read_questions(questions / f"{side}.parquet") if r["subset"] in select]

@@ -28,10 +28,16 @@ class HumanConfig(Strict):
     words: int = Field(120, ge=10)
 
 
-def _paths(side: str) -> list[Path]:
+def at_hand(side: str) -> list[Path]:
+    """The files of a side, none where one of them is not there."""
     root = data_root()
     paths = [root / "mediqa2019_qa" / name for name in FILES[side]] if root else []
-    if not paths or not all(p.is_file() for p in paths):
+    return paths if all(p.is_file() for p in paths) else []
+
+
+def _paths(side: str) -> list[Path]:
+    paths = at_hand(side)
+    if not paths:
         raise ConfigError(f"human rankings need ULTRAMED_DATA/mediqa2019_qa with {', '.join(FILES[side])}")
     return paths
 

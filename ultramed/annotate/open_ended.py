@@ -1,4 +1,4 @@
-"""Open-ended answers through a judge: K-QA's statements, MT-Bench's scores, wins against a baseline."""
+"""Open-ended answers through a judge: K-QA's statements, MT-Bench's scores, CURE-Med's consistency, wins."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +30,12 @@ words, the length or the language. An answer that leaves the decisive point out,
 not correct.
 Answer with a JSON object: {"correct": true or false}."""
 
+CONSISTENT = """\
+A question in {language} and a reply to it. Is the reply consistent: all of it in {language}, nothing in any other language, \
+no drift away from the question, no needless repetition, and a proper conclusion at its end? Whether it is medically \
+correct does not matter here.
+Answer with a JSON object: {{"consistent": true or false}}."""
+
 MT_BENCH = """\
 Grade the assistant's last reply from 1 to 10: is it correct, helpful, relevant, deep enough and does it follow the \
 instruction, given the conversation before it? Neither length nor style alone is a merit.{reference}
@@ -47,13 +53,17 @@ class Verdict(BaseModel):
     correct: bool
 
 
+class Consistent(BaseModel):
+    consistent: bool
+
+
 class Grade(BaseModel):
     reason: str = ""
     score: float = Field(ge=1, le=10)
 
 
 def wording(config=None) -> str:
-    return repr((NLI, CORRECT, MT_BENCH))
+    return repr((NLI, CORRECT, CONSISTENT, MT_BENCH))
 
 
 def _entails(name: str, question: str, answer: str, statement: str, config: LLMConfig) -> Request:
@@ -92,6 +102,22 @@ def correctness(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
     right = [m["value"]["correct"] if m["value"] else None for m in made]
     write_lines(out / "verdicts.jsonl", ({"id": m["id"], "correct": c} for m, c in zip(made, right, strict=True)))
     return {"replies": len(right), "unread": right.count(None), "correct": right.count(True)}
+
+
+@stage(version=1, also=wording)
+def consistency(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
+    """`verdicts.jsonl`: whether each reply is in the language of its question throughout and ends properly, None where the judge
+    could not be read. CURE-Med's definition (evaluating_language_of_generated_solutions.py, beside UltraMedical's replies,
+    which gpt-4o-mini judged); `meta.language` of a row names the language."""
+    rows = list(read_replies(replies).itertuples())
+    asked = [
+        request(r.id, CONSISTENT.format(**r.meta), f"Question: {r.prompt[-1]['content']}\n\nReply: {r.reply}", config)
+        for r in rows
+    ]
+    made = ask(config.server, asked, out / "requests.jsonl", schema=Consistent, desc="language consistency")
+    kept = [m["value"]["consistent"] if m["value"] else None for m in made]
+    write_lines(out / "verdicts.jsonl", ({"id": m["id"], "consistent": c} for m, c in zip(made, kept, strict=True)))
+    return {"replies": len(kept), "unread": kept.count(None), "consistent": kept.count(True)}
 
 
 def physicians_file() -> Path:

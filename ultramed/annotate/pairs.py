@@ -83,6 +83,17 @@ def pairs(out: Path, config: PairConfig, **feedback: Artifact) -> dict:
     return {"pairs": len(table.made), "sources": report, "chosen_is_longer": longer / len(table.made), "row_ids": digest(ids)}
 
 
+@stage(version=1)
+def chosen_rows(out: Path, config: None = None, *, pairs: Artifact) -> dict:
+    """Write `rows.parquet`: the pairs' chosen sides as instruction rows, to fine-tune on what preference learning prefers."""
+    made = [
+        {"id": row["id"], "source": row["source"], "prompt": row["prompt"], "completion": row["chosen"]}
+        for row in canonical.read_pairs(pairs / "pairs.parquet")
+    ]
+    canonical.write_rows(out / "rows.parquet", made)
+    return {"rows": len(made), "row_ids": digest([row["id"] for row in made])}
+
+
 class PairTable:
     """Canonical pair rows column by column: what many pairs of a prompt share is held once.
 

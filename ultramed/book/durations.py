@@ -24,18 +24,21 @@ def speed_here() -> float | None:
     return None if has_gpu() else matrix_gflops()
 
 
+def measured() -> dict[str, dict[str, float]]:
+    """Profile -> notebook -> seconds on the reference machine, of the profiles that have been run whole."""
+    return yaml.safe_load(files("ultramed.book").joinpath("durations.yaml").read_text())
+
+
 def reference_seconds(profile: Profile, notebooks: list[Path]) -> dict[str, float] | None:
     """Notebook -> seconds on the reference machine from an empty store: as measured (durations.yaml), or, for a profile that
     nobody has measured, what the plan's arithmetic takes; None for a model whose shape is not known here."""
-    measured = yaml.safe_load(files("ultramed.book").joinpath("durations.yaml").read_text()).get(profile.name)
-    if measured:
-        return {path.stem: measured.get(path.stem, AROUND) for path in notebooks}
+    if known := measured().get(profile.name.partition("+")[0]):
+        return {path.stem: known.get(path.stem, AROUND) for path in notebooks}
     from ultramed.book.plan import Hardware, jobs_of, work_of
-    from ultramed.train.estimate import shape_of
 
     try:
-        shape, hours = shape_of(profile.models[0].name), {}
-        for job in jobs_of(profile):
+        hours: dict[str, float] = {}
+        for shape, job in jobs_of(profile):
             hours[job.notebook] = hours.get(job.notebook, 0) + work_of(job, shape, Hardware(1, REFERENCE / 1000))[2]
     except UserError:
         return None
@@ -45,11 +48,11 @@ def reference_seconds(profile: Profile, notebooks: list[Path]) -> dict[str, floa
 class Rest:
     """About how long the rest of a run takes, from reference seconds and this machine's speed, corrected by what it has seen.
 
-    jobs: anything with `name`, `state` and `seconds`, as the runner's.
+    jobs: anything with `name`, `state` and `seconds`, as the runner's. at_once: how many run side by side and share the cores.
     """
 
-    def __init__(self, jobs: list, known: dict[str, float], gflops: float):
-        self.jobs, self.known, self.slower = jobs, known, REFERENCE / gflops
+    def __init__(self, jobs: list, known: dict[str, float], gflops: float, at_once: int = 1):
+        self.jobs, self.known, self.slower, self.at_once = jobs, known, at_once * REFERENCE / gflops, at_once
 
     def seconds(self) -> float:
         """The more has been seen, the less what the machine's speed let expect counts: as much as a minute of the reference."""
@@ -57,4 +60,5 @@ class Rest:
         left = [job for job in self.jobs if job.state in ("waiting", "running")]
         seen, expected = sum(job.seconds for job in ended), sum(self.known[job.name] for job in ended)
         pace = (seen + 60 * self.slower) / (expected + 60)
-        return sum(max(0.0, pace * self.known[job.name] - job.seconds) for job in left)
+        each = [max(0.0, pace * self.known[job.name] - job.seconds) for job in left]
+        return max(sum(each) / self.at_once, *each, 0.0)

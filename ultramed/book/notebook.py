@@ -1,6 +1,7 @@
 """What every notebook's first cell calls: `book = start(...)`, and through it tables, figures, claims and published cells."""
 
 import ast
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +32,7 @@ class Book:
 
     name: str
     profile: Profile
+    command: str = ""  # what makes its results again
 
     # ----------------------------------------------------------------------------------------------------- what it has
 
@@ -73,7 +75,7 @@ class Book:
 
     def protocol(self, more: str = "") -> str:
         """Model and way of asking, as the scorecard keeps it beside every number."""
-        asked = self.profile.eval
+        asked = self.profile.eval if self.name.startswith("1") or not self.profile.ultramedical else self.ultramedical.asking
         return f"{self.profile.models[0].label}; {asked.protocol}, {asked.answer_form}" + (f"; {more}" if more else "")
 
     # ---------------------------------------------------------------------------------------------------- what it shows
@@ -107,7 +109,10 @@ class Book:
         return self._record(entries, "diagnostics", "Comparisons of our own: A minus B in points, raw p.", arms)
 
     def _record(self, entries: list[dict], name: str, caption: str, arms: Arms) -> pd.DataFrame:
-        made = scorecard.record(self.profile.name, self.name, entries)
+        if not entries:
+            print(f"no {name} of this notebook can be tested at this profile: an arm of each is missing")
+            return pd.DataFrame()
+        made = scorecard.record(self.profile.name, self.name, entries, self.command)
         return self.table(f"{self.name[:2]}_{name}", scorecard.shown(made), caption, arms)
 
     def beside(
@@ -129,7 +134,7 @@ class Book:
         if not entries:
             print("no published cell can be filled at this profile")
             return pd.DataFrame()
-        scorecard.record(self.profile.name, self.name, entries)
+        scorecard.record(self.profile.name, self.name, entries, self.command)
         labels = {row: arm for arm, row in names.items()}
         caption = f"{beside.source(table)}, beside ours ({self.profile.models[0].label})"
         caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
@@ -149,16 +154,18 @@ def start(name: str, profile: str, overrides: list[str] = ()) -> Book:
             extra.append(f"{parameter.replace('__', '.')}={_as_yaml(value)}")
         elif parameter not in PARAMETERS:
             raise ConfigError(f"unknown notebook parameter {parameter!r}{config.nearest(parameter, PARAMETERS)}")
-    resolved = config.load_profile(profile, [*overrides, *extra])
+    changes = [*overrides, *extra]
+    resolved = config.load_profile(profile, changes)
     figures.style()
     pd.set_option("display.max_colwidth", 120, "display.precision", 3, "display.max_rows", 80)
     scorecard.forget(resolved.name, name)
     print(f"profile  {resolved.name}: {resolved.description}")
     print(f"models   {', '.join(m.label for m in resolved.models)}")
     print(f"runs on  {placement()}")
-    if overrides or extra:
-        print(f"changed  {', '.join([*overrides, *extra])}")
-    return Book(name, resolved)
+    if changes:
+        print(f"changed  {', '.join(changes)}; results go to figures/{resolved.name}")
+    settings = "".join(f" --set {shlex.quote(change)}" for change in changes)
+    return Book(name, resolved, f"ultramed run {name[:2]} --profile {profile}{settings}")
 
 
 def _as_yaml(value) -> str:

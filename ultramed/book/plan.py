@@ -5,6 +5,7 @@ at hand is named. Nothing is started and nothing is fetched.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ultramed.evaluate import vllm
 from ultramed.experiments.jobs import Job
 from ultramed.experiments.medalpaca import MedAlpaca
 from ultramed.experiments.ultramedical import UltraMedical
+from ultramed.experiments.ultramedical_jobs import jobs_of as jobs_of_ultramedical
 from ultramed.lm.models import exceeds
 from ultramed.train import training
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
@@ -56,17 +58,26 @@ class Hardware:
     row_tokens: int = 512
 
 
-def jobs_of(profile: Profile) -> list[Job]:
-    """Every job of notebooks 11 and 21 to 26."""
-    return MedAlpaca.of(profile).jobs() + (UltraMedical.of(profile).jobs() if profile.ultramedical else [])
+def jobs_of(profile: Profile) -> list[tuple[Shape, Job]]:
+    """Every job of notebooks 11, on all models, and 21 to 26, on the first, with the shape of its model."""
+    found = [(shape_of(each.config.name), job) for each in MedAlpaca.all_of(profile) for job in each.jobs()]
+    shape = shape_of(profile.models[0].name)
+    return found + [(shape, job) for job in (jobs_of_ultramedical(UltraMedical.of(profile)) if profile.ultramedical else [])]
 
 
 def plan(profile: Profile, hardware: Hardware = Hardware()) -> Plan:
     """The jobs with what each takes, and what is not at hand."""
-    shape = shape_of(profile.models[0].name)
-    made = Plan([cost_of(job, shape, hardware) for job in jobs_of(profile)])
+    made = Plan([cost_of(job, shape, hardware) for shape, job in jobs_of(profile)])
     made.missing = [*_too_large(made.costs), *_not_at_hand(profile), *_no_vllm(made.costs)]
     return made
+
+
+def rows_read(job: Job, hardware: Hardware) -> tuple[int, int]:
+    """(rows that a training reads in an epoch, tokens of one of them); packed rows are full."""
+    length = min(hardware.row_tokens, job.config.max_length)
+    if not getattr(job.config, "packing", False):
+        return job.rows, length
+    return -(-job.rows * hardware.row_tokens // job.config.max_length), job.config.max_length
 
 
 def work_of(job: Job, shape: Shape, hardware: Hardware) -> tuple[int, float, float]:
@@ -75,9 +86,9 @@ def work_of(job: Job, shape: Shape, hardware: Hardware) -> tuple[int, float, flo
     if not job.trains:
         tokens = job.prompts * hardware.row_tokens + job.rows * job.new_tokens
         return 0, tokens, tokens * 2 * shape.parameters / (peak * UTILISATION["sampling"]) / 3600
-    config, length = job.config, min(hardware.row_tokens, job.config.max_length)
-    steps = training.step_count(config, job.rows)
-    tokens = steps * min(config.global_batch_size, job.rows) * length * job.sequences
+    config, (rows, length) = job.config, rows_read(job, hardware)
+    steps = training.step_count(config, rows)
+    tokens = steps * min(config.global_batch_size, rows) * length * job.sequences
     return steps, tokens, tokens * flops_per_token(shape, config, length) / (peak * UTILISATION["training"]) / 3600
 
 
@@ -86,7 +97,7 @@ def cost_of(job: Job, shape: Shape, hardware: Hardware) -> Cost:
     steps, tokens, hours = work_of(job, shape, hardware)
     if not job.trains:
         return Cost(job, 0, tokens, _held(job, shape, hardware) / 2**30, hours)
-    config, length = job.config, min(hardware.row_tokens, job.config.max_length)
+    config, (_, length) = job.config, rows_read(job, hardware)
     whole = config.model_copy(update={"global_batch_size": config.global_batch_size * hardware.gpus})
     micro, accumulation = training.batch_plan(whole, length, hardware.gpus)
     need = memory(
@@ -131,9 +142,11 @@ def _no_vllm(costs: list[Cost]) -> list[str]:
 
 
 def _not_at_hand(profile: Profile) -> list[str]:
-    """The model and the data sets that would have to be fetched or brought."""
-    name, missing = profile.models[0].name, []
-    if ":" not in name and not Path(name).expanduser().is_dir():
+    """The models and the data sets that would have to be fetched or brought."""
+    missing = []
+    start = profile.ultramedical and profile.ultramedical.sft.model
+    asked = [*(m.name for m in profile.models), *((start.name, start.tokenizer) if start else ())]
+    for name in (n for n in dict.fromkeys(asked) if n and ":" not in n and not Path(n).expanduser().is_dir()):
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         gated = "; gated: accept its licence on the hub first" if name.startswith("meta-llama/") else ""
         missing.append(f"model {name}: from the hub{offline}{gated}")
@@ -141,6 +154,12 @@ def _not_at_hand(profile: Profile) -> list[str]:
         if source != "exam" and not local_files(source) and not (get(source).hub and hub_root()):
             missing.append(f"data {get(source).where()}")
     return missing
+
+
+def _after(first: int, *specs: dict[str, int]) -> Iterator[dict[str, int]]:
+    """What must be there for counts that begin after the first so many rows."""
+    for spec in specs:
+        yield {name: first + count for name, count in spec.items()}
 
 
 def requests(profile: Profile) -> dict[tuple[str, str], float]:
@@ -156,12 +175,16 @@ def requests(profile: Profile) -> dict[tuple[str, str], float]:
 
     usmle = profile.usmle
     ask("train", profile.train.mixture, *(arm["mixture"] for arm in usmle.arms.values() if "mixture" in arm))
-    ask("test", {name: count for name, count in usmle.questions.items()})
-    ask("dev", dict.fromkeys(usmle.dev_sources, usmle.tuning_questions))
+    ask("test", *_after(usmle.skip, usmle.questions))
+    ask("dev", usmle.dev_counts)
     if section := profile.ultramedical:
-        ask("train", *section.sft.mixtures.values(), *section.candidates.prompts.values(), section.iterative.prompts)
+        ask("train", *section.sft.mixtures.values(), *section.candidates.prompts.values())
+        ask("train", *section.reward.sources.values())
+        ask("train", *_after(section.preference.first, *section.preference.prompts.values()))
+        if section.iterative:
+            ask("train", *_after(section.iterative.first, section.iterative.prompts))
         ask("dev", *section.candidates.held_prompts.values())
-        ask("test", *section.test.questions.values())
+        ask("test", *section.test.questions.values(), dict.fromkeys(section.reward.benches.values(), 0))
     return found
 
 
@@ -186,7 +209,8 @@ def open_data(profile: Profile) -> tuple[list[str], list[str]]:
             data = dataset(profile, name)
             for (source, side), count in sorted(asked.items()):
                 if names_in([source]) == [name]:
-                    rows = len(source_rows(source, side, {name: data}))
+                    counted = data.metrics["counts"].get(side) if source == name else None  # of a part, the rows must be read
+                    rows = len(source_rows(source, side, {name: data})) if counted is None else counted
                     if isinstance(count, int) and count > rows and side != "test":
                         wrong.append(f"data {source}: {count} rows asked of its {side} side, it has {rows}")
             opened.append(f"data {name}: " + ", ".join(f"{side} {n:,}" for side, n in data.metrics["counts"].items()))

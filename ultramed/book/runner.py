@@ -22,6 +22,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile
 from ultramed.core.progress import FILE, MINUTE, duration
 from ultramed.core.store import digest, environment, write_json
+from ultramed.lm.device import cores
 from ultramed.report.scorecard import folder
 
 LAST = "90"  # the scorecard reads what the others recorded, so it runs alone and last
@@ -44,9 +45,15 @@ class Job:
     def stamp(self) -> Path:
         return self.target.with_suffix(".json")
 
+    @property
+    def last(self) -> bool:
+        return self.name.startswith(LAST)
+
     def key(self) -> str:
-        """Changes when the notebook, its parameters or the package's code change."""
-        return digest([self.source.read_text(), self.parameters, code_hash()])
+        """Changes when the notebook, its parameters or the package's code change; the scorecard's also with what it reads."""
+        entries = sorted((self.target.parents[1] / "entries").glob("*.json")) if self.last else []
+        recorded = [path.read_text() for path in entries]
+        return digest([self.source.read_text(), self.parameters, code_hash(), *recorded])
 
     def fresh(self) -> bool:
         try:
@@ -94,7 +101,11 @@ def run(
     force: bool = False,
     console: Console | None = None,
 ) -> bool:
-    """Run notebooks; True if none failed. What is done already, with the same code and parameters, is skipped."""
+    """Run notebooks; True if none failed. What is done already, with the same code and parameters, is skipped.
+
+    With several `jobs` the longest begin first, so that none is left over at the end; two that need the same artifact wait for
+    each other (core/store.py).
+    """
     console = console or Console()
     resolved = load_profile(profile, overrides)  # a typo should not cost a minute of start-up
     parameters = {"profile": profile, "overrides": list(overrides)}
@@ -103,22 +114,25 @@ def run(
         unknown = set(parameters) - set(parameters_of(path))
         if unknown:
             raise ConfigError(f"{path.name} lacks the parameters {sorted(unknown)}")
-        todo.append(Job(path.stem, path, folder(profile) / "notebooks" / path.name, parameters))
-    first, last = [j for j in todo if not j.name.startswith(LAST)], [j for j in todo if j.name.startswith(LAST)]
+        todo.append(Job(path.stem, path, folder(resolved.name) / "notebooks" / path.name, parameters))
+    first, last = [j for j in todo if not j.last], [j for j in todo if j.last]
     started, show = time.monotonic(), _Terminal if console.is_terminal else _Lines
-    with show(console, todo, profile, _rest(todo, resolved, force)) as watch:
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
-            waiting = [pool.submit(_run_one, job, force) for job in first]
+    rest = _rest(todo, resolved, force, jobs)
+    if jobs > 1 and rest:
+        first.sort(key=lambda job: -rest.known[job.name])
+    with show(console, todo, resolved.name, rest) as watch:
+        threads = max(1, cores() // jobs) if jobs > 1 else 0
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = [pool.submit(_run_one, job, force, threads=threads) for job in first]
             while not all(f.done() for f in waiting):
                 watch.tick()
                 time.sleep(0.3)
             for future in waiting:
                 future.result()
-        ran = any(j.state == "done" for j in first)
-        for job in last:  # its input is not in its key, so it runs again whenever another notebook did
-            _run_one(job, force or ran, watch.tick)
+        for job in last:
+            _run_one(job, force, watch.tick)
         watch.tick()
-    console.print(_table(todo, profile))
+    console.print(_table(todo, resolved.name))
     failed = [j for j in todo if j.state == "failed"]
     for job in failed:
         console.print(f"\n[bold red]{job.name} failed[/]: {job.note}\n  see {job.target}", highlight=False)
@@ -128,14 +142,14 @@ def run(
     return not failed
 
 
-def _rest(todo: list[Job], profile: Profile, force: bool) -> Rest | None:
+def _rest(todo: list[Job], profile: Profile, force: bool, at_once: int) -> Rest | None:
     """What foretells the rest; None where nothing has to run, or where nothing is known to go by."""
     if not force and all(job.fresh() for job in todo):
         return None
     speed, known = speed_here(), reference_seconds(profile, [job.source for job in todo])
     for job in todo:
         job.gflops = speed and round(speed)
-    return Rest(todo, known, speed) if speed and known else None
+    return Rest(todo, known, speed, at_once) if speed and known else None
 
 
 class _Terminal:
@@ -201,8 +215,9 @@ def _table(todo: list[Job], profile: str) -> Table:
     return table
 
 
-def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
-    """Run one notebook in a process of its own; papermill is not safe to run twice in one."""
+def _run_one(job: Job, force: bool, tick=lambda: None, threads: int = 0) -> None:
+    """Run one notebook in a process of its own; papermill is not safe to run twice in one. threads: its share of the cores (0:
+    what torch takes by itself), unless the user has said how many."""
     if not force and job.fresh():
         job.state, job.note = "skipped", "done before with the same code and parameters (--force runs it again)"
         return
@@ -211,6 +226,8 @@ def _run_one(job: Job, force: bool, tick=lambda: None) -> None:
     progress = job.target.with_suffix(".progress")
     work = job.target.with_name(f".{job.target.name}")
     env = {**os.environ, FILE: str(progress), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "ULTRAMED_HOME": str(home())}
+    if threads:
+        env.setdefault("OMP_NUM_THREADS", str(threads))
     code = "import sys; from ultramed.book.runner import execute; execute(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(job.source), str(work), json.dumps(job.parameters)]
     piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

@@ -38,7 +38,7 @@ class SweepConfig(Strict):
     profile: str = "laptop"
     experiment: Literal["sft", "policy", "preference", "reward", "vote"] = "sft"
     arm: str = "full"
-    mix: str = "ultramix"
+    mix: str = "ultramed"
     seeds: list[int] = Field(default=[0], min_length=1)
     grid: dict[str, list] = Field(default_factory=dict)
     runs: list[dict] = Field(default_factory=list)
@@ -154,15 +154,15 @@ def _run(sweep: SweepConfig, profile: Profile, seed: int) -> tuple[Answers, Arti
         return medalpaca.examine(model, seed), model
     experiment = UltraMedical.of(profile)
     if sweep.experiment == "reward":
-        answers = experiment.score_pairs(sweep.arm, experiment.make_bench("medical"), seed=seed)
+        answers = experiment.score_pairs(sweep.arm, experiment.make_bench("medical"))
         return answers, answers.artifacts[0]
     if sweep.experiment == "preference":
-        model = experiment.train_preference(sweep.mix, sweep.arm, seed=seed)
-        return experiment.examine(model), model
-    model = experiment.train_sft(sweep.mix)
-    greedy = experiment.examine(model)
+        model = experiment.train_preference(sweep.mix, sweep.arm, seed)
+        return experiment.examine(model, seed), model
+    model = experiment.train_sft(sweep.mix, seed)
+    greedy = experiment.examine(model, seed)
     if sweep.experiment == "vote":
-        return Votes(experiment.sample_test(model)).select("self_consistency", like=greedy), model
+        return Votes(experiment.sample_test(lambda _: model)).select("self_consistency", like=greedy), model
     return greedy, model
 
 
@@ -172,8 +172,8 @@ def _short(value) -> str:
 
 def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
     overrides = [f"{key}={json.dumps(value)}" for key, value in point.items()]
-    if sweep.experiment in ("policy", "vote"):
-        overrides.append(f"ultramedical.seed={seed}")
+    if sweep.experiment != "sft":
+        overrides += [f"ultramedical.seeds=[{seed}]", "ultramedical.reward.seeds=1"]
     profile = config.load_profile(sweep.profile, overrides)
     if sweep.experiment == "sft":
         config.arm_config(profile, sweep.arm)

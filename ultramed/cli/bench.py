@@ -156,6 +156,7 @@ def _reward(setting, found, out, yes) -> None:
     import pandas as pd
 
     from ultramed.core.store import write_json
+    from ultramed.evaluate.reward_bench import AVERAGE, sections
     from ultramed.experiments import bench_reward as benches
     from ultramed.report import bench as report
 
@@ -168,7 +169,8 @@ def _reward(setting, found, out, yes) -> None:
             table, biases, _ = benches.score_reward(art, data, setting.batch_tokens, best_of=bench_name == "rewardbench2")
             parts = [table.rename(columns={"subset": "task"}).assign(task=lambda t, b=bench_name: f"{b}: " + t.task)]
             if bench_name == "rewardbench":
-                parts.append(benches.sections(table).rename(columns={"section": "task"}))
+                whole = sections(table).rename(columns={"subset": "task"})
+                parts.append(whole.assign(task=whole.task.replace(AVERAGE, "mean of sections")))
             made = pd.concat(parts, ignore_index=True).assign(model=name, artifact=f"{art.stage}/{art.key}")
             rows.append(made)
             caption = f"{name} on {bench_name}: " + ", ".join(f"{k} {v:.3g}" for k, v in biases.items())

@@ -81,7 +81,7 @@ def doctor(
 
     import psutil
 
-    from ultramed.book.durations import REFERENCE, reference_seconds, speed_here
+    from ultramed.book.durations import REFERENCE, measured, reference_seconds, speed_here
     from ultramed.book.runner import notebooks
     from ultramed.core.progress import duration
     from ultramed.data.sources import data_root
@@ -122,7 +122,8 @@ def doctor(
         table.add_row(name, here, f"{found.description}\n[dim]{models}; {found.hardware}[/]")
     console.print(table)
     console.print(
-        "time here: from an empty store; measured for laptop and smoke, elsewhere the arithmetic alone", highlight=False
+        f"time here: from an empty store; measured for {' and '.join(measured())}, elsewhere the arithmetic alone",
+        highlight=False,
     )
     resolved = config.load_profile(profile)
     if gpus:
@@ -150,7 +151,7 @@ def run(
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006 (typer copies it)
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once; each takes all cores, so 1 is best on a laptop.")
+        int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once, which share the cores; each needs 4 GB.")
     ] = 1,
     force: Annotated[
         bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")
@@ -170,30 +171,29 @@ def run(
     tflops: TflopsOption = 989.0,
     row_tokens: RowTokensOption = 512,
 ) -> None:
-    """Run the notebooks with papermill and write `figures/PROFILE/`."""
+    """Run the notebooks with papermill and write `figures/PROFILE/`, with --set `figures/PROFILE+CHANGES/`."""
     from ultramed.book import runner as batch
 
+    resolved = config.load_profile(profile, overrides)
     if dry_run:
-        resolved = config.load_profile(profile, overrides)
         _plan(resolved, gpus, tflops, row_tokens)
         _open_data(resolved)
         return
     if cluster:
         from ultramed.book import cluster as on
 
-        config.load_profile(profile, overrides)
         names = [p.stem.split("_")[0] for p in batch.notebooks(numbers or [])]
         more = ["--profile", profile, *(f"--set={o}" for o in overrides), *(["--force"] if force else [])]
         more += [f"--processes={processes}"] if processes else []
         tasks = [on.command("run", n, *more, "--no-report") for n in names if n != batch.LAST]
-        last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", profile)
-        _submit(f"ultramed-{profile}", tasks, last, profile, cluster, sbatch, wait)
+        last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", resolved.name)
+        _submit(f"ultramed-{resolved.name}", tasks, last, resolved.name, cluster, sbatch, wait)
         return
     fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
     if report:
         from ultramed.report.site import write_report
 
-        console.print(f"report: {write_report(profile)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {write_report(resolved.name)}", highlight=False, soft_wrap=True)
     if not fine:
         raise typer.Exit(1)
 

@@ -6,6 +6,7 @@ error that names the nearest known one.
 """
 
 import difflib
+import hashlib
 import os
 import re
 import types
@@ -228,9 +229,19 @@ def limited(data: Any, limit: int, kind: Any, how: Merging = NOTHING_SPECIAL) ->
     return data
 
 
+def results_name(name: str, overrides: Iterable[str]) -> str:
+    """Folder of figures/ for a profile with overrides, such as 'laptop+train.lora.r=16': a trial replaces no profile's results.
+    What a file's name cannot hold becomes a dash, with a hash of it all."""
+    said = "+".join(overrides)
+    kept = re.sub(r"[^\w.=+-]+", "-", said)[:80]
+    return name + (f"+{kept}" if said else "") + ("" if kept == said else f"-{hashlib.sha256(said.encode()).hexdigest()[:6]}")
+
+
 def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Profile:
-    """Profile `name` with overrides applied and checked. Raises ConfigError on anything unknown or impossible."""
+    """Profile `name` with overrides applied and checked; its own name is then that of the folder of its results. Raises
+    ConfigError on anything unknown or impossible."""
     data = overridden(raw_profile(name), overrides)
+    data["name"] = results_name(data["name"], overrides)
     source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
     profile = validate(Profile, data, source)
     if profile.limit:

@@ -35,6 +35,7 @@ class ChangesTo:
 
 
 ChangesToTrain = Annotated[dict[str, Any], ChangesTo(TrainConfig)]
+ChangesToEval = Annotated[dict[str, Any], ChangesTo(EvalConfig)]
 ChangesToPreference = Annotated[dict[str, Any], ChangesTo(PreferenceConfig)]
 QuestionsByDomain = Annotated[dict[Domain, QuestionCounts], Merging(replaced=True)]
 
@@ -43,27 +44,37 @@ class UsmleConfig(Strict):
     """Notebook 11: arms, seeds, learning rates and how many questions of which source each seed is examined on."""
 
     questions: QuestionCounts  # question source -> questions a seed (disjoint between seeds where there are enough)
+    skip: int = Field(0, ge=0)  # test questions of every subset that are left to others
     seeds: list[int] = Field(min_length=1)
     arms: dict[str, ChangesToTrain]
-    grid: dict[Method, list[float]]  # learning rates tried, per method; as many for each
+    grid: dict[Method, list[float]]  # learning rates tried, per method, as many for each; none: the arm's own rate, untuned
+    main_rate: Literal["tuned", "paper"] = "tuned"  # rate of the main table's arms; the other one is tried beside it
     tuning_fraction: float = Field(1.0, gt=0, le=1)  # part of the rows a tuning run sees
-    dev_sources: list[str] = Field(min_length=1)  # where the loss that chooses a learning rate is measured
+    dev_sources: list[str] = Field(min_length=1)  # whose questions choose a learning rate
     tuning_questions: Rows = Field(100, ge=1)  # dev questions of each of them
     paper_learning_rate: float = 2e-5  # MedAlpaca's one rate for all arms
-    paper_rate_arms: list[str] | None = None  # arms that are run at it, too; None: all that differ in method
+    other_rate_arms: list[str] | None = None  # arms that are run at the other rate, too; None: all that differ in method only
+    further_arms: list[str] | None = None  # arms of the profile's second and later models; None: all
     arm_seeds: dict[str, int] = Field({})  # seeds of an arm, where fewer than all do
-    letter_seeds: int = Field(3, ge=0)  # seeds of the letter-first arms
-    letter_arms: list[str] = Field([])
+    letter_seeds: int = Field(3, ge=0)  # seeds of the letter arms
+    letter_arms: list[str] = Field([])  # arms that are also trained in MedAlpaca's form, 'B: text', and asked in its way
     tries_limit: Rows = Field(0, ge=0)  # questions a subset under MedAlpaca's 5-try protocol; 0: all of the seed's
-    published_size: str = "7b"  # rows of the published table that ours stand beside
+    published_sizes: list[Literal["7b", "13b"] | None] = Field(
+        ["7b"]
+    )  # for each model, the published rows that it stands beside
     same_scale: bool = False  # whether model and questions are the paper's, so that cells may be compared as numbers
+
+    @property
+    def dev_counts(self) -> dict[str, int]:
+        """Dev source -> its questions that rates, and the way in which the base is asked, are chosen on."""
+        return dict.fromkeys(self.dev_sources, self.tuning_questions)
 
     @model_validator(mode="after")
     def _fair(self):
-        sizes = {k: len(v) for k, v in self.grid.items()}
+        sizes = {k: len(v) for k, v in self.grid.items() if v}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"every method must be tuned over as many learning rates as the others, got {sizes}")
-        for name in ("letter_arms", "paper_rate_arms"):
+        for name in ("letter_arms", "other_rate_arms", "further_arms", "arm_seeds"):
             unknown = set(getattr(self, name) or ()) - set(self.arms)
             if unknown:
                 raise ValueError(f"{name} names {sorted(unknown)}, which arms does not have: {sorted(self.arms)}")
@@ -74,7 +85,7 @@ class UsmleConfig(Strict):
 
 
 class PoolMember(Strict):
-    """Who gives candidates: 'base', the name of a mixture (its SFT policy), 'reference' (the gold answer), or 'guess'."""
+    """Who gives candidates: 'base', the name of a mixture (its SFT policy), 'reference' (the reference answer), or 'guess'."""
 
     policy: str
     temperature: float = Field(1.0, gt=0)
@@ -82,89 +93,141 @@ class PoolMember(Strict):
 
 
 class QuestionsSection(Strict):
-    """The test questions of notebooks 22 to 26. `skip`: how many of every subset are left to other notebooks."""
+    """The test questions of notebooks 22 to 26, for each seed (disjoint between seeds where there are enough). `skip`: how many
+    of every subset are left to other notebooks."""
 
     questions: QuestionsByDomain
     skip: int = Field(0, ge=0)
 
 
 class SftSection(Strict):
-    """Supervised policies. `mixtures` has ultramed, ultramix and what notebook 23 adds; `train`: changes to `train`."""
+    """Supervised policies. `mixtures`: 'ultramed' (medical rows), 'ultramix' (general ones added), and what notebook 23 compares
+    them with, such as 'ultramed_longer' (as many more medical rows instead); `train`: changes to `train`.
+
+    `model`: what they start from, where it is not the model that tables call the base (the paper fine-tunes Llama-3-8B and
+    compares with Llama-3-8B-Instruct).
+    """
 
     mixtures: Annotated[dict[str, Counts], Merging(replaced=True)]
     train: ChangesToTrain = Field({})
+    model: ModelConfig | None = None
 
 
 class CandidatesSection(Strict):
-    """Who gives candidates for which prompts, and when two of them count as tied."""
+    """The pool of candidates that reward models learn from: who gives them, for which prompts, and when two of them count as
+    tied."""
 
     pool: list[PoolMember] = Field(min_length=1)
     prompts: QuestionsByDomain  # whose candidates are ranked for training
-    held_prompts: QuestionsByDomain  # for the reward benches, and to choose the best policy by
+    held_prompts: QuestionsByDomain  # dev questions: for the reward benches, and to choose policies by
     margin: float = Field(0.0, ge=0)  # score difference below which two candidates are tied
 
 
+class OnPolicy(Strict):
+    """Pairs out of the policy's own samples: the annotator's best of them against a random lower one."""
+
+    n: int = Field(8, ge=2)  # samples a prompt; the paper ranks 8 candidates
+    temperature: float = Field(1.0, gt=0)
+    margin: float = Field(0.0, ge=0)  # as in CandidatesSection
+
+
 class PreferenceSection(Strict):
-    """Preference learning. `prompts`: how many of each domain are used, all where nothing is said."""
+    """Preference learning. `source`: 'policy' (its own samples, `on_policy`), 'pool' (candidates of `candidates.pool`), or a data
+    set of pairs (UltraMedical-Preference at paper scale). `prompts`: source -> count of them ('pool': of each domain's
+    prompts; a data set: pairs), `first`: the first of them in the file. `controls`: policies trained on with the same prompts'
+    reference answers, and with the pairs' chosen sides for as many steps; the paper has neither.
+    """
 
     train: PreferenceConfig
     arms: dict[str, ChangesToPreference]
-    prompts: Annotated[dict[Domain, int], Merging(rows=True)] = Field({})
+    source: str = "policy"
+    prompts: QuestionsByDomain = Field({})
+    first: Rows = Field(0, ge=0)
+    on_policy: OnPolicy = OnPolicy()
+    controls: bool = False
 
 
 class RewardSection(Strict):
-    """Reward models. `arms`: arm -> the domains whose pairs it sees."""
+    """Reward models. `arms`: arm -> the domains whose pairs it sees; the paper's sees both. `sources`: domain -> data sets of
+    pairs, instead of the pool's."""
 
     train: RewardConfig
-    arms: dict[str, list[Domain]]
+    arms: Annotated[dict[str, list[Domain]], Merging(replaced=True)]
+    sources: dict[Domain, Counts] = Field({})
+    benches: dict[Domain, str] = Field({})  # domain -> a data set of pairs that tests them, instead of held-out candidates
     start: str = "base"  # what they start from: 'base', or a mixture's SFT policy
+    seeds: int = Field(1, ge=1)  # how many of the seeds train reward models
     pairs_per_prompt: int = Field(28, ge=1)  # C(8, 2) at most
     public_pairs: Rows = Field(100, ge=1)  # pairs a section of the public data that notebook 24 adds where it is at hand
 
 
 class RerankSection(Strict):
-    """Re-ranking and the ensemble: samples of every test question, and the arm of `reward.arms` that scores them."""
+    """Re-ranking and the ensemble: samples of every test question, the arm of `reward.arms` that scores them, and the mixture
+    whose SFT policy is sampled."""
 
     n: int = Field(10, ge=2)
     reward_arm: str = "medical"
+    mixture: str = "ultramix"
+    seeds: int = Field(100, ge=1)  # how many of the seeds are re-ranked: no two trained policies are compared
+    ensemble: bool = True  # of the best UltraMix arm on dev questions, in notebook 22
+    control: bool = True  # a policy fine-tuned on the reward model's questions, too
 
 
 class IterativeSection(Strict):
-    """Rounds of sample, rank with the reward model, train (the paper ran one)."""
+    """Rounds of sample, rank with the reward model, train (the paper ran one). `control`: as many more vanilla steps instead."""
 
     rounds: int = Field(1, ge=1)
     prompts: QuestionCounts  # fresh ones each round: source -> count
+    first: Rows = Field(0, ge=0)  # the first of them in the file
     n: int = Field(4, ge=2)  # samples a prompt
     arms: list[str]  # of preference.arms
+    mixture: str = "ultramix"
     reference: Literal["last", "initial"] = "last"  # the policy as the round starts, or the SFT policy
-    stop: bool = True  # when the reward rises while accuracy falls
+    stop: bool = True  # when the reward rises while accuracy on dev questions falls
+    control: bool = False
     train: ChangesToPreference = Field({})  # changes to the arm, such as a smaller learning rate
 
 
-class UltraMedicalConfig(Strict):
-    """Notebooks 20 to 27. Sources are 'dataset:subset'."""
+class AbilitiesSection(Strict):
+    """What notebook 23 asks besides medicine. Where a model is too small for it, the loss on held-out solutions is what is left:
+    `losses` rows of Alpaca and of GSM8K, where they are at hand."""
 
-    seed: int = 0
+    gsm8k: Rows | None = None  # problems, 0 for all; null: not asked
+    shots: int = Field(0, ge=0)  # of GSM8K; the paper does not say
+    mmlu: Rows | None = None  # questions a subject, 0 for all; null: not asked
+    losses: Rows = Field(200, ge=1)
+
+
+class UltraMedicalConfig(Strict):
+    """Notebooks 20 to 27. Sources are 'dataset:subset'. Every seed trains its own policies, on rows of its own, and is examined
+    on its own questions."""
+
+    seeds: list[int] = Field([0], min_length=1)
     test: QuestionsSection
+    eval: ChangesToEval = Field({})  # changes to the profile's `eval`, under which these notebooks ask
     sft: SftSection
     candidates: CandidatesSection
     sample: SampleConfig
     preference: PreferenceSection
     reward: RewardSection
     rerank: RerankSection = RerankSection()
-    iterative: IterativeSection
+    iterative: IterativeSection | None = None
+    abilities: AbilitiesSection = AbilitiesSection()
     published_size: Literal["8B", "70B"] = "8B"  # rows of the published tables that ours stand beside
     same_scale: bool = False  # whether models and data are the paper's, so that cells may be compared as numbers
 
     @model_validator(mode="after")
     def _known(self):
-        known = {"base", "reference", "guess", *self.sft.mixtures}
+        policies = {"base", *self.sft.mixtures}
+        iterative = self.iterative or IterativeSection(prompts={}, arms=[], mixture="ultramed")
         for name, wanted, have in (
-            ("candidates.pool", {member.policy for member in self.candidates.pool}, known),
-            ("sft.mixtures: needs ultramed and ultramix", {"ultramed", "ultramix"}, set(self.sft.mixtures)),
-            ("reward.start", {self.reward.start}, known - {"reference", "guess"}),
+            ("candidates.pool", {member.policy for member in self.candidates.pool}, policies | {"reference", "guess"}),
+            ("sft.mixtures: needs ultramed", {"ultramed"}, set(self.sft.mixtures)),
+            ("reward.start", {self.reward.start}, policies),
             ("rerank.reward_arm", {self.rerank.reward_arm}, set(self.reward.arms)),
-            ("iterative.arms", set(self.iterative.arms), set(self.preference.arms)),
+            ("rerank.mixture", {self.rerank.mixture}, set(self.sft.mixtures)),
+            ("iterative.arms", set(iterative.arms), set(self.preference.arms)),
+            ("iterative.mixture", {iterative.mixture}, set(self.sft.mixtures)),
         ):
             if wanted - have:
                 raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")
@@ -177,6 +240,7 @@ class CollectionConfig(Strict):
 
     sources: dict[str, str | None]  # None leaves one out that a profile beneath names
     tests: list[str]  # data sets whose test side must not be in the collection
+    fetch: bool = False  # whether what is not at hand is fetched from the hub
     check: CheckConfig = CheckConfig()
     build: BuildConfig = BuildConfig()
     score: list[str] = Field([])  # sources that a language model (`judge`) scores first, because they come without scores

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ QuestionCounts = Annotated[dict[str, int], Merging(replaced=True, rows=True)]  #
 Rows = Annotated[int, Merging(rows=True)]
 
 Method = Literal["full", "lora", "lora_8bit", "lora_4bit"]
-AnswerForm = Literal["content_first", "letter_first", "reasoned"]
+AnswerForm = Literal["content_first", "letter_first", "medalpaca", "reasoned"]
 Protocol = Literal["likelihood", "greedy", "medalpaca", "ultramedical"]
 EngineName = Literal["transformers", "openvino", "vllm"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -40,6 +40,9 @@ class ModelConfig(Strict):
     name: str  # "bundled:smollm2-135m", "tiny:llama", a hub id, or a local folder
     label: str  # what tables call it
     revision: str | None = None  # of a hub id
+    tokenizer: str | None = (
+        None  # a model with the same vocabulary whose tokenizer is taken: a base model's has no chat template
+    )
     template: str = "chat"  # see lm/templates.py
 
 
@@ -73,7 +76,8 @@ class OptimConfig(Strict):
     micro_batch_tokens: int = Field(2048, ge=16)  # padded tokens of one forward pass on one device
     max_length: int = Field(256, ge=8)  # prompt + completion, in tokens
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)  # of all steps
+    warmup_steps: int = Field(0, ge=0)  # so many instead; the ratio must be 0 then
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"] = "adamw_torch_fused"
@@ -83,13 +87,39 @@ class OptimConfig(Strict):
     seed: int = 0
     save_steps: int = Field(0, ge=0)  # optimiser steps between checkpoints; 0: none
 
+    @model_validator(mode="after")
+    def _one_warmup(self):
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g} are two warm-ups: set one of them to 0"
+            )
+        return self
+
 
 class TrainConfig(OptimConfig):
-    """One supervised fine-tuning run."""
+    """One supervised fine-tuning run.
+
+    With `held_out`, that fraction of the rows is not trained on: the loss on it is measured every `eval_steps` optimiser
+    steps, a checkpoint is saved each time, and the weights with the lowest loss are the result (MedAlpaca, train.py). With `packing`, `global_batch_size` counts packed rows.
+    """
 
     mixture: Counts = Field(min_length=1)  # source -> rows (int) or multiples of the source (float)
     answer_form: AnswerForm = "content_first"
     train_on_inputs: bool = False  # loss on the prompt too (MedAlpaca's default)
+    held_out: float = Field(0.0, ge=0, lt=1)
+    eval_steps: int = Field(200, ge=1)  # a shorter run is evaluated once, at its end
+    packing: bool = False  # rows one after the other, cut every `max_length` tokens (UltraMedical, run_sft.py)
+
+    @model_validator(mode="after")
+    def _makes_sense(self):
+        if self.held_out and self.save_steps not in (0, self.eval_steps):
+            raise ValueError(
+                f"with held_out a checkpoint is saved at every evaluation: save_steps {self.save_steps} must be 0 or "
+                f"eval_steps {self.eval_steps}"
+            )
+        if self.packing and not self.train_on_inputs:
+            raise ValueError("packing keeps no border between prompt and completion: it needs train_on_inputs: true")
+        return self
 
 
 Loss = Literal["dpo", "ipo", "nca", "kto_pair", "kto", "hinge", "robust", "apo_zero"]
@@ -100,6 +130,7 @@ class PreferenceConfig(OptimConfig):
 
     loss: Loss = "dpo"
     beta: float = Field(0.1, gt=0)
+    kto_detach: bool = False  # kto_pair without a gradient through its reference points, which the released code had
     as_released: bool = False  # UltraMedical's malformed template: doubled and dangling assistant headers
 
 
@@ -114,6 +145,7 @@ class TokenConfig(Strict):
 
     kind: Literal["instructions", "pairs"]
     max_length: int = Field(ge=8)
+    packing: bool = False  # of instructions only
 
 
 class SampleConfig(Strict):

@@ -5,6 +5,7 @@ raises for a row is written down as the reason why that row was set aside. Which
 """
 
 import re
+from itertools import combinations
 
 from ultramed.data.messages import as_completion
 
@@ -224,13 +225,71 @@ def avey(row: dict, i: int) -> dict:
 
 
 def preference(row: dict, i: int) -> dict:
-    """UltraMedical-Preference: `chosen` and `rejected` as message lists that end with the reply; subset is `label_type`."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    score = {k: row[k] for k in ("chosen_score", "rejected_score") if row.get(k) is not None}
-    subset = row.get("label_type") or "all"
-    named = {"prompt_id": str(row["prompt_id"])} if row.get("prompt_id") is not None else {}
-    turns = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return {"subset": subset, **turns, "meta": {**named, **score}}
+    """UltraMedical-Preference: `chosen` and `rejected` as message lists that end with the reply; subset is `label_type`.
+
+    GPT-4's scores (1 to 5) and who wrote the replies are in `metadata`, a dictionary a side.
+    """
+    meta, told = {}, row.get("metadata") or {}
+    for side in ("chosen", "rejected"):
+        about = told.get(side) or {}
+        if (score := row.get(f"{side}_score", about.get("score"))) is not None:
+            meta[f"{side}_score"] = float(score)
+        if about.get("model"):
+            meta[f"{side}_model"] = about["model"]
+    if row.get("prompt_id") is not None:
+        meta["prompt_id"] = str(row["prompt_id"])
+    turns = {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
+    return {"subset": row.get("label_type") or "all", **turns, "meta": meta}
+
+
+def ordered_pairs(name: str, subset: str, question: str, replies: list[tuple[str, float | None, str]]) -> list[dict]:
+    """Every pair of replies (text, score, model) to a question of which one has the higher score."""
+    unique = {text: (text, score, model) for text, score, model in replies if score is not None and text.strip()}
+    ranked = sorted(unique.values(), key=lambda reply: -reply[1])
+    pairs = [(a, b) for a, b in combinations(ranked, 2) if a[1] > b[1]]
+    return [
+        {
+            "id": f"{name}#{n}",
+            "subset": subset,
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": as_completion(better[0]),
+            "rejected": as_completion(worse[0]),
+            "meta": {
+                "prompt_id": name,
+                "chosen_score": better[1],
+                "rejected_score": worse[1],
+                "chosen_model": better[2],
+                "rejected_model": worse[2],
+            },
+        }
+        for n, (better, worse) in enumerate(pairs)
+    ]
+
+
+def ultrafeedback(row: dict, i: int) -> list[dict]:
+    """openbmb/UltraFeedback: the pairs of four completions by the mean of their fine-grained ratings (`overall_score` was
+    read wrongly out of some critiques, as the set's own later card says)."""
+    replies = [(c["response"], c["fine-grained_score"], c["model"]) for c in row["completions"]]
+    return ordered_pairs(f"ultrafeedback:{i}", row["source"], row["instruction"], replies)
+
+
+def ultrasafety(row: dict, i: int) -> list[dict]:
+    """openbmb/UltraSafety: completions rated harmless (1) against those rated harmful (0)."""
+
+    def rating(completion: dict) -> float | None:
+        told = completion["annotations"]["harmlessness"]
+        told = (told[0] if told else {}) if isinstance(told, list) else told
+        return float(told["Rating"]) if str(told.get("Rating", "")).isdecimal() else None
+
+    replies = [(c["response"], rating(c), c["model"]) for c in row["completions"]]
+    return ordered_pairs(f"ultrasafety:{i}", "safety", row["instruction"], replies)
+
+
+def ultrainteract(row: dict, i: int) -> dict:
+    """openbmb/UltraInteract_pair: two next actions after the same conversation; subset is the task."""
+    turns = [{"role": turn["from"], "content": turn["value"]} for turn in row["trajectory"]]
+    pair = {side: as_completion(row[side]) for side in ("chosen", "rejected")}
+    return {"subset": row["task"], "prompt": turns, **pair}
 
 
 def rewardbench(row: dict, i: int) -> dict:
@@ -268,6 +327,12 @@ def first_exchange(row: dict, i: int) -> dict:
     """ShareGPT-like `conversations` of 'human' and 'gpt': the first exchange."""
     first = next(k for k, turn in enumerate(row["conversations"]) if turn["from"] == "human")
     return question_answer(row["conversations"][first]["value"], row["conversations"][first + 1]["value"])
+
+
+def guanaco(row: dict, i: int) -> dict:
+    """OpenAssistant conversations as one text, '### Human: ...### Assistant: ...': the first exchange."""
+    found = re.match(r"### Human:(.*?)### Assistant:(.*?)(?=### Human:|\Z)", row["text"], re.DOTALL)
+    return question_answer(found[1].strip(), found[2].strip())
 
 
 def orca(row: dict, i: int) -> dict:

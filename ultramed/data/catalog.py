@@ -23,7 +23,7 @@ class Source:
     licence: str
     cite: str
     adapter: str  # of data/adapters.py
-    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    files: dict[str, tuple[str, int | None]] = field(default_factory=dict)
     hub: dict[str, tuple[str, str | None, str, int | None]] = field(default_factory=dict)
     hub_adapter: str = ""
     held: dict[str, tuple[str, int]] = field(default_factory=dict)

@@ -20,10 +20,10 @@ from ultramed.core.schema import BuildConfig, CheckConfig
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import dedupe
 from ultramed.data import rows as canonical
-from ultramed.data.catalog import SOURCES
+from ultramed.data.catalog import SOURCES, get
 from ultramed.data.messages import as_instruction, question_text
 from ultramed.data.mixture import source_rows
-from ultramed.data.sources import dataset, local_files
+from ultramed.data.sources import dataset, hub_root, local_files
 
 SCORES = "scores_"
 
@@ -209,7 +209,8 @@ class Collected:
 
 
 def collect(profile: Profile, scores: dict[str, Artifact] | None = None) -> Collected:
-    """Contamination and build of `profile.collection`, over the bundled exam and what `ULTRAMED_DATA` has.
+    """Contamination and build of `profile.collection`, over the bundled exam and what is at hand (or fetched from the hub, if
+    the section says so).
 
     scores: source -> its complexity by a language model (annotate/judge.py), for sources that come without.
     """
@@ -218,7 +219,7 @@ def collect(profile: Profile, scores: dict[str, Artifact] | None = None) -> Coll
         raise ConfigError(f"profile {profile.name!r} has no section `collection`")
 
     def there(name: str) -> bool:
-        return name == "exam" or bool(local_files(name))
+        return name == "exam" or bool(local_files(name) or (get(name).hub and (section.fetch or hub_root())))
 
     wanted = {name: what for name, what in section.sources.items() if what}
     sources = {name: what for name, what in wanted.items() if there(what.partition(":")[0])}
@@ -279,41 +280,6 @@ def card(config: BuildConfig, counts: dict[str, dict], checked: Artifact | None)
             f"| {r.source} | {r.test_set} | {r.how} | {r.rows} | {r.questions} |" for r in read_report(checked).itertuples()
         ]
     return "\n".join(lines) + "\n"
-
-
-TABLE1_ROWS = {  # data set -> row of UltraMedical's Table 1
-    "medqa": "Examination / MedQA / False",
-    "medmcqa": "Examination / MedMCQA / False",
-    "pubmedqa": "Literature / PubMedQA / False",
-    "chatdoctor": "Open-ended / ChatDoctor / False",
-    "medquad": "Open-ended / MedQuad / False",
-}
-CATEGORY = {
-    "exam": "Examination",
-    "medqa": "Examination",
-    "medqa_5opt": "Examination",
-    "medmcqa": "Examination",
-    "pubmedqa": "Literature",
-}
-
-
-def statistics(collection: Artifact, sources: dict[str, str], data: dict[str, Artifact]) -> pd.DataFrame:
-    """UltraMedical's Table 1 of a collection: category, dataset, original, avg_len (words of what is asked), avg_score, retained."""
-    out, given = [], scores_of(data)
-    for name, counts in collection.metrics["sources"].items():
-        rows = source_rows(sources[name], "train", data)
-        scores = [s for r in rows if (s := given.get((name, r["id"]), (r.get("meta") or {}).get("score"))) is not None]
-        out.append(
-            {
-                "category": CATEGORY.get(name, "Open-ended"),
-                "dataset": name,
-                "original": counts["original"],
-                "avg_len": sum(len(text_of(r).split()) for r in rows) / len(rows),
-                "avg_score": sum(scores) / len(scores) if scores else None,
-                "retained": counts.get("retained", 0),
-            }
-        )
-    return pd.DataFrame(out)
 
 
 def recall_of_planted(collected: Collected, config: CheckConfig, count: int, seed: int = 0) -> pd.DataFrame:

@@ -9,7 +9,8 @@ in three steps that stands in for the USMLE self-assessment wherever the real on
     step3  a diagnosis -> its ICD-10-CM block     (distractors: sibling blocks of the same chapter)
 
 `general` rows (arithmetic, geography) stand in for general-domain instructions. Every gold answer is right by
-construction of the tree, and every distractor wrong by the same tree. A *concept* (an HPO term, or a three-character
+construction of the tree, and every distractor wrong by the same tree. A question's *rationale* is the way up the tree from
+its term to the answer, for answers that reason first. A *concept* (an HPO term, or a three-character
 ICD category, joined wherever two share a normalised name) lives on one side of the train/dev/test split only.
 """
 
@@ -116,8 +117,17 @@ def step2_rows(icd: ICD, rng: random.Random):
     labels = Counter(CHAPTERS[icd.chapter[code]] for _, code, _ in terms)
     for index, code, text in terms:
         gold = CHAPTERS[icd.chapter[code]]
-        meta = {"concept": icd.category[code], "rationale": f"{text} is coded {code}, in the chapter of {gold}."}
+        group = icd.label[icd.block[code]]
+        meta = {"concept": icd.category[code], "rationale": f"{text} belongs to {group}, which is in the chapter of {gold}."}
         yield _question("step2", index, text, gold, _others(labels, gold, rng), rng, "icd10cm", **meta)
+
+
+def _links(hpo: Ontology, term: str, branch: str) -> list[str]:
+    """The chain of a rationale: the term's parent and the two most general terms below its branch, each once."""
+    chain = []
+    while (term := next(p for p in hpo.parents[term] if p == branch or branch in hpo.ancestors(p))) != branch:
+        chain.append(term)
+    return list(dict.fromkeys([*chain[:1], *chain[-2:]]))
 
 
 def step1_rows(hpo: Ontology, rng: random.Random):
@@ -128,8 +138,10 @@ def step1_rows(hpo: Ontology, rng: random.Random):
     system = {t: SYSTEMS[min(branch[t])] for t in terms}
     labels = Counter(system.values())
     for term in terms:
-        name, gold, parent = hpo.name(term), system[term], hpo.name(hpo.parents[term][0])
-        meta = {"concept": term, "rationale": f"{name} is a form of {_lower(parent)}, which concerns the {gold}."}
+        name, gold = hpo.name(term), system[term]
+        links = ", ".join(_lower(hpo.name(above)) for above in _links(hpo, term, min(branch[term])))
+        kind = f"a form of {links}" if links else "a finding"
+        meta = {"concept": term, "rationale": f"{name} is {kind}, which concerns the {gold}."}
         yield _question("step1", term, name, gold, _others(labels, gold, rng), rng, "hpo", **meta)
 
 
@@ -143,7 +155,8 @@ def step3_rows(icd: ICD, rng: random.Random):
         near = +near  # blocks that nothing is asked about are dropped
         if len(near) < 4 or _stems(text) & set().union(*map(_stems, near)):
             continue  # too few siblings, or the question quotes one of the answers
-        meta = {"concept": icd.category[code], "rationale": f"{text} is coded {code}, in the group of {gold}."}
+        kind = _lower(icd.names[icd.category[code]][0])
+        meta = {"concept": icd.category[code], "rationale": f"{text} belongs to {kind}, which is in the group of {gold}."}
         yield _question("step3", index, text, gold, _others(near, gold, rng), rng, "icd10cm", **meta)
 
 
@@ -209,7 +222,7 @@ def _spread(rows: list[dict], count: int, seed: int, what: str) -> list[dict]:
     return [row for *_, row in sorted(order, key=lambda o: o[:2])[:count]]
 
 
-@stage(version=1)
+@stage(version=2)
 def exam(out: Path, config: ExamConfig) -> dict:
     """Write train, dev and test questions, general questions, open instructions and a data card."""
     hpo, icd = knowledge()

@@ -7,10 +7,12 @@ from pathlib import Path
 from pydantic import Field
 
 from ultramed.core.errors import ConfigError
+from ultramed.core.profile import Profile
 from ultramed.core.schema import AnswerForm, Strict
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
 from ultramed.data.messages import as_instruction, hints_wording
+from ultramed.data.sources import dataset, names_in
 
 
 class MixtureConfig(Strict):
@@ -54,6 +56,11 @@ def mixture(out: Path, config: MixtureConfig, **datasets: Artifact) -> dict:
     random.Random(f"order:{config.seed}").shuffle(picked)
     canonical.write_rows(out / "rows.parquet", picked)
     return {"rows": len(picked), "sources": report, "row_ids": digest([r["id"] for r in picked])}
+
+
+def mixture_of(profile: Profile, config: MixtureConfig) -> Artifact:
+    """The mixture of a profile's data sets."""
+    return mixture(config, **{name: dataset(profile, name) for name in names_in(config.counts)})
 
 
 def source_rows(source: str, side: str, datasets: dict[str, Artifact]) -> list[dict]:

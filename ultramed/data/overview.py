@@ -7,21 +7,28 @@ from ultramed.core.store import Artifact
 from ultramed.data.catalog import SOURCES
 from ultramed.data.dedupe import duplicates
 from ultramed.data.messages import answer_text, question_text
-from ultramed.data.rows import read_instructions, read_questions
+from ultramed.data.rows import read_instructions, read_questions, subset_sizes
 from ultramed.data.sources import dataset, local_files
 from ultramed.papers import published
 
-# Part of Medical Meadow as the paper names it -> our name of the data set. The other parts have no public copy that we know.
+FORUMS = ("academia", "biology", "fitness", "health", "bioinformatics")
+# Part of Medical Meadow as its repository names it -> our name of the data set.
 MEADOW = {
     "Medical Flashcards": "meadow_flashcards",
     "Wikidoc": "meadow_wikidoc",
     "Wikidoc Patient Information": "wikidoc_patient_information",
+    **{f"Stackexchange {forum}": f"meadow_stackexchange_{forum}" for forum in FORUMS},
+    **{f"USMLE Self Assessment Step {step}": f"usmle_self_assessment:step{step}" for step in (1, 2, 3)},
     "MEDIQA": "meadow_mediqa",
     "CORD-19": "meadow_cord19",
     "MMMLU": "meadow_mmmlu",
     "Pubmed Health Advice": "meadow_health_advice",
     "Pubmed Causal": "meadow_pubmed_causal",
+    "ChatDoctor": "meadow_chatdoctor",
+    "OpenAssistant": "meadow_openassistant",
+    "MedQA": "meadow_medqa",
 }
+NOT_IN_ITS_TABLE = {"MedQA": 10178}  # DATA_DESCIPTION.md, "External Datasets"; the README's table leaves this part out
 EXAM_FILES = ("train", "dev", "test", "general_train", "general_test")
 
 
@@ -78,16 +85,20 @@ def _instruction_set(name: str, data: Artifact) -> dict:
 
 
 def meadow_parts(profile: Profile) -> pd.DataFrame:
-    """Medical Meadow as published, with the rows that could be counted here: part, published n, used in training, ours,
-    where."""
-    rows = []
-    for row in published.table("medalpaca_meadow").itertuples():
-        name, count, where = MEADOW.get(row.name), None, "no copy of this part is known"
-        if name:
-            where = f"on the hub as {SOURCES[name].hub['train'][0]}"
-        if name and local_files(name):
-            metrics = dataset(profile, name).metrics
-            count, where = metrics["counts"]["train"] + metrics["rejected"], "ULTRAMED_DATA"
-        used = {"published n": row.n, "used in training": row.n_in_training}
-        rows.append({"part": row.name, **used, "ours": count, "where": where})
-    return pd.DataFrame(rows).astype({"ours": "Int64"})
+    """Medical Meadow as published, with the rows that could be counted here: part, published n, used in training, in the
+    profile's mixture, ours, where."""
+    rows = [(row.name, row.n, row.n_in_training) for row in published.table("medalpaca_meadow").itertuples()]
+    rows += [(part, n, str(n)) for part, n in NOT_IN_ITS_TABLE.items()]
+    return pd.DataFrame([_meadow_part(profile, *row) for row in rows]).astype({"mixture": "Int64", "ours": "Int64"})
+
+
+def _meadow_part(profile: Profile, part: str, n: int, used: str) -> dict:
+    name, _, subset = MEADOW[part].partition(":")
+    where, count = SOURCES[name].where().partition(": ")[2], None
+    if local_files(name):
+        made = dataset(profile, name)
+        count, where = made.metrics["counts"].get("train", 0) + made.metrics["rejected"], "ULTRAMED_DATA"
+        if subset:
+            count = subset_sizes(made / "test.parquet").get(subset, 0)
+    mixture = profile.train.mixture.get(name)
+    return {"part": part, "published n": n, "used in training": used, "mixture": mixture, "ours": count, "where": where}

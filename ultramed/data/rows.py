@@ -1,5 +1,6 @@
 """Canonical rows, checked once on the way in: a bad row is an error that names file, row and field."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def check_rows(model: type[BaseModel], rows: Iterable[dict], where: str) -> list
 def read_questions(path: Path) -> list[dict]:
     """Canonical question rows of a file; rows without an id are numbered."""
     return _questions(read_table(path), path)
+
+
+def subset_sizes(path: Path) -> dict[str, int]:
+    """Questions of every subset of a canonical file, in the order of the file."""
+    return dict(Counter(pq.read_table(path, columns=["subset"])["subset"].to_pylist()))
+
+
+def slice_of_seed(available: int, count: int, place: int, skip: int = 0) -> list[int]:
+    """[start, stop] of the `count` questions of the seed at `place`, after the first `skip`: seeds have questions of their own, and
+    one for which too few are left has the first ones."""
+    start = skip + place * count
+    start = start if start + count <= available else skip
+    return [start, start + count]
 
 
 def _questions(rows: list[dict], path: Path) -> list[dict]:

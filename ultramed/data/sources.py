@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from ultramed.core.errors import ConfigError, UserError
@@ -96,7 +97,7 @@ def _content(config: SourceConfig) -> dict:
     return told
 
 
-@stage(version=3, also=_content)
+@stage(version=4, also=_content)
 def source(out: Path, config: SourceConfig) -> dict:
     """Canonical rows of one data set, a Parquet file a side. Raises ConfigError where it cannot be had or counts differ.
 
@@ -105,10 +106,11 @@ def source(out: Path, config: SourceConfig) -> dict:
     """
     spec, local = get(config.name), _local(config)
     if not local and not spec.hub:
-        raise ConfigError(f"data set {spec.name!r} is not at hand: {spec.where()} ({spec.licence}; {spec.cite})")
+        note = f". {spec.note}" if spec.note else ""
+        raise ConfigError(f"data set {spec.name!r} is not at hand: {spec.where()} ({spec.licence}; {spec.cite}){note}")
     whole = {side: rows for side, (*_, rows) in spec.hub.items() if rows}
     for side, path in local.items():
-        if spec.files[side][1] < whole.get(side, 0):
+        if (spec.files[side][1] or 0) < whole.get(side, 0):
             log.info(
                 "%s, %s: %d rows of %s stand for the hub's %d", spec.name, side, spec.files[side][1], path.name, whole[side]
             )
@@ -183,8 +185,9 @@ def _from_hub(spec: Source, side: str) -> list[dict]:
             return _steps(spec)
         from datasets import load_dataset
 
-        if mirror:
-            return load_dataset(str(mirror / hub_id), name, split=split).to_list()
+        if mirror:  # `datasets` names its cache by the repository's name and card, not by what the files hold
+            with TemporaryDirectory() as cache:
+                return load_dataset(str(mirror / hub_id), name, split=split, cache_dir=cache).to_list()
         return load_dataset(hub_id, name, split=split, revision=spec.revision).to_list()
     except Exception as err:  # the hub's client raises a dozen kinds; all mean the same here
         why = str(err).splitlines()[0] if str(err) else type(err).__name__

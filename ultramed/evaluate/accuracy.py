@@ -18,7 +18,7 @@ from ultramed.evaluate.stats import wilson
 from ultramed.evaluate.vllm import checks
 from ultramed.lm import models
 from ultramed.lm.device import placement
-from ultramed.lm.parsing import parse, unread
+from ultramed.lm.parsing import accepted, parse, unread
 from ultramed.lm.templates import wording
 from ultramed.train.launch import clear
 
@@ -26,7 +26,7 @@ TOO_LONG = "too long"  # in place of a parser's rule: the question did not fit i
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
 
 
-@stage(version=2, also=wording)
+@stage(version=3, also=wording)
 def answers(
     out: Path,
     config: EvalConfig,
@@ -179,16 +179,18 @@ def _reply(row, reply, config, prompt, tries) -> dict:
 
 
 def _medalpaca(engine, rows, config, ledger, bar, unfit):
-    """Sampled answers behind a forced beginning, asked again up to `tries` times until one looks like an option.
+    """Sampled answers behind a forced beginning, asked again up to `tries` times until one is accepted as an answer; else the
+    last one stays.
 
-    MedAlpaca, medalpaca/inferer.py and eval: T 0.4, top-k 50, top-p 0.9. What counts as looking like an option is our
-    strict form 'B: text' or 'B. text', not the original pattern, which accepts 'I think' as option I.
+    MedAlpaca, eval/eval_usmle.py: prompt, beginning, T 0.4, top-k 50, top-p 0.9, 128 new tokens, and what is accepted. It
+    saves the replies and scores none, so how they are read is ours (lm/parsing.py), whatever `answer_form` says.
     """
+    config = config.model_copy(update={"answer_form": "medalpaca"})
     local = weights(engine, "MedAlpaca's forced beginning")
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    texts = [local.shown(question_prompt(row, "letter_first")) + PREFIX + " " for row in rows]
-    # The space before the answer belongs to its first token, so that " B" is what the model is asked for.
-    ids = [local.ids(t.rstrip(" ")) for t in texts]
+    # No space at the end: it belongs to the answer's first token, so that " B" is what the model is asked for.
+    texts = [local.shown(question_prompt(row, "medalpaca")) + PREFIX for row in rows]
+    ids = [local.ids(t) for t in texts]
     left, last = local.fitting(ids, config.max_new_tokens, unfit), {}
     for attempt in range(1, config.tries + 1):
         rngs = [item_rng(config.seed, rows[i]["id"], attempt) for i in left]
@@ -197,7 +199,7 @@ def _medalpaca(engine, rows, config, ledger, bar, unfit):
         again = []
         for i, reply in zip(left, replies, strict=True):
             last[i] = _reply(rows[i], reply, config, texts[i], attempt)
-            if last[i]["rule"] == "letter: text" or attempt == config.tries:
+            if accepted(reply.text) or attempt == config.tries:
                 ledger.add(last[i])
                 bar.update(1)
             else:
@@ -213,6 +215,12 @@ def _ultramedical(engine, rows, config, ledger, bar, unfit):
 
 
 ASK = {"likelihood": _likelihood, "greedy": _greedy, "medalpaca": _medalpaca, "ultramedical": _ultramedical}
+
+
+def by_likelihood(target: str) -> dict[str, str]:
+    """Changes to an EvalConfig under which the options' letters or texts (`target`) are read instead of a reply. That takes the
+    weights, whoever writes the replies."""
+    return {"protocol": "likelihood", "likelihood_target": target, "engine": "transformers"}
 
 
 def read_answers(artifact: Artifact) -> pd.DataFrame:

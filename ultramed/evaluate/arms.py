@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 
 from ultramed.core.store import Artifact
@@ -32,7 +33,8 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
-        return float(self.frame.correct.mean())
+        """The mean of the subsets' accuracies."""
+        return float(self.frame.groupby("subset").correct.mean().mean())
 
 
 def pooled(answers: Iterable[Answers]) -> Answers:
@@ -63,7 +65,10 @@ def artifacts_of(source) -> tuple[Artifact, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B."""
+    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B.
+
+    Where subsets differ in size, values are means of the subsets' means, and there is no McNemar test, which counts questions.
+    """
 
     a: float
     b: float
@@ -73,14 +78,14 @@ class Comparison:
     se: float
     n: int
     seeds: int
-    mcnemar: float
+    mcnemar: float | None
     clustered: float
 
     @property
     def p(self) -> float:
         """Of no difference: the larger of McNemar's and the clustered one, because questions about one concept are not
         independent, and McNemar's test takes them as such."""
-        return max(self.mcnemar, self.clustered)
+        return max(self.mcnemar or 0.0, self.clustered)
 
     def row(self) -> dict:
         """As tables show it."""
@@ -95,22 +100,23 @@ def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
     both = left.merge(right, on=["id", "seed"], suffixes=("_a", "_b"), validate="one_to_one")
     if both.empty:
         raise ValueError("the two arms have no question in common")
+    weights = stats.task_weights(both.subset_a)
     given = (both.correct_a, both.correct_b, both.concept_a, both.seed)
-    d = stats.difference(*given)
+    d = stats.difference(*given, weights=weights)
     if (both.correct_a == both.correct_b).all():  # a bootstrap of equal answers would be sure that nothing can differ
         bound = min(1.0, 3 / len(both))  # the rule of three: 95% upper bound of a share that was never seen
         d = replace(d, low=-bound, high=bound, se=bound / 2)
     return Comparison(
-        a=float(both.correct_a.mean()),
-        b=float(both.correct_b.mean()),
+        a=float(np.average(both.correct_a, weights=weights)),
+        b=float(np.average(both.correct_b, weights=weights)),
         difference=d.value,
         low=d.low,
         high=d.high,
         se=d.se,
         n=len(both),
         seeds=both.seed.nunique(),
-        mcnemar=stats.mcnemar(*given[:2]),
-        clustered=stats.sign_flip(*given),
+        mcnemar=stats.mcnemar(*given[:2]) if np.allclose(weights, 1) else None,
+        clustered=stats.sign_flip(*given, weights=weights),
     )
 
 
@@ -137,8 +143,9 @@ class Arms(dict[str, Answers]):
 
 
 def accuracy_row(frame: pd.DataFrame) -> dict:
-    """Accuracy of answers, its interval over concepts and seeds, and the outcomes beside it."""
-    e, by_seed = stats.clustered(frame.correct, frame.concept, frame.seed), frame.groupby("seed").correct.mean()
+    """Accuracy of answers (the mean of their subsets), its interval over concepts and seeds, and the outcomes beside it."""
+    e = stats.clustered(frame.correct, frame.concept, frame.seed, weights=stats.task_weights(frame.subset))
+    by_seed = frame.groupby(["seed", "subset"]).correct.mean().groupby("seed").mean()
     return {
         "accuracy": e.value,
         "low": e.low,

@@ -194,6 +194,8 @@ def _pick(logits: torch.Tensor, sampling: Sampling, rngs) -> list[int]:
     if k < whole:
         values, tokens = scaled.topk(k)
         return _nucleus(values.softmax(-1), tokens, sampling.top_p, u).tolist()
+    if sampling.top_p == 1:  # nothing is cut, so nothing needs an order
+        return torch.searchsorted(scaled.softmax(-1).cumsum(-1), u).clamp(max=whole - 1)[:, 0].tolist()
     # Sorting the vocabulary would take longer than the model: the likeliest few nearly always hold the nucleus.
     values, tokens = scaled.topk(min(NUCLEUS, whole))
     p = (values - scaled.logsumexp(-1, keepdim=True)).exp()

@@ -27,7 +27,7 @@ def lm_eval_prompt(row: dict) -> tuple[str, list[str]]:
         return f"Abstract: {row['context']}\nQuestion: {row['question']}\nAnswer:", [f" {v}" for v in options.values()]
     if kind == "medmcqa":
         return f"Question: {row['question']}\nChoices:\n{lettered}Answer:", letters
-    if kind == "mmlu_medical":
+    if kind in ("mmlu", "mmlu_medical"):
         subject = row["subset"].replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         return f"{head}{row['question'].strip()}\n{lettered}Answer:", letters
@@ -55,17 +55,17 @@ def score(
     """Summed log-probability of each continuation given its context.
 
     items: (context ids, [continuation ids, ...]); every context and continuation has at least one token. The context
-    is run once; where a continuation has several tokens, its cache is shared by all continuations of the item.
-    model: weights, or a crew that holds them (train/crew.py).
+    is run once; where a continuation has several tokens, its cache is shared by all continuations of the item. A single
+    continuation is read together with its context, in one go. model: weights, or a crew that holds them (train/crew.py).
     """
     results: list[list[float]] = [[] for _ in items]
     lengths = [len(context) + max(map(len, endings)) for context, endings in items]
     limit = model.ask(readable) if isinstance(model, Crew) else plain_length(model)
-    long = [i for i, length in enumerate(lengths) if length > limit]
-    short = [i for i, length in enumerate(lengths) if length <= limit]
-    plan = [[long[n] for n in part] for part in batches([lengths[i] for i in long], budget, alone_beyond(model))]
+    apart = [i for i, length in enumerate(lengths) if length > limit or len(items[i][1]) == 1]
+    shared = sorted(set(range(len(items))) - set(apart))
+    plan = [[apart[n] for n in part] for part in batches([lengths[i] for i in apart], budget, alone_beyond(model))]
     wholes = len(plan)
-    plan += [[short[n] for n in part] for part in batches([len(items[i][0]) for i in short], budget)]
+    plan += [[shared[n] for n in part] for part in batches([len(items[i][0]) for i in shared], budget)]
     tasks = [
         {"items": [items[i] for i in batch], "whole": number < wholes, "budget": budget} for number, batch in enumerate(plan)
     ]
@@ -109,11 +109,12 @@ def _whole(model, items: list[tuple[list[int], list[list[int]]]], pad: int, budg
         ids, _ = right_pad([list(read[r][0]) for r in batch], pad, model.device)
         at = [(row, column) for row, r in enumerate(batch) for column in range(read[r][1], len(read[r][0]))]
         with logits_only_at(model, *zip(*at, strict=True)):
-            logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-        for r, block in zip(batch, logps.split([len(read[r][0]) - read[r][1] for r in batch]), strict=True):
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        for r, block in zip(batch, logits.split([len(read[r][0]) - read[r][1] for r in batch]), strict=True):
+            logps = block.float().log_softmax(-1)  # of one reading at a time: of all it would be as large as the logits again
             for i, n in users[read[r]]:
                 wanted = torch.tensor(items[i][1][n], device=model.device)
-                sums[i][n] = block.gather(1, wanted[:, None]).sum().item()
+                sums[i][n] = logps.gather(1, wanted[:, None]).sum().item()
     return sums
 
 

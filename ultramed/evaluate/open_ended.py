@@ -1,4 +1,4 @@
-"""Open-ended answers and how they are measured: K-QA, MT-Bench, pairwise wins, BLEU-1, language consistency.
+"""Open-ended answers and how they are measured: K-QA, MT-Bench, pairwise wins, BLEU-1.
 
 What needs a judge goes through annotate/judge.py's server; what does not, does not.
 """
@@ -38,14 +38,15 @@ class ReplyConfig(Strict):
     seed: int = 0
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def replies(
     out: Path, config: ReplyConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
 ) -> dict:
     """One reply to every prompt of `data` (prompt or instruction rows): `replies.jsonl` with id, prompt, reply, reference, meta.
 
     With `turns` a row whose meta has several turns (MT-Bench) is asked all of them, each after the replies so far; the
-    row then has `replies`, one a turn. An interrupted run goes on after the last finished reply.
+    row then has `replies`, one a turn. What does not fit into the model's context has an empty reply and is counted in
+    `too_long`. An interrupted run goes on after the last finished reply.
     """
     rows = canonical.spread(canonical.read_rows(data / f"{side}.parquet"), config.limit)
     sampling = Sampling(config.max_new_tokens, config.temperature, 0, config.top_p, None, config.repetition_penalty)
@@ -74,9 +75,17 @@ def replies(
                             ledger.add({"key": f"{name}#{number}", "reply": text, "finished": reply.finished})
                         bar.update(len(batch))
 
+                    def unfit(indices, todo=todo, number=number):
+                        for i in indices:
+                            said[todo[i]["id"]].append("")
+                            entry = {"key": f"{todo[i]['id']}#{number}", "reply": "", "finished": False, "too_long": True}
+                            ledger.add(entry)
+                        bar.update(len(indices))
+
                     if todo:
-                        engine.replies(conversations, sampling, done, rngs)
-        cut = sum(not entry["finished"] for entry in ledger.rows.values())
+                        engine.replies(conversations, sampling, done, rngs, unfit)
+        long = sum("too_long" in entry for entry in ledger.rows.values())
+        cut = sum(not entry["finished"] for entry in ledger.rows.values()) - long
     write_lines(
         out / "replies.jsonl",
         (
@@ -91,7 +100,12 @@ def replies(
             for r in rows
         ),
     )
-    return {"rows": len(rows), "cut_off": cut, "mean_words": float(np.mean([len(s[0].split()) for s in said.values()]))}
+    return {
+        "rows": len(rows),
+        "cut_off": cut,
+        "too_long": long,
+        "mean_words": float(np.mean([len(s[0].split()) for s in said.values()])),
+    }
 
 
 def _conversation(row: dict, turns: list[str], said: list[str]) -> list[dict]:
@@ -148,27 +162,3 @@ def bleu1(candidates: list[str], references: list[str]) -> float:
     hits = sum(sum((Counter(w) & Counter(g)).values()) for w, g in zip(words, gold, strict=True))
     penalty = 1.0 if total >= length else math.exp(1 - length / max(1, total))
     return 100 * penalty * hits / total if total else 0.0
-
-
-# -------------------------------------------------------------------------------------------------------------- language
-
-
-class LanguageGuesser:
-    """Language of a text, by character n-grams, learned from labelled texts; `accuracy` on texts held out while learning."""
-
-    def __init__(self, texts: list[str], languages: list[str], seed: int = 0):
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import train_test_split
-        from sklearn.pipeline import make_pipeline
-
-        self.model = make_pipeline(
-            TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3), max_features=20_000, sublinear_tf=True),
-            LogisticRegression(C=30, max_iter=300),
-        )
-        fit, held, fit_y, held_y = train_test_split(texts, languages, test_size=0.2, random_state=seed, stratify=languages)
-        self.model.fit(fit, fit_y)
-        self.accuracy = stats.wilson(self.model.predict(held) == np.array(held_y))
-
-    def __call__(self, texts: list[str]) -> list[str]:
-        return list(self.model.predict(texts))

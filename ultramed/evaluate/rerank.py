@@ -3,6 +3,8 @@
 A selection takes `letters` (Q, N) of option letters ('' if unparsed) and `rewards` (Q, N), and returns (Q,) letters.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -64,28 +66,31 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 16, 32)  # samples a question at which curves hav
 class Votes:
     """Samples of every question, scored by a reward model or not, out of which one answer is chosen.
 
-    `source`: the artifacts of `samples` (name -> artifact), or one of `reward_feedback`. id, subset, concept, gold:
-    shape (Q,); letters (Q, N), '' where unparsed; rewards (Q, N), None without a reward model.
+    `sources`: seed -> the artifacts of `samples` (name -> artifact), or one of `reward_feedback`. id, subset, concept, gold,
+    seed: shape (Q,); letters (Q, N), '' where unparsed; rewards (Q, N), None without a reward model.
     """
 
-    def __init__(self, source: dict[str, Artifact] | Artifact):
-        self.artifacts = artifacts_of(source)
-        if isinstance(source, Artifact):
-            rows = [(row, row["candidates"]) for row in read_feedback(source)]
-            self.rewards = np.array([[c["score"] for c in candidates] for _, candidates in rows], dtype=float)
-        else:
-            rows = [(row, row["replies"]) for artifact in source.values() for row in read_samples(artifact)]
-            self.rewards = None
+    def __init__(self, sources: Mapping[int, Mapping[str, Artifact] | Artifact]):
+        self.artifacts, scored, rows = artifacts_of(sources), False, []
+        for seed, source in sources.items():
+            if scored := isinstance(source, Artifact):
+                rows += [(seed, row, row["candidates"]) for row in read_feedback(source)]
+            else:
+                rows += [(seed, row, row["replies"]) for artifact in source.values() for row in read_samples(artifact)]
+        self.seed = np.array([seed for seed, *_ in rows])
         self.id, self.subset, self.concept, self.gold = (
-            np.array([row[key] for row, _ in rows]) for key in ("id", "subset", "concept", "gold")
+            np.array([row[key] for _, row, _ in rows]) for key in ("id", "subset", "concept", "gold")
         )
-        self.letters = np.array([[c["letter"] or "" for c in candidates] for _, candidates in rows])
+        self.letters = np.array([[c["letter"] or "" for c in candidates] for *_, candidates in rows])
+        self.rewards = None
+        if scored:
+            self.rewards = np.array([[c["score"] for c in candidates] for *_, candidates in rows], dtype=float)
 
     def select(self, name: str, like: Answers) -> Answers:
         """One selection's answers, comparable with the greedy answers `like` to the same questions."""
         chosen = SELECTIONS[name](self.letters, self.rewards)
-        frame = pd.DataFrame({"id": self.id, "subset": self.subset, "concept": self.concept, "gold": self.gold})
-        frame = frame.assign(letter=chosen, strict=chosen != "", correct=chosen == self.gold, seed=like.frame.seed.iloc[0])
+        about = {"id": self.id, "subset": self.subset, "concept": self.concept, "gold": self.gold, "seed": self.seed}
+        frame = pd.DataFrame(about).assign(letter=chosen, strict=chosen != "", correct=chosen == self.gold)
         frame["letter"] = frame.letter.where(frame.letter != "", None)
         return Answers(frame, artifacts_of([like, self]))
 

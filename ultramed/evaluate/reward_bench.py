@@ -1,9 +1,11 @@
 """Reward models on pairs: Medical RewardBench out of held-out preferences, and anyone's pairs in RewardBench's format."""
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ultramed.core.errors import ConfigError
@@ -29,7 +31,26 @@ from ultramed.train.reward import load_reward, score_rows
 PART = 64  # pairs that are read and written together
 TOO_LONG = "too_long"  # of a ledger row: the pair did not fit
 PAPER = {"easy": 238, "hard": 196, "length": 180, "human": 163}  # UltraMedical, section 3.3: pairs of its bench
-SECTIONS = ("chat", "chat_hard", "safety", "reasoning")  # RewardBench's; its score is the mean of the four
+REWARDBENCH = {  # allenai/reward-bench, rewardbench/constants.py: section -> subset -> its weight, which is its pairs
+    "chat": {
+        **{"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95},
+        **{"mt-bench-easy": 28, "mt-bench-med": 40},
+    },
+    "chat_hard": {
+        **{"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134},
+        **{"llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    },
+    "safety": {
+        **{"refusals-dangerous": 100, "refusals-offensive": 100},
+        **{"xstest-should-refuse": 250, "xstest-should-respond": 154, "donotanswer": 136},
+    },
+    "reasoning": {
+        "math-prm": 984,  # of 447 pairs: as much as all code together
+        **dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164),
+    },
+}
+AVERAGE = "average"
+LONGER = 1.25  # a wrong reply that is so many times as long makes a pair one of length
 
 
 TABLE4_COLUMNS = {  # 'bench: subset' of `by_bench` -> column of UltraMedical's Table 4
@@ -52,16 +73,18 @@ class BenchConfig(Strict):
     seed: int = 0
 
 
-def category(chosen: dict, rejected: dict) -> str:
-    """Category of a pair of candidates, of which only the first is right; both have `strict`.
+def category(chosen: dict, rejected: dict, wide: float) -> str:
+    """Category of a pair of candidates with `text` and the annotator's `score`.
 
-    length: the wrong one is at least a quarter longer. hard: both in the asked form, the text that of the letter's
-    option, so that only the content tells. easy: the wrong one is not even in that form. The paper sorts by GPT-4's score and by length in the same spirit; its
-    "human" pairs have no counterpart without human rankings.
+    length: the rejected one is at least a quarter longer. easy: the scores are at least `wide` apart. hard: they are closer.
+    UltraMedical (section 3.3) sorts by GPT-4's scores and by length, too, without saying where it cuts: the quarter is chosen,
+    and `wide` is the median difference of the bench at hand, because annotators' scales differ (GPT-4's is 1 to 5, the
+    oracle's 0 to 10) and the paper has nearly as many hard pairs as easy ones. Its "human" pairs, whose labels experts
+    changed, come with the released set only (data set `medical_rewardbench`).
     """
-    if len(rejected["text"]) >= 1.25 * len(chosen["text"]) and rejected["strict"]:
+    if len(rejected["text"]) >= LONGER * len(chosen["text"]):
         return "length"
-    return "hard" if rejected["strict"] else "easy"
+    return "easy" if chosen["score"] - rejected["score"] >= wide else "hard"
 
 
 def section(row: dict) -> str:
@@ -69,35 +92,46 @@ def section(row: dict) -> str:
     return "reasoning" if is_sum(row["prompt"][-1]["content"]) else "chat"
 
 
-@stage(version=2)
+@stage(version=3)
 def bench(out: Path, config: BenchConfig, *, feedback: Artifact) -> dict:
-    """Write `pairs.parquet`, subset = category. Medical categories are cut to the paper's proportions of one another."""
-    found: dict[str, list[dict]] = {}
-    for row in read_feedback(feedback):
-        unique = list({c["text"]: c for c in row["candidates"] if c["text"].strip()}.values())
-        for c in unique:
-            c["strict"] = c["strict"] and names_option(row["prompt"], c["letter"], c["text"])
-        right = [c for c in unique if c["letter"] == row["gold"] and c["strict"]]
-        wrong = [c for c in unique if c["letter"] != row["gold"]]
-        rng, taken = random.Random(f"{config.seed}:{row['id']}"), {}
-        pairs = [(a, b) for a in right for b in wrong]
-        for a, b in rng.sample(pairs, len(pairs)):
-            name = category(a, b) if config.domain == "medical" else section(row)
-            if taken.get(name, 0) >= config.per_prompt:
-                continue
-            taken[name] = taken.get(name, 0) + 1
-            texts = {"chosen": as_completion(a["text"]), "rejected": as_completion(b["text"])}
-            meta = {"prompt_id": row["id"], "chosen_model": a["model"], "rejected_model": b["model"]}
-            pair = {"id": f"{row['id']}#{name}{taken[name]}", "source": config.domain, "subset": name, **texts}
-            found.setdefault(name, []).append({**pair, "prompt": row["prompt"], "meta": meta})
-    if not found:
+    """Write `pairs.parquet` of right against wrong candidates, subset = category. Medical categories are cut to the paper's
+    proportions of one another. Candidates without a score are left out."""
+    pairs = list(_right_and_wrong(read_feedback(feedback), config.seed))
+    if not pairs:
         raise ConfigError("no prompt has both a right and a wrong candidate: nothing to compare")
+    wide = float(np.median([a["score"] - b["score"] for _, a, b in pairs]))
+    found: dict[str, list[dict]] = {}
+    taken: Counter = Counter()
+    for row, a, b in pairs:
+        name = category(a, b, wide) if config.domain == "medical" else section(row)
+        if taken[row["id"], name] >= config.per_prompt:
+            continue
+        taken[row["id"], name] += 1
+        texts = {"chosen": as_completion(a["text"]), "rejected": as_completion(b["text"])}
+        meta = {"prompt_id": row["id"], "chosen_model": a["model"], "rejected_model": b["model"]}
+        meta |= {"chosen_score": a["score"], "rejected_score": b["score"]}
+        pair = {"id": f"{row['id']}#{name}{taken[row['id'], name]}", "source": config.domain, "subset": name, **texts}
+        found.setdefault(name, []).append({**pair, "prompt": row["prompt"], "meta": meta})
     if config.domain == "medical":
         unit = min(len(found[c]) / PAPER[c] for c in found)
         found = {c: rows[: max(1, round(unit * PAPER[c]))] for c, rows in found.items()}
     made = [row for name in sorted(found) for row in found[name]]
     canonical.write_rows(out / "pairs.parquet", made)
-    return {"pairs": len(made), "categories": {k: len(v) for k, v in found.items()}, "row_ids": digest([r["id"] for r in made])}
+    counts = {"pairs": len(made), "categories": {k: len(v) for k, v in found.items()}, "median_gap": wide}
+    return counts | {"row_ids": digest([r["id"] for r in made])}
+
+
+def _right_and_wrong(rows: list[dict], seed: int) -> Iterator[tuple[dict, dict, dict]]:
+    """(row, right candidate in the asked form, wrong candidate) of every prompt, in an order drawn for each."""
+    for row in rows:
+        scored = [c for c in row["candidates"] if c["text"].strip() and c["score"] is not None]
+        unique = list({c["text"]: c for c in scored}.values())
+        meant = {c["text"] for c in unique if c["strict"] and names_option(row["prompt"], c["letter"], c["text"])}
+        right = [c for c in unique if c["letter"] == row["gold"] and c["text"] in meant]
+        wrong = [c for c in unique if c["letter"] != row["gold"]]
+        pairs = [(a, b) for a in right for b in wrong]
+        for a, b in random.Random(f"{seed}:{row['id']}").sample(pairs, len(pairs)):
+            yield row, a, b
 
 
 def composition(pairs: Artifact) -> pd.DataFrame:
@@ -176,14 +210,52 @@ def _record(row: dict, chosen: float, rejected: float) -> dict:
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by subset with a 95% interval clustered by prompt; a tie counts as wrong. The last row is the mean of subsets."""
+    """Accuracy by subset with a 95% interval clustered by prompt; a tie counts as wrong. The last row is the mean of subsets,
+    of RewardBench's subsets that of its sections, which have rows of their own before it (`sections`)."""
     rows = []
     for name, part in frame.groupby("subset", sort=False):
         e = stats.clustered(part.correct, part.concept)
-        rows.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n})
+        rows.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se})
     found = pd.DataFrame(rows)
-    mean = {"subset": "average", "accuracy": found.accuracy.mean(), "n": int(found.n.sum())}
-    return pd.concat([found, pd.DataFrame([mean])], ignore_index=True)
+    whole = sections(found)
+    if whole.empty:
+        whole = pd.DataFrame([{"subset": AVERAGE, "accuracy": found.accuracy.mean(), "n": int(found.n.sum())}])
+    return pd.concat([found, whole], ignore_index=True).drop(columns="se")
+
+
+def sections(subsets: pd.DataFrame) -> pd.DataFrame:
+    """RewardBench's sections and their mean, its score (last row, 'average'), of accuracies by subset.
+
+    subsets: columns subset, accuracy, n and se, the standard error. A section is the mean of its subsets weighted by their
+    official sizes; subsets and sections that are not there are left out, not taken for zero. No rows if `subsets` names
+    others than RewardBench's. Intervals are normal ones: subsets share no prompts.
+    """
+    columns = ["subset", "accuracy", "low", "high", "n", "se"]
+    if set(subsets.subset) - {name for members in REWARDBENCH.values() for name in members}:
+        return pd.DataFrame(columns=columns)
+    rows = []
+    for name, members in REWARDBENCH.items():
+        part = subsets[subsets.subset.isin(members)]
+        if len(part):
+            weight = part.subset.map(members)
+            rows.append(_weighted(name, part, weight / weight.sum()))
+    rows.append(_weighted(AVERAGE, found := pd.DataFrame(rows), pd.Series(1 / len(found), found.index)))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _weighted(name: str, part: pd.DataFrame, share: pd.Series) -> dict:
+    """Mean of independent accuracies by shares that sum to one, with its 95% interval."""
+    value, se = float((part.accuracy * share).sum()), float(((part.se * share) ** 2).sum() ** 0.5)
+    interval = {"low": max(0.0, value - 1.96 * se), "high": min(1.0, value + 1.96 * se)}
+    return {"subset": name, "accuracy": value, **interval, "n": int(part.n.sum()), "se": se}
+
+
+def by_section(answers: Answers) -> Answers:
+    """The same, `subset` being RewardBench's section where every subset is one of its; for comparisons that count sections alike
+    (within a section pairs count alike)."""
+    names = {subset: name for name, members in REWARDBENCH.items() for subset in members}
+    found = answers.frame.subset.map(names)
+    return answers if found.isna().any() else answers.assign(subset=found)
 
 
 def by_bench(scores: Mapping[tuple[str, str], Answers]) -> pd.DataFrame:
@@ -196,7 +268,7 @@ def by_bench(scores: Mapping[tuple[str, str], Answers]) -> pd.DataFrame:
 
 def wide(accuracy: pd.DataFrame) -> pd.DataFrame:
     """`by_bench` as a reader wants it: a row an arm; subsets with interval and n, averages last."""
-    average = accuracy.subset.str.endswith(": average")
+    average = accuracy.subset.str.endswith(f": {AVERAGE}")
     interval = percent(accuracy).where(~average, (100 * accuracy.accuracy).round(1).astype(str))
     named = accuracy.subset.where(average, accuracy.subset + " (n = " + accuracy.n.astype(str) + ")")
     shown = accuracy.assign(score=interval, column=named, average=average)

@@ -41,10 +41,18 @@ def numbered(labels) -> np.ndarray:
     return np.unique(np.asarray(labels), return_inverse=True)[1]
 
 
-def bootstrap_means(values, clusters, seeds=None, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Means of `draws` resampled data sets, shape (draws,).
+def task_weights(tasks) -> np.ndarray:
+    """Weights (n,), 1 on average, under which every task (labels, shape (n,)) counts the same however many questions it has:
+    the weighted mean of questions is the mean of tasks, which is what both papers report."""
+    task = numbered(tasks)
+    size = np.bincount(task)
+    return len(task) / (len(size) * size[task])
 
-    values, clusters, seeds: shape (n,). Whole clusters (questions about one concept) are drawn with replacement. With
+
+def bootstrap_means(values, clusters, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> np.ndarray:
+    """Means of `draws` resampled data sets, shape (draws,); weighted where `weights` are given.
+
+    values, clusters, seeds, weights: shape (n,). Whole clusters (questions about one concept) are drawn with replacement. With
     several training seeds the seeds are drawn as well, each row counting as often as its seed times its cluster was
     drawn (the pigeonhole bootstrap, Owen 2007): then the interval covers other seeds, too, not only other questions.
     """
@@ -52,7 +60,8 @@ def bootstrap_means(values, clusters, seeds=None, draws: int = 2000, seed: int =
     replicate = np.zeros(len(x), dtype=int) if seeds is None else numbered(seeds)
     rng, cluster_count, seed_count = np.random.default_rng(seed), cluster.max() + 1, replicate.max() + 1
     cell, cell_of = np.unique(replicate * cluster_count + cluster, return_inverse=True)
-    total, count = np.bincount(cell_of, weights=x), np.bincount(cell_of)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=float)
+    total, count = np.bincount(cell_of, weights=w * x), np.bincount(cell_of, weights=w)
     cell_seed, cell_cluster = np.divmod(cell, cluster_count)
     out = []
     for size in _blocks(draws):
@@ -75,18 +84,18 @@ def _times_drawn(rng: np.random.Generator, draws: int, count: int) -> np.ndarray
     return np.bincount((pick + offset).ravel(), minlength=draws * count).reshape(draws, count)
 
 
-def clustered(values, clusters, seeds=None, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
-    """A mean with its percentile interval by `bootstrap_means`; the standard error is the spread of the means."""
+def clustered(values, clusters, seeds=None, level: float = 0.95, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:
+    """A (weighted) mean with its percentile interval by `bootstrap_means`; the standard error is the spread of the means."""
     x = np.asarray(values, dtype=float)
-    means = bootstrap_means(x, clusters, seeds, draws, seed)
+    means = bootstrap_means(x, clusters, seeds, draws, seed, weights)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(x.mean()), float(low), float(high), len(x), float(means.std(ddof=1)))
+    return Estimate(float(np.average(x, weights=weights)), float(low), float(high), len(x), float(means.std(ddof=1)))
 
 
-def difference(a, b, clusters=None, seeds=None, draws: int = 2000, seed: int = 0) -> Estimate:
+def difference(a, b, clusters=None, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:
     """Mean of a - b over pairs with its bootstrap interval (over clusters and seeds where given); n counts the pairs."""
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return clustered(d, np.arange(len(d)) if clusters is None else clusters, seeds, draws=draws, seed=seed)
+    return clustered(d, np.arange(len(d)) if clusters is None else clusters, seeds, draws=draws, seed=seed, weights=weights)
 
 
 def mcnemar(a, b) -> float:
@@ -104,35 +113,36 @@ def mcnemar(a, b) -> float:
     return float(test(table, exact=True).pvalue) if (a != b).any() else 1.0
 
 
-def sign_flip(a, b, clusters, seeds=None, draws: int = 20000, seed: int = 0) -> float:
-    """Two-sided permutation test that the mean of a - b is zero, flipping the sign of whole clusters together.
+def sign_flip(a, b, clusters, seeds=None, draws: int = 20000, seed: int = 0, weights=None) -> float:
+    """Two-sided permutation test that the (weighted) mean of a - b is zero, flipping the sign of whole clusters together.
 
     McNemar's test treats pairs as independent; this one holds when several questions share a concept. With several
     seeds each draw is shifted by how far the mean of resampled seeds lies from the mean of all, so that a difference
     which one lucky seed explains is no evidence. Smallest possible p: 1 / (draws + 1).
     """
     d, cluster = np.asarray(a, dtype=float) - np.asarray(b, dtype=float), numbered(clusters)
-    total = np.bincount(cluster, weights=d)
+    w = np.ones(len(d)) if weights is None else np.asarray(weights, dtype=float)
+    total = np.bincount(cluster, weights=w * d)
     total = total[total != 0]
     rng, hits = np.random.default_rng(seed), 0
-    shift = _seed_shifts(d, seeds, draws, seed)
+    shift, sum_of_all = _seed_shifts(d, w, seeds, draws, seed), abs((w * d).sum())
     for start in range(0, draws, 1000):
         size = min(1000, draws - start)
         signs = rng.choice([-1.0, 1.0], size=(size, len(total)))
-        hits += int((np.abs(signs @ total + shift[start : start + size]) >= abs(d.sum()) - 1e-9).sum())
+        hits += int((np.abs(signs @ total + shift[start : start + size]) >= sum_of_all - 1e-9).sum())
     return (hits + 1) / (draws + 1)
 
 
-def _seed_shifts(d: np.ndarray, seeds, draws: int, seed: int) -> np.ndarray:
-    """Sum of d over resampled seeds less the sum over all, with a random sign, shape (draws,); zeros for one seed."""
+def _seed_shifts(d: np.ndarray, w: np.ndarray, seeds, draws: int, seed: int) -> np.ndarray:
+    """Sum of w d over resampled seeds less the sum over all, with a random sign, shape (draws,); zeros for one seed."""
     replicate = np.zeros(len(d), dtype=int) if seeds is None else numbered(seeds)
     if replicate.max() == 0:
         return np.zeros(draws)
     rng = np.random.default_rng((seed, 1))
-    total, count = np.bincount(replicate, weights=d), np.bincount(replicate)
+    total, count = np.bincount(replicate, weights=w * d), np.bincount(replicate, weights=w)
     weight = _times_drawn(rng, draws, len(total))
     means = (weight @ total) / (weight @ count)
-    return len(d) * (means - d.mean()) * rng.choice([-1.0, 1.0], size=draws)
+    return w.sum() * (means - np.average(d, weights=w)) * rng.choice([-1.0, 1.0], size=draws)
 
 
 def not_below(value: float, se: float, bound: float) -> float:

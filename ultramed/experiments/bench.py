@@ -5,7 +5,6 @@ on where it stopped.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -36,6 +35,7 @@ from ultramed.evaluate.open_ended import ReplyConfig, read_replies, replies
 from ultramed.evaluate.rerank import Votes
 from ultramed.evaluate.sample import samples
 from ultramed.evaluate.scorers import sensitivity
+from ultramed.experiments import general as abilities
 from ultramed.papers import published
 
 TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
@@ -122,7 +122,7 @@ def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -
         if config.samples:
             asked = {name: getattr(config, name) for name in ("max_new_tokens", "batch_tokens", "engine")}
             drawn = samples(SampleConfig(n=config.samples, answer_form="reasoned", **asked), **given)
-            made = Votes({"model": drawn}).select("self_consistency", Answers(pd.DataFrame({"seed": [0]}), (part.artifact,)))
+            made = Votes({0: {"model": drawn}}).select("self_consistency", Answers(pd.DataFrame(), (part.artifact,)))
         else:
             answered = answers(setting(config), **given)
             made = Answers(read_answers(answered).assign(seed=0), (answered, part.artifact))
@@ -173,8 +173,7 @@ def compare_models(answered: Mapping[str, Answers]) -> pd.DataFrame:
         parts = [part for _, part in d.groupby(both.task)]
         value = np.mean([part.mean() for part in parts])
         se = np.sqrt(sum(part.var(ddof=1) / len(part) if len(part) > 1 else 0.25 for part in parts)) / len(parts)
-        weight = (len(d) / (len(parts) * both.groupby("task").task.transform("size"))).to_numpy()
-        p = stats.sign_flip(both.correct_a * weight, both.correct_b * weight, both.id)
+        p = stats.sign_flip(both.correct_a, both.correct_b, both.id, weights=stats.task_weights(both.task))
         width = norm.isf(0.025) * se
         found = {"difference": value, "low": value - width, "high": value + width, "detectable": stats.detectable(se), "p": p}
         rows.append({"A": a, "B": b, **found, "n": len(both)})
@@ -280,30 +279,20 @@ def option_order(config: BenchSection, model: Artifact, questions: Sequence[Ques
 # --------------------------------------------------------------------------------------------------------------- general
 
 
-def last_number(text: str) -> float | None:
-    """The last number of a text, without thousands' commas; None where there is none. GSM8K's answers are read so."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "").rstrip(".")) if found else None
-
-
 def gsm8k(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
-    """Exact match on the last number, 0-shot, greedy."""
-    asked = ReplyConfig(max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, limit=config.limit)
-    answered = replies(asked, model=model, data=data)
-    frame = read_replies(answered)
-    said, want = frame.reply.map(last_number), frame.reference.map(last_number)
-    e = stats.wilson(said == want)
-    return {"task": "gsm8k", **_row(e), "unparsed": int(said.isna().sum())}, answered
+    """0-shot, greedy (experiments/general.py)."""
+    asked = {"count": config.limit, "max_new_tokens": config.max_new_tokens, "batch_tokens": config.batch_tokens}
+    return _of("gsm8k", abilities.gsm8k(model, data, **asked))
 
 
 def mmlu(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
-    """All 57 subjects, by the bench's protocol; pooled over questions as the harness does."""
-    rows = canonical.read_questions(data / "test.parquet")
-    subsets = pd.Series([row["subset"] for row in rows]).value_counts()
-    select = {name: [0, min(int(n), config.limit or int(n))] for name, n in subsets.items()}
-    answered = answers(setting(config), model=model, questions=data, select=select)
-    frame = read_answers(answered)
-    return {"task": "mmlu", **_row(stats.wilson(frame.correct)), "unparsed": int(frame.letter.isna().sum())}, answered
+    """All 57 subjects, by the bench's protocol (experiments/general.py)."""
+    return _of("mmlu", abilities.mmlu(model, data, per_subject=config.limit, config=setting(config)))
+
+
+def _of(task: str, made: Answers) -> tuple[dict, Artifact]:
+    unparsed = int(made.frame.letter.isna().sum())
+    return {"task": task, **_row(stats.wilson(made.frame.correct)), "unparsed": unparsed}, made.artifacts[-1]
 
 
 def mt_bench(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:

@@ -1,14 +1,13 @@
 """Reward benches for anyone's reward model: Medical RewardBench, RewardBench with its sections, RewardBench 2's best of four."""
 
-from pathlib import Path
-
 import pandas as pd
 
 from ultramed.annotate.judge import LLMConfig, pairwise
+from ultramed.annotate.pair_sets import pairs_from
 from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError
 from ultramed.core.schema import ScoringConfig
-from ultramed.core.store import Artifact, stage
+from ultramed.core.store import Artifact
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import get
 from ultramed.data.public_pairs import PublicConfig, public_pairs
@@ -25,7 +24,7 @@ def reward_pairs(fetch: bool = False) -> tuple[dict[str, Artifact], list[str]]:
     found, missing = {}, []
     for name in REWARD_BENCHES:
         if data := at_hand(name, fetch):
-            found[name] = pairs_of(data=data)
+            found[name] = pairs_from(data, side="test")
         else:
             missing.append(get(name).where())
     if "rewardbench" not in found:
@@ -36,14 +35,6 @@ def reward_pairs(fetch: bool = False) -> tuple[dict[str, Artifact], list[str]]:
     if not found:
         raise ConfigError("no reward bench is at hand: " + "; ".join(missing))
     return found, missing
-
-
-@stage(version=1)
-def pairs_of(out: Path, config, *, data: Artifact) -> dict:
-    """A data set of pairs, its test side, as the artifact that scoring takes."""
-    rows = canonical.read_pairs(data / "test.parquet")
-    canonical.write_rows(out / "pairs.parquet", rows)
-    return {"pairs": len(rows)}
 
 
 def score_reward(
@@ -105,32 +96,3 @@ def _longer(pairs: Artifact) -> dict[str, str]:
     """pair -> which of its sides is the longer text."""
     rows = canonical.read_pairs(pairs / "pairs.parquet")
     return {r["id"]: max(("chosen", "rejected"), key=lambda side: len(r[side][0]["content"])) for r in rows}
-
-
-REWARDBENCH_SECTIONS = {  # RewardBench, rewardbench/constants.py: subsets of the sections; within one, pairs count alike
-    "Chat": ["alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"],
-    "Chat Hard": [
-        *("mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor"),
-        *("llmbar-adver-GPTInst", "llmbar-adver-GPTOut", "llmbar-adver-manual"),
-    ],
-    "Safety": ["refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer"],
-    "Reasoning": ["math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"],
-}
-
-
-def sections(table: pd.DataFrame) -> pd.DataFrame:
-    """RewardBench's four sections and their mean. Subsets weigh by their pairs; math-prm weighs as much as all code together."""
-    rows = []
-    for name, subsets in REWARDBENCH_SECTIONS.items():
-        part = table[table.subset.isin(subsets)]
-        if part.empty:
-            continue
-        weight = part.n.astype(float)
-        if name == "Reasoning" and {"math-prm"} < set(part.subset):
-            weight = weight.where(part.subset != "math-prm", weight[part.subset != "math-prm"].sum())
-        rows.append({"section": name, "accuracy": float((part.accuracy * weight).sum() / weight.sum()), "n": int(part.n.sum())})
-    frame = pd.DataFrame(rows, columns=["section", "accuracy", "n"])
-    if len(frame):
-        mean = {"section": "mean of sections", "accuracy": frame.accuracy.mean(), "n": int(frame.n.sum())}
-        frame = pd.concat([frame, pd.DataFrame([mean])], ignore_index=True)
-    return frame

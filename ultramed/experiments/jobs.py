@@ -28,7 +28,7 @@ class Job:
 
     @classmethod
     def sft(cls, notebook: str, what: str, config: TrainConfig) -> "Job":
-        return cls(notebook, "sft", what, config, mixture_rows(config.mixture))
+        return cls(notebook, "sft", what, config, round(mixture_rows(config.mixture) * (1 - config.held_out)))
 
     @classmethod
     def preference(cls, notebook: str, what: str, config: PreferenceConfig, pairs: int) -> "Job":
@@ -55,6 +55,11 @@ class Job:
 def mixture_rows(counts: dict[str, int | float]) -> int:
     """Rows of a mixture. Raises ConfigError where a multiple of a source of unknown size is asked for."""
     return sum(rows_of(source, count) for source, count in counts.items())
+
+
+def prompts_of(counts: dict[str, int]) -> int:
+    """Prompts that are asked of sources; 0 means all of one."""
+    return sum(rows_of(source, count or 1.0) for source, count in counts.items())
 
 
 def rows_of(source: str, count: int | float) -> int:

@@ -45,6 +45,8 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     """A model to start from, with a tokenizer whose pad token is not its end token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if config.tokenizer and (config.name in {*BUNDLED, *TINY} or config.name.startswith(("http://", "https://"))):
+        raise ConfigError(f"model {config.name!r} brings its own tokenizer; {config.tokenizer!r} cannot take its place")
     if config.name.startswith(("http://", "https://")):
         server = ServerConfig.of(config.name)
         metadata = {
@@ -56,8 +58,8 @@ def base_model(out: Path, config: ModelConfig) -> dict:
         }
         write_json(out / "model.json", metadata)
         return {}
-    if config.name == TINY:
-        model, tokenizer = tiny_llama()
+    if config.name in TINY:
+        model, tokenizer = tiny_llama(config.name)
     elif config.name in BUNDLED:
         gguf = bundled_gguf(config.name)
         log.info("converting %s to safetensors (once)", gguf.name)
@@ -71,9 +73,15 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     else:
         name = _existing(config)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
-        write_json(
-            out / "model.json", {"kind": "reference", "name": name, "revision": config.revision, "template": config.template}
-        )
+        metadata = {"kind": "reference", "name": name, "revision": config.revision, "template": config.template}
+        if config.tokenizer:
+            other = AutoTokenizer.from_pretrained(config.tokenizer)
+            if other.get_vocab() != tokenizer.get_vocab():
+                raise ConfigError(
+                    f"tokenizer {config.tokenizer!r} has another vocabulary than model {name!r}: no id means the same"
+                )
+            metadata["tokenizer"] = config.tokenizer
+        write_json(out / "model.json", metadata)
         return {"vocabulary": len(tokenizer)}
     set_pad(tokenizer)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -92,7 +100,7 @@ def _existing(config: ModelConfig) -> str:
     if config.name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ConfigError(f"model {config.name!r}: no such folder")
     if ":" in config.name:
-        raise ConfigError(f"model {config.name!r}: not one of {sorted(BUNDLED)} or {TINY!r}")
+        raise ConfigError(f"model {config.name!r}: not one of {sorted([*BUNDLED, *TINY])}")
     name = str(folder.resolve()) if folder.is_dir() else config.name
     try:
         AutoConfig.from_pretrained(name, revision=config.revision)
@@ -234,7 +242,10 @@ def load_tokenizer(model: Artifact):
     """Tokenizer with a pad token of its own."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(**location(model))
+    where = location(model)
+    if other := card(base_of(model)).get("tokenizer"):
+        where = {"pretrained_model_name_or_path": other}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
     set_pad(tokenizer)
     return tokenizer
 

@@ -30,6 +30,18 @@ class Parsed:
 
 
 UNPARSED = Parsed(None, "unparsed")
+ACCEPTED = re.compile(r"([A-Z])([:.]?) .+")  # MedAlpaca, eval/eval_usmle.py, starts_with_capital_letter
+
+
+def without_special_ends(text: str) -> str:
+    """What is left when everything but ASCII letters and digits is taken from both ends (MedAlpaca, eval/eval_usmle.py)."""
+    return re.sub(r"\A[^A-Za-z0-9]+|[^A-Za-z0-9]+\Z", "", text)
+
+
+def accepted(text: str) -> bool:
+    """Whether MedAlpaca's evaluation takes a reply for an answer and asks no more: a capital letter, perhaps ':' or '.', a
+    space, and more on the same line. 'I think so' passes, 'B' and 'B) text' do not."""
+    return bool(ACCEPTED.match(without_special_ends(text)))
 
 
 def squeeze(text: str) -> str:
@@ -41,9 +53,9 @@ def squeeze(text: str) -> str:
 def parse(text: str, options: dict[str, str], answer_form: str = "letter_first") -> Parsed:
     """Read the chosen option of a reply.
 
-    options: letter -> text. answer_form: 'letter_first' ('B: text'), 'content_first' ('text (B)'), or 'reasoned' (a last line
-    'Answer: text (B)'). Where text and letter disagree, the letter decides in letter_first, the text in the others, because
-    a small model learns the text before the letter.
+    options: letter -> text. answer_form: 'letter_first' and 'medalpaca' ('B: text'), 'content_first' ('text (B)'), or
+    'reasoned' (a last line 'Answer: text (B)'). Where text and letter disagree, the letter decides in the first two, the text
+    in the others, because a small model learns the text before the letter.
     """
     letters = "".join(options)
     by_text = {}
@@ -184,8 +196,17 @@ def _only_mention(reply: str, letters: str, by_text: dict) -> Parsed | None:
     return Parsed(letter, "only option mentioned") if letter else None
 
 
+def _accepted(reply: str, letters: str, by_text: dict) -> Parsed | None:
+    """'B text', which MedAlpaca's evaluation accepts. 'A' and 'I' alone begin sentences, so they need their ':' or '.'."""
+    hit = ACCEPTED.match(without_special_ends(reply))
+    if hit is None or hit[1] not in letters or (hit[1] in "AI" and not hit[2]):
+        return None
+    return Parsed(hit[1], "letter text")
+
+
 RULES = {
     "letter_first": (_letter, _content, _stated, _lone_letter, _whole_text, _only_mention),
+    "medalpaca": (_letter, _content, _stated, _lone_letter, _whole_text, _only_mention, _accepted),
     "content_first": (_content, _letter, _stated, _lone_letter, _whole_text, _only_mention),
     "reasoned": (_final_line, _stated, _last_line, _lone_letter, _letter, _whole_text, _only_mention),
 }

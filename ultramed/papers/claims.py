@@ -1,12 +1,12 @@
-"""The claims of both papers (claims.csv), written down before anything is run, and the rule that decides each.
+"""The claims of both papers (claims.csv), which stand before a run, and the rule that decides each.
 
 kind      claim about A - B                 reproduced                      contradicted
-beats     above 0                           interval above 0, p below 0.05  interval below 0
+beats     above 0                           interval above 0, p below 0.05  interval below 0, p below 0.05
 level     within the margin of 0            interval within the margin      interval wholly outside it
 not_worse above minus the margin            interval above minus the margin interval below it
 
-Anything else is inconclusive. p, corrected over all tested claims of a paper (report/scorecard.py), decides `beats` only;
-for the other kinds the interval decides, and p is shown beside it.
+Anything else is inconclusive. p, corrected over all tested claims of a paper that A beats B (report/scorecard.py), belongs to
+`beats` only; for the other kinds the interval decides, and their p is shown beside it, not corrected.
 """
 
 from functools import cache
@@ -74,7 +74,7 @@ class Claim(BaseModel):
     def decide(self, low: float, high: float, p: float) -> Decision:
         """The verdict from a 95% interval of A - B, in the claim's unit, and a corrected p."""
         if self.kind == "beats":
-            reproduced, contradicted = low > 0 and p < ALPHA, high < 0
+            reproduced, contradicted = low > 0 and p < ALPHA, high < 0 and p < ALPHA
         elif self.kind == "level":
             reproduced, contradicted = -self.margin <= low and high <= self.margin, low > self.margin or high < -self.margin
         else:

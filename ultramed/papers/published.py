@@ -23,7 +23,7 @@ class PublishedTable(BaseModel):
 
     def label(self, row: pd.Series) -> str:
         """Name of a row: 'MedAlpaca 7b / 7b / full'."""
-        return " / ".join(str(row[key]) for key in self.keys)
+        return " / ".join(str(row[key]) for key in self.keys if pd.notna(row[key]))
 
     def can_be_ours(self, row: pd.Series) -> bool:
         return not self.ours or any(row[column] in values for column, values in self.ours.items())

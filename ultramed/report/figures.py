@@ -6,6 +6,7 @@ import textwrap
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Image
@@ -68,18 +69,22 @@ def intervals(frame: pd.DataFrame, *, row: str, facet: str, hue: str | None = No
 
 
 def tuning(frame: pd.DataFrame, *, best: dict[str, float], paper: float):
-    """Dev loss against learning rate, a line an arm; the chosen rate is ringed, the paper's marked."""
-    fig, ax = plt.subplots(figsize=(6.4, 3.6))
-    for arm, part in frame.groupby("arm", sort=False):
+    """Accuracy on dev questions (95% intervals) against learning rate, a line an arm; the chosen rate is ringed, the paper's
+    marked."""
+    fig, ax = plt.subplots(figsize=(7.2, 3.6))
+    for number, (arm, part) in enumerate(frame.groupby("arm", sort=False)):
         part = part.sort_values("learning_rate")
-        (line,) = ax.plot(part.learning_rate, part.dev_loss, marker="o", label=arm)
-        chosen = part[part.learning_rate == best[arm]]
-        ax.plot(chosen.learning_rate, chosen.dev_loss, "o", ms=13, mfc="none", color=line.get_color())
+        place = part.learning_rate * 1.04**number  # intervals of arms with the same rates stand beside each other
+        sides = 100 * np.stack([part.accuracy - part.low, part.high - part.accuracy])
+        line = ax.errorbar(place, 100 * part.accuracy, sides, marker="o", capsize=3, label=label(arm)).lines[0]
+        chosen = part.learning_rate == best[arm]
+        ax.plot(place[chosen], 100 * part.accuracy[chosen], "o", ms=13, mfc="none", color=line.get_color())
     ax.axvline(paper, color="0.4", ls=":", lw=1.2)
     ax.text(paper, 0.97, " MedAlpaca's rate", transform=ax.get_xaxis_transform(), va="top", fontsize=9, color="0.3")
     ax.set_xscale("log")
-    ax.set(xlabel="learning rate", ylabel="loss on dev answers (nats per token)")
-    ax.legend(frameon=False)
+    ax.set(xlabel="learning rate", ylabel="accuracy on dev questions (%)")
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    fig.tight_layout()
     return fig
 
 

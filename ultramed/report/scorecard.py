@@ -31,7 +31,7 @@ class Entry(Strict):
     """One line of the scorecard. `ours`, `interval`, `difference`, `se` and `detectable` are in the unit of `published`;
     a claim's are of the difference A - B.
 
-    p: raw, of the claim's own test; p_holm: corrected over all tested claims of the paper. detectable: the smallest true
+    p: raw, of the claim's own test; p_holm: corrected over the paper's tested claims that A beats B. detectable: the smallest true
     difference that this run would have found in four of five cases. holds_published: whether the interval holds the
     published difference.
     """
@@ -72,10 +72,10 @@ def folder(profile: str) -> Path:
     return home() / "figures" / profile
 
 
-def record(profile: str, notebook: str, entries: list[dict]) -> list[Entry]:
+def record(profile: str, notebook: str, entries: list[dict], command: str = "") -> list[Entry]:
     """Check entries of a notebook and add them to `figures/<profile>/entries/<notebook>.json`; newer ones replace older
     ones of the same id. Raises ValueError for an id that stands twice among them."""
-    command = f"ultramed run {notebook[:2]} --profile {profile}"
+    command = command or f"ultramed run {notebook[:2]} --profile {profile}"
     checked = [Entry(**{"notebook": notebook, "command": command, **e}) for e in entries]
     ids = [e.id for e in checked]
     if len(set(ids)) < len(ids):
@@ -203,9 +203,10 @@ def build(profile: str) -> list[Entry]:
 
 
 def _correct(entries: dict[str, Entry]) -> None:
-    """Holm's correction over the tested claims of each paper, over all notebooks, and the verdicts that follow."""
+    """Holm's correction over the tested claims of each paper that A beats B, over all notebooks, and the verdicts that follow.
+    The other kinds are decided by their interval: their p may not make that of a `beats` larger."""
     for paper in ("MedAlpaca", "UltraMedical"):
-        tested = [claim for claim in claims() if claim.paper == paper and claim.id in entries]
+        tested = [claim for claim in claims() if (claim.paper, claim.kind) == (paper, "beats") and claim.id in entries]
         corrected = stats.holm([entries[claim.id].p for claim in tested])
         for claim, p in zip(tested, corrected, strict=True):
             entry = entries[claim.id]

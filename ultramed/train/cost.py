@@ -57,7 +57,8 @@ def cost_config(profile: Profile) -> CostConfig:
     if placement().device == "cpu" and shape.parameters > CPU_PARAMETERS:
         log.warning("no GPU: %.1f billion parameters are not measured here, a small shape is", shape.parameters / 1e9)
         shape = shape_of("small")
-    arms = {name: changed(profile.train, change, where=f"cost.arms.{name}") for name, change in section.arms.items()}
+    whole = {"held_out": 0.0}  # an evaluation on the way is not a step
+    arms = {name: changed(profile.train, whole, change, where=f"cost.arms.{name}") for name, change in section.arms.items()}
     return CostConfig(shape=shape, arms=arms, rows=section.rows, length=section.length, steps=section.steps)
 
 

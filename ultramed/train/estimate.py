@@ -18,10 +18,14 @@ SHAPES = {
     "meta-llama/Meta-Llama-3-8B-Instruct": (4096, 14336, 32, 32, 8, 128256),
     "meta-llama/Meta-Llama-3-70B-Instruct": (8192, 28672, 80, 64, 8, 128256),
     "bundled:smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 1536, 30, 9, 3, 49152),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": (960, 2560, 32, 15, 5, 49152),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (2048, 8192, 24, 32, 32, 49152),
     "small": (512, 1408, 4, 8, 8, 8192),  # of no model: what a CPU trains in seconds
     "tiny:llama": (64, 128, 2, 4, 2, 2048),
+    "tiny:llama-larger": (96, 192, 3, 4, 2, 2048),
 }
-TIED = {"bundled:smollm2-135m"}
+TIED = {name for name in SHAPES if "smollm2" in name.lower()}
 BYTES = {"full": 4.0, "lora": 2.0, "lora_8bit": 1.0, "lora_4bit": 0.5625}  # of a weight in the layers; NF4 with its scales
 
 

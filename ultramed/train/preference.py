@@ -42,7 +42,7 @@ def _trainer(config: PreferenceConfig):
     if config.loss == "kto":
         return trl.KTOTrainer, trl.KTOConfig, {"beta": config.beta, "loss_type": "kto", "train_sampling_strategy": "sequential"}
     if config.loss == "kto_pair":
-        return pairwise_kto_trainer(), trl.DPOConfig, {"beta": config.beta}
+        return pairwise_kto_trainer(config.kto_detach), trl.DPOConfig, {"beta": config.beta}
     name = {"dpo": "sigmoid", "nca": "nca_pair"}.get(config.loss, config.loss)
     return trl.DPOTrainer, trl.DPOConfig, {"beta": config.beta, "loss_type": [name]}
 
@@ -61,7 +61,7 @@ def _frozen(model: Artifact, config: PreferenceConfig):
     return launch.shard_frozen(net.eval().requires_grad_(False))
 
 
-@stage(version=5, also=wording)
+@stage(version=6, also=wording)
 def preference(
     out: Path,
     config: PreferenceConfig,

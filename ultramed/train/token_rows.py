@@ -8,6 +8,8 @@ import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
+
 from ultramed.core.errors import ConfigError
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import TokenConfig
@@ -18,6 +20,7 @@ from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
 from ultramed.lm.tokens import encode_rows
 
 BATCH = 256  # rows that are tokenised at once
+WHOLE = 10**9  # tokens: nothing is cut off
 PART = 20_000  # rows of a piece; up to so many, one process is done before others are at work
 
 
@@ -27,11 +30,12 @@ def tokenizer_of(model: Artifact) -> Artifact:
     return tokenizer_of(find(base)) if base else model
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifact, template: str) -> dict:
     """Tokenise and lint the rows (`rows.parquet`) or pairs (`pairs.parquet`) of `data` with the tokenizer of `model`.
 
     Ask with `tokenizer_of(model)`, so that all models that come from one base share the result. Read it with `read_tokens`.
+    With `packing` the metrics count the packed rows as `rows` and the rows of `data` as `documents`.
     Raises ConfigError if nothing fits into `max_length`, and TemplateError for a malformed row.
     """
     from datasets import Dataset, DatasetInfo, concatenate_datasets, disable_progress_bars
@@ -60,11 +64,15 @@ def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifac
     made = concatenate_datasets([Dataset.from_file(file) for file in files]) if files else rows
     if not len(made):
         raise ConfigError(f"none of {len(rows)} {config.kind} fits into max_length {config.max_length}: nothing to train on")
-    Dataset(made.data, DatasetInfo(features=made.features)).save_to_disk(out / "tokens")  # without the paths of this machine
-    counts = {"rows": len(made), "dropped": len(rows) - len(made), "longest": max(made["length"])}
+    counts = {"dropped": len(rows) - len(made)}
     if config.kind == "instructions":
         counts |= {"tokens": sum(made["length"]), "truncated": sum(made["truncated"])}
         counts["completion_tokens"] = counts["tokens"] - sum(made["prompt_length"])
+    if config.packing:
+        counts["documents"] = len(made)
+        made = Dataset.from_file(_packed(made, config.max_length, f"{scratch}/packed.arrow"))
+    Dataset(made.data, DatasetInfo(features=made.features)).save_to_disk(out / "tokens")  # without the paths of this machine
+    counts |= {"rows": len(made), "longest": max(made["length"])}
     del rows, made
     shutil.rmtree(scratch)
     return counts
@@ -81,13 +89,40 @@ def _part(file: str, scratch: str, config: TokenConfig, model: Artifact, templat
 
     def tokenised(batch: dict[str, list]) -> dict[str, list]:
         given = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = encode(given, tokenizer, TEMPLATES[template], config.max_length)
+        made = encode(given, tokenizer, TEMPLATES[template], WHOLE if config.packing else config.max_length)
         return {name: [row[name] for row in made] for name in columns}
 
     made = f"{scratch}/tokens-{first}.arrow"
     told = {"remove_columns": rows.column_names, "features": Features(columns), "cache_file_name": made}
     rows.map(tokenised, batched=True, batch_size=BATCH, **told)
     return made
+
+
+def _packed(rows, length: int, file: str) -> str:
+    """Write token rows one after the other, cut every `length` tokens, into the Arrow file `file`; every token is trained on.
+
+    UltraMedical's run_sft.py packs so (TRL's ConstantLengthDataset of 2024): a block may begin inside a reply, and its tokens
+    see those of the conversations before them in the block. TRL's `pack_dataset` begins a new block at every thousandth row;
+    here only the last block is shorter. One difference to the released run remains: it dropped the rest of each of its buffers.
+    """
+    from datasets import Features
+    from datasets.arrow_writer import ArrowWriter
+
+    rest = np.empty(0, np.int32)
+    with ArrowWriter(path=file, features=Features(_kind("instructions")[2])) as writer:
+        for table in rows.with_format("arrow").iter(1000):
+            rest = np.concatenate([rest, *(part.flatten().to_numpy() for part in table["input_ids"].chunks)])
+            for start in range(0, len(rest) - length + 1, length):
+                writer.write(_block(rest[start : start + length]))
+            rest = rest[len(rest) // length * length :]
+        if len(rest):
+            writer.write(_block(rest))
+        writer.finalize()
+    return file
+
+
+def _block(ids: np.ndarray) -> dict:
+    return {"input_ids": ids, "prompt_length": 0, "truncated": False, "length": len(ids)}
 
 
 def _end_with_parent() -> None:

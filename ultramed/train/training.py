@@ -52,7 +52,7 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
         "gradient_accumulation_steps": accumulation,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": round(config.warmup_ratio * steps),
+        "warmup_steps": config.warmup_steps or round(config.warmup_ratio * steps),
         "max_steps": steps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,

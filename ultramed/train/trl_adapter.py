@@ -5,6 +5,7 @@ beyond them is checked by tests/test_trl_contract.py, which fails with what chan
 """
 
 import functools
+import os
 import types
 
 import torch
@@ -40,6 +41,13 @@ def with_our_rows(trainer: type) -> type:
         def _prepare_dataset(self, dataset, *_, **__):
             """TRL would tokenise: our rows are token ids, made and linted in lm/tokens.py."""
             return dataset
+
+        def _load_best_model(self):
+            """Each process looks for the folder of the best checkpoint while the first one makes it, and on CPUs transformers
+            does not have them wait: one that came too early would load an older one, or find it gone."""
+            best = f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
+            super()._load_best_model()
 
         def _get_train_sampler(self, dataset=None):
             """transformers' sampler for rows of similar length depends on the number of processes (see GroupedByLength)."""
@@ -127,8 +135,8 @@ def token_budget_trainer() -> type:
 
 
 @functools.cache
-def pairwise_kto_trainer() -> type:
-    """DPOTrainer with the loss that TRL dropped in 2024 (`loss_type: kto_pair`)."""
+def pairwise_kto_trainer(detach: bool) -> type:
+    """DPOTrainer with the loss that TRL dropped in 2024 (`loss_type: kto_pair`). detach: see train/losses.py."""
     from trl import DPOTrainer
 
     class PairwiseKTOTrainer(DPOTrainer):
@@ -147,7 +155,7 @@ def pairwise_kto_trainer() -> type:
                 else:
                     reference = self.ref_model(**asked).log_probs.sum(1)
             chosen, rejected = (policy - reference).chunk(2)
-            loss = losses.kto_pair(chosen, rejected, self.beta).mean()
+            loss = losses.kto_pair(chosen, rejected, self.beta, detach).mean()
             self._note(policy, chosen, rejected)
             return (loss, None) if return_outputs else loss
 
