@@ -170,16 +170,24 @@ def test_training_that_moves_nothing_is_an_error(medalpaca, config, monkeypatch)
 
 @pytest.mark.parametrize(("method", "rate"), [("full", 3e-2), ("lora", 2.0), ("lora_8bit", 2.0)])
 def test_with_rows_held_out_the_best_evaluation_is_what_is_published(medalpaca, config, rows, tokenizer, method, rate):
-    """A rate at which the loss rises again: the published weights are those of the lowest loss, not the last ones."""
+    """A rate at which the loss rises again: the published weights are those of the lowest loss, not the last ones.
+
+    At such a rate an adapter's losses jump about, and which is the lowest differs from machine to machine, the last of
+    nine among them: a seed is looked for where it is another one.
+    """
     changes = {"method": method, "learning_rate": rate, "epochs": 6, "held_out": 0.25, "eval_steps": 2, "warmup_ratio": 0.0}
     config = config.model_copy(update={**changes, "lr_scheduler_type": "constant", "dtype": "float32"})
-    made = sft(config, model=medalpaca.base, data=rows)
-    log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
-    losses = {e["step"]: e["eval_loss"] for e in log if "eval_loss" in e}
-    m = made.metrics
-    assert (m["rows"], m["held_out"], m["steps"]) == (18, 6, 18)  # of 24 rows; 3 batches of 8, the last one short
-    assert list(losses) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
-    best = min(losses, key=losses.get)
+    for seed in range(8):
+        config = config.model_copy(update={"seed": seed})
+        made = sft(config, model=medalpaca.base, data=rows)
+        log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+        losses = {e["step"]: e["eval_loss"] for e in log if "eval_loss" in e}
+        m = made.metrics
+        assert (m["rows"], m["held_out"], m["steps"]) == (18, 6, 18)  # of 24 rows; 3 batches of 8, the last one short
+        assert list(losses) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+        best = min(losses, key=losses.get)
+        if best < 18:
+            break
     assert best < 18, f"this test needs a loss that rises again: {losses}"
     assert (m["best_step"], m["held_out_loss"]) == (best, losses[best])
     _, held = split_held_out(read_tokens(token_rows_of(medalpaca, rows, config)), config)
