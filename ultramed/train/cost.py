@@ -170,6 +170,9 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     rows = Dataset.from_list([{"input_ids": r, "prompt_length": start, "length": len(r)} for r in ids])
     net = load_for_training(model, train)
     trainer = make_trainer(net, tokenizer, rows, train, out)
+    if placement(train.dtype).dtype == torch.float32:  # no autocast to meet the adapters that TRL keeps in bf16
+        for p in net.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
     free_memory()
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, without what loading took
