@@ -20,6 +20,7 @@ from ultramed.core.store import Artifact, find, stage, write_json
 from ultramed.lm import models
 from ultramed.lm.device import free_memory, placement, quietly
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
+from ultramed.train.training import trained_in_fp32
 from ultramed.train.weights import load_for_training
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def random_model(out: Path, config: Shape) -> dict:
     return {"parameters": sum(p.numel() for p in net.parameters())}
 
 
-@stage(version=3)
+@stage(version=4)
 def cost(out: Path, config: CostConfig, *, model: Artifact) -> dict:
     """For each arm the most bytes that tensors hold at once, on a CPU also what the process holds above the libraries'
     (`resident_bytes`), tokens per second, and the share of the device's best matrix product that the steps reach;
@@ -170,9 +171,7 @@ def _train(config: CostConfig, train: TrainConfig, model: Artifact, out: Path) -
     rows = Dataset.from_list([{"input_ids": r, "prompt_length": start, "length": len(r)} for r in ids])
     net = load_for_training(model, train)
     trainer = make_trainer(net, tokenizer, rows, train, out)
-    if placement(train.dtype).dtype == torch.float32:  # no autocast to meet the adapters that TRL keeps in bf16
-        for p in net.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
+    trained_in_fp32(trainer.model)  # as training has them
     free_memory()
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, without what loading took

@@ -78,6 +78,15 @@ def settings(config: OptimConfig, out: Path, steps: int, micro: int, accumulatio
     }
 
 
+def trained_in_fp32(model) -> dict:
+    """Name -> parameter of what is trained, turned to fp32: TRL keeps adapters of quantised models in bf16, where small updates
+    vanish, and which a run without autocast cannot multiply."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data = p.data.float()
+    return trained
+
+
 def run(trainer, steps: int, desc: str) -> dict:
     """Train with a bar, from the last checkpoint if there is one; `log.jsonl` is written into the stage's folder.
 
@@ -92,9 +101,7 @@ def run(trainer, steps: int, desc: str) -> dict:
         warnings.simplefilter("ignore")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_callback(steps, desc))
-        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-        for p in trained.values():  # TRL keeps adapters of quantised models in bf16, where small updates vanish
-            p.data = p.data.float()
+        trained = trained_in_fp32(trainer.model)
         before = {name: None if launch.awaits_weights() else _total(p) for name, p in trained.items()}
         last = _usable(get_last_checkpoint(folder) if folder.is_dir() else None)
         clock = time.perf_counter()
