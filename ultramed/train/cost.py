@@ -241,9 +241,10 @@ def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.
     """One row an arm: measured and estimated peak in GB, tokens per second, minutes for `epoch_rows` rows, share of the
     device's peak."""
     out, device = [], placement().device
-    metadata = {"accumulation": 1, "labelled": config.rows * config.labels, "device": device}
     for name, m in measured.metrics["arms"].items():
-        guess = memory(config.shape, config.arms[name], config.rows, config.length, **metadata)["total"] / 1e9
+        train = config.arms[name]
+        run = {"labelled": config.rows * config.labels, "device": device, "dtype": placement(train.dtype).dtype}
+        guess = memory(config.shape, train, config.rows, config.length, accumulation=1, **run)["total"] / 1e9
         state = m.get("failed", "measured")
         peak, speed = (m.get(key, float("nan")) for key in ("peak_bytes", "tokens_per_second"))
         out.append(

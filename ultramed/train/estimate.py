@@ -26,7 +26,7 @@ SHAPES = {
     "tiny:llama-larger": (96, 192, 3, 4, 2, 2048),
 }
 TIED = {name for name in SHAPES if "smollm2" in name.lower()}
-BYTES = {"full": 4.0, "lora": 2.0, "lora_8bit": 1.0, "lora_4bit": 0.5625}  # of a weight in the layers; NF4 with its scales
+QUANTISED = {"lora_8bit": 1.0, "lora_4bit": 0.5625}  # bytes of a weight in the layers; NF4 with its scales
 
 
 class Shape(Strict):
@@ -101,17 +101,19 @@ def shape_of(name: str) -> Shape:
     return Shape(**dict(zip(fields, sizes, strict=True)), tied=bool(c.tie_word_embeddings))
 
 
-def kept(shape: Shape, layers: int, rows: int, length: int, method: str, checkpointing: bool, device: str) -> int:
+def kept(
+    shape: Shape, layers: int, rows: int, length: int, method: str, checkpointing: bool, device: str, dtype: torch.dtype
+) -> int:
     """Bytes that the backward pass of `layers` layers keeps for a micro-batch, without head and adapters.
 
-    method 'full': fp32 weights under autocast, whose bf16 copies count, too; otherwise frozen bf16 weights.
+    method 'full': fp32 weights under autocast, whose copies in `dtype` count, too; otherwise frozen weights in `dtype`.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaModel
 
     before, sizes, alive = torch.get_default_dtype(), {}, []
     with FakeTensorMode():
-        torch.set_default_dtype(torch.float32 if method == "full" else torch.bfloat16)
+        torch.set_default_dtype(torch.float32 if method == "full" else dtype)
         try:
             net = LlamaModel(shape.config(layers, words=16, attention=cpu_attention() if device == "cpu" else "sdpa")).train()
         finally:
@@ -131,7 +133,8 @@ def kept(shape: Shape, layers: int, rows: int, length: int, method: str, checkpo
             alive.append(tensor)  # so that no other storage gets its address
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
             net(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
     return sum(sizes.values())
 
@@ -147,20 +150,23 @@ def memory(
     labelled: int | None = None,
     reference: bool = False,
     device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict:
     """Bytes of tensors for each process at the worst moment of a step, by part, and their `total`.
 
     rows: of a micro-batch; accumulation: micro-batches of a step (of more than one, the gradients are there all the time);
-    labelled: tokens of a micro-batch with a label; reference: beside all weights that are trained a frozen copy is held.
+    labelled: tokens of a micro-batch with a label; reference: beside all weights that are trained a frozen copy is held;
+    dtype: of the products and of frozen weights, fp32 on a CPU without bf16 instructions.
     Weights, gradients and optimiser states are divided among the processes where all weights are trained, as FSDP does;
     activations are not, and the layer that FSDP has gathered at a time is not counted. What a device needs for itself
     (about half a GB on CUDA) comes on top.
     """
     full, method, layers, tokens = config.method == "full", config.method, shape.layers, rows * length
+    size = dtype.itemsize
     processes = processes if full else 1  # adapters are trained data parallel
     outside = shape.parameters - shape.in_layers
     trained = shape.parameters if full else shape.adapter(config.lora.r, config.lora.target_modules)
-    weights = shape.parameters * 4 if full else shape.in_layers * BYTES[method] + outside * 2 + trained * 4
+    weights = shape.parameters * 4 if full else shape.in_layers * QUANTISED.get(method, size) + outside * size + trained * 4
     matrix = shape.words * shape.hidden * 4 if full else 0  # of the vocabulary, in fp32
     small_states = config.optim == "adamw_8bit"
     states = trained * 2 + matrix * 6 / 4 if small_states else trained * 8  # an embedding's states stay in fp32
@@ -168,15 +174,15 @@ def memory(
 
     def activations(checkpointing: bool) -> tuple[int, int]:
         """(of a layer, around the layers)."""
-        one, two = (kept(shape, n, rows, length, method, checkpointing, device) for n in (1, 2))
+        one, two = (kept(shape, n, rows, length, method, checkpointing, device, dtype) for n in (1, 2))
         return two - one, 2 * one - two
 
     layer, around = activations(config.gradient_checkpointing)
     if full:
         adapters = 0
-    else:  # a bf16 copy of what goes into each adapter after dropout, and the mask (numbers on a CPU, bytes on CUDA)
+    else:  # a copy of what goes into each adapter after dropout, and the mask (numbers on a CPU, bytes on CUDA)
         inputs = sum(shape.intermediate if t == "down_proj" else shape.hidden for t in config.lora.target_modules)
-        adapters = (4 if device == "cpu" else 3) * inputs * tokens
+        adapters = (size + (size if device == "cpu" else 1)) * inputs * tokens
     again = 0  # what checkpointing computes a second time, one layer after the other
     if config.gradient_checkpointing:
         again = adapters + activations(False)[0]
@@ -184,8 +190,8 @@ def memory(
         layer += adapters
     labelled = tokens if labelled is None else labelled
     # Logits, their softmax and two gradients, of which three are there at once; the whole head's weights are cast for it.
-    head = labelled * shape.words * 12 + (shape.words * shape.hidden * 2 if full else 0)
-    passing = 3 * tokens * shape.intermediate * 2  # gradients of the widest tensors of a layer
+    head = labelled * shape.words * 12 + (shape.words * shape.hidden * size if full and size < 4 else 0)
+    passing = 3 * tokens * shape.intermediate * size  # gradients of the widest tensors of a layer
     gradients = trained * 4
     of_layer = (gradients - (outside * 4 if full else 0)) / layers
     earlier = gradients if accumulation > 1 else 0  # of micro-batches before this one
@@ -203,7 +209,7 @@ def memory(
         "optimiser": states / processes,
         "activations": held,
         "head": head,
-        "reference": shape.parameters * (4 if processes == 1 else 2) / processes if full and reference else 0,
+        "reference": shape.parameters * (4 if processes == 1 else size) / processes if full and reference else 0,
     }
     return {**parts, "total": sum(parts.values())}
 
