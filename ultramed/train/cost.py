@@ -240,11 +240,12 @@ def foretold(shape: Shape, published: pd.DataFrame, length: int, rows: tuple[int
 def table(config: CostConfig, measured: Artifact, epoch_rows: int = 6000) -> pd.DataFrame:
     """One row an arm: measured and estimated peak in GB, tokens per second, minutes for `epoch_rows` rows, share of the
     device's peak."""
-    out, device = [], placement().device
+    out = []
     for name, m in measured.metrics["arms"].items():
         train = config.arms[name]
-        run = {"labelled": config.rows * config.labels, "device": device, "dtype": placement(train.dtype).dtype}
-        guess = memory(config.shape, train, config.rows, config.length, accumulation=1, **run)["total"] / 1e9
+        place, labelled = placement(train.dtype), config.rows * config.labels
+        run = {"accumulation": 1, "labelled": labelled, "device": place.device, "dtype": place.dtype}
+        guess = memory(config.shape, train, config.rows, config.length, **run)["total"] / 1e9
         state = m.get("failed", "measured")
         peak, speed = (m.get(key, float("nan")) for key in ("peak_bytes", "tokens_per_second"))
         out.append(
