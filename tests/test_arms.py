@@ -60,7 +60,19 @@ def test_several_seeds_show_their_spread():
     row = table[table.subset == "all"].iloc[0]
     assert (row.seeds, row.n) == (2, 20)
     assert row.seed_sd == pytest.approx(2**-0.5)
-    assert (row.low, row.high) == (0, 1), "one seed may be drawn twice"
+    assert (row.low, row.high) == (0, 1), "two seeds that far apart say nothing, and an accuracy stays within 0 and 1"
+
+
+def test_one_verdict_from_the_interval_and_from_p_over_seeds():
+    """Gains of 4, 6 and 8 of 10 questions: mean 0.6, standard error 0.2 / 3 ** 0.5 = 0.1155, t = 5.196, p = 0.0351 at 2."""
+    made = joined(
+        answers([1] * gain + [0] * (10 - gain), seed).assign(concept=str(seed)) for seed, gain in enumerate((4, 6, 8))
+    )
+    made = made.assign(concept=[f"c{i}" for i in range(30)])
+    c = compare(made, made.assign(correct=0))
+    assert (c.seeds, c.n, c.mcnemar, c.df) == (3, 30, None, pytest.approx(2))
+    assert c.p == c.clustered == pytest.approx(0.03507, abs=1e-4)
+    assert (c.low, c.high) == (pytest.approx(0.6 - 4.30265 * 0.11547, abs=1e-4), 1.0)
 
 
 def test_pools_are_paired_by_arm_and_question():
@@ -68,6 +80,18 @@ def test_pools_are_paired_by_arm_and_question():
     c = compare(pooled([a, b]), pooled([b, b]))
     assert (c.n, c.difference, c.seeds) == (8, 0.0, 1)
     assert pooled([a, b]).frame.concept.nunique() == 2, "copies of a question stay in its concept"
+
+
+def test_answers_that_are_kept_tell_the_same_again(tmp_path):
+    a, b = answers([1, 1, 0, 1], letters=False), joined([answers([0, 1, 0, 1]), answers([1, 1], seed=1)])
+    scored = a.assign(concept=range(4)).frame.drop(columns=["letter", "strict"])  # a reward model's have no letters
+    made = Arms(a=a, b=b, pool=pooled([a, b]), scored=Answers(scored))
+    made.write(tmp_path / "tables" / "11_questions.parquet")
+    again = Arms.read(tmp_path / "tables" / "11_questions.parquet")
+    assert list(again) == list(made)
+    pd.testing.assert_frame_equal(Arms(a=again["a"], b=again["b"]).accuracy(), Arms(a=a, b=b).accuracy())
+    assert compare(again["a"], again["b"]) == compare(a, b)
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["11_questions.parquet"]
 
 
 def test_results_carry_their_artifacts_each_once(exam, medalpaca):

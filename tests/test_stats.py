@@ -97,38 +97,53 @@ def test_a_large_cluster_weighs_as_many_rows_as_it_has():
     assert np.mean(means == 1.0) == pytest.approx(0.25, abs=0.07)
 
 
-def test_clusters_and_seeds_are_drawn_apart():
-    """Two seeds by two concepts: the mean of every draw is the sum of rows weighted with (times the seed was drawn) x
-    (times the concept was drawn)."""
-    x, concept, seed = [1, 0, 0, 0, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]
-    drawn = [(2, 0), (1, 1), (0, 2)]
-    possible = set()
-    for by_seed in drawn:
-        for by_concept in drawn:
-            weight = [by_seed[s] * by_concept[c] for s, c in zip(seed, concept, strict=True)]
-            possible.add(round(sum(w * v for w, v in zip(weight, x, strict=True)) / sum(weight), 9))
-    means = stats.bootstrap_means(x, concept, seed, draws=600)
-    assert {round(m, 9) for m in means} == possible
-    assert len(means) == 600
+def test_seeds_with_questions_of_their_own_by_hand():
+    """Three seeds with means 0.6, 0.5, 0.1: mean 0.4, variance of the three 0.07, standard error (0.07 / 3) ** 0.5 = 0.15275,
+    and 4.30265 of them at 2 degrees of freedom."""
+    x = [1] * 6 + [0] * 4 + [1] * 5 + [0] * 5 + [1] * 1 + [0] * 9
+    e = stats.clustered(x, np.arange(30), np.repeat([7, 8, 9], 10))
+    assert (e.value, e.n, e.df) == (pytest.approx(0.4), 30, pytest.approx(2))
+    assert e.se == pytest.approx((0.07 / 3) ** 0.5)
+    assert (e.low, e.high) == pytest.approx((0.4 - 4.30265 * e.se, 0.4 + 4.30265 * e.se), abs=1e-5)
+    assert stats.clustered(x, np.arange(30), np.zeros(30)) == stats.clustered(x, np.arange(30)), "one seed is none"
 
 
-def test_several_seeds_widen_the_interval_and_one_does_not():
-    rng = np.random.default_rng(0)
-    seed, concept = np.repeat([0, 1, 2], 100), np.arange(300)
-    x = rng.random(300) < np.repeat([0.3, 0.5, 0.7], 100)
-    fixed, drawn = stats.clustered(x, concept), stats.clustered(x, concept, seed)
-    assert drawn.high - drawn.low > 2 * (fixed.high - fixed.low)
-    assert drawn.se > 2 * fixed.se
-    assert stats.clustered(x, concept, np.zeros(300)) == fixed
+def test_questions_that_seeds_share_by_hand():
+    """Two seeds, the same four questions: 1 1 1 0 and 0 0 1 0, means 3/4 and 1/4. Between the seeds: (1/2)^2 / 2 / 2 = 1/16.
+    Deviations 1/4 1/4 1/4 -3/4 and -1/4 -1/4 3/4 -1/4, each an eighth of the mean: their products come to 1/4, so the covariance
+    is 4/3 x 2 x 1/4 / 64 = 1/96, and twice as much is added, for the square of a mean of two is half covariance."""
+    e = stats.over_seeds([1, 1, 1, 0, 0, 0, 1, 0], [0, 1, 2, 3] * 2, [0] * 4 + [1] * 4)
+    assert e.value == 1 / 2
+    assert e.se == pytest.approx((1 / 16 + 1 / 48) ** 0.5)
+    assert e.df == pytest.approx((1 / 12) ** 2 / ((1 / 16) ** 2 / 1 + (1 / 48) ** 2 / 3))
+
+
+def test_seeds_that_agree_by_luck_make_no_interval_narrower_than_the_questions_do():
+    x, seed = [1] * 5 + [0] * 5 + [0] * 5 + [1] * 5, np.repeat([0, 1], 10)
+    e = stats.over_seeds(x, np.arange(20), seed)
+    assert e.se == pytest.approx((0.25 / 19) ** 0.5), "of twenty questions, half of them right"
+    assert e.df == 19
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.08])
+def test_intervals_over_seeds_miss_as_often_as_they_say(shared, spread):
+    """800 experiments of three seeds by 40 questions, whose truth is 0: at most 5% of the intervals may miss it, and chance."""
+    rng, seed, missed = np.random.default_rng(0), np.repeat([0, 1, 2], 40), 0
+    question = np.tile(np.arange(40), 3) if shared else np.arange(120)
+    for _ in range(800):
+        x = rng.normal(0, 0.5, 120)[question] + rng.normal(0, 0.1, 120) + rng.normal(0, spread, 3)[seed]
+        e = stats.over_seeds(x, question, seed)
+        missed += not e.low <= 0 <= e.high
+        assert (stats.not_zero(e.value, e.se, e.df) < 0.05) == (not e.low <= 0 <= e.high), "one verdict, read either way"
+    assert missed <= 56, "40 are expected, with a standard deviation of 6"
 
 
 def test_what_one_lucky_seed_explains_is_no_evidence():
     a = np.concatenate([np.ones(60), np.zeros(120)])  # the first of three seeds wins every question, the others none
-    seed = np.repeat([0, 1, 2], 60)
     assert stats.sign_flip(a, np.zeros(180), np.arange(180)) < 0.001
-    assert stats.sign_flip(a, np.zeros(180), np.arange(180), seed) > 0.1
-    even = np.tile([1] * 40 + [0] * 20, 3)  # all seeds alike: nothing is added
-    assert stats.sign_flip(even, np.zeros(180), np.arange(180), seed) < 0.001
+    e = stats.difference(a, np.zeros(180), np.arange(180), np.repeat([0, 1, 2], 60))
+    assert stats.not_zero(e.value, e.se, e.df) > 0.3
 
 
 def test_one_sided_tests_by_hand():
@@ -139,6 +154,16 @@ def test_one_sided_tests_by_hand():
     assert stats.equivalence(1, 2, 5) == pytest.approx(0.02275, abs=1e-5)
     assert stats.equivalence(-1, 2, 5) == stats.equivalence(1, 2, 5)
     assert (stats.not_below(1, 0, 0), stats.not_below(0, 0, 0), stats.not_below(-1, 0, 0)) == (0.0, 1.0, 1.0)
+
+
+def test_tests_of_few_degrees_of_freedom_by_hand():
+    """Student's t of 2 degrees of freedom is 4.30265 at 2.5% and 1.06066 at 20%."""
+    assert stats.not_zero(4.30265, 1, 2) == stats.not_zero(-8.6053, 2, 2) == pytest.approx(0.05, abs=1e-6)
+    assert stats.not_zero(1.959964, 1) == pytest.approx(0.05, abs=1e-6)
+    assert (stats.not_zero(0, 0), stats.not_zero(0.1, 0)) == (1.0, 0.0)
+    assert stats.not_below(1, 1, -3.30265, 2) == pytest.approx(0.025, abs=1e-6)
+    assert stats.equivalence(0.5, 1, 4.80265, 2) == pytest.approx(0.025, abs=1e-6)
+    assert stats.detectable(1, 2) == pytest.approx(4.30265 + 1.06066, abs=1e-4)
 
 
 def test_what_a_run_can_see_by_hand():
@@ -161,7 +186,14 @@ def test_the_standard_error_is_the_spread_of_the_means():
 
 def test_an_estimate_reads_in_per_cent():
     assert str(stats.Estimate(0.123, 0.05, 0.2, 7, 0.04)) == "12.3 [5.0, 20.0]"
-    assert stats.Estimate(0.1, 0, 0.2, 7, 0.04).dict() == {"value": 0.1, "low": 0, "high": 0.2, "n": 7, "se": 0.04}
+    assert stats.Estimate(0.1, 0, 0.2, 7, 0.04).dict() == {
+        "value": 0.1,
+        "low": 0,
+        "high": 0.2,
+        "n": 7,
+        "se": 0.04,
+        "df": float("inf"),
+    }
 
 
 def test_wilson_takes_its_level():
@@ -171,17 +203,19 @@ def test_wilson_takes_its_level():
 
 
 def test_the_interval_is_read_off_the_means():
-    x, cluster, seeds = np.arange(12) % 5, np.repeat(np.arange(6), 2), np.tile([0, 1], 6)
-    means = stats.bootstrap_means(x, cluster, seeds, 300, 7)
-    made = stats.clustered(x, cluster, seeds, level=0.5, draws=300, seed=7)
-    assert (made.low, made.high) == pytest.approx(tuple(np.quantile(means, [0.25, 0.75])))
+    x, cluster = np.arange(12) % 5, np.repeat(np.arange(6), 2)
+    means = stats.bootstrap_means(x, cluster, 300, 7)
+    assert len(means) == 300
+    made = stats.clustered(x, cluster, draws=300, seed=7)
+    assert (made.low, made.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     assert made.se == np.std(means, ddof=1)
 
 
 def test_a_difference_is_a_clustered_mean():
     rng = np.random.default_rng(0)
     a, b, cluster, seeds = rng.integers(0, 2, 24), rng.integers(0, 2, 24), np.repeat(np.arange(8), 3), np.tile([0, 1, 2], 8)
-    assert stats.difference(a, b, cluster, seeds, 300, 7) == stats.clustered(a - b, cluster, seeds, draws=300, seed=7)
+    assert stats.difference(a, b, cluster, None, 300, 7) == stats.clustered(a - b, cluster, draws=300, seed=7)
+    assert stats.difference(a, b, cluster, seeds) == stats.over_seeds(a - b, cluster, seeds)
     assert stats.difference(a, b) == stats.clustered(a - b, np.arange(24))
 
 
@@ -191,25 +225,12 @@ def test_a_permutation_counts_every_draw_once():
     assert stats.sign_flip([1, 0.25], [0, 0], [0, 1], draws=4000) == pytest.approx(0.5, abs=0.03), "signs alike, or not"
 
 
-def test_shifts_of_seeds_by_hand():
-    """Sums 3, 0, 0 by seed: drawing the first 0, 1, 2, 3 times gives 0, 3, 6, 9, less 3, with either sign."""
-    seeds = ["one", "two", "three"]
-    shifts = stats._seed_shifts(np.array([3.0, 0, 0]), np.ones(3), seeds, 5000, 0)
-    assert set(shifts.round(6)) == {-6, -3, 0, 3, 6}
-    assert np.mean(shifts.round(6) == 6) == pytest.approx(1 / 54, abs=0.01)
-    assert np.mean(shifts.round(6) == -6) == pytest.approx(1 / 54, abs=0.01)
-    two = stats._seed_shifts(np.array([1.0, 1, 0, 0]), np.ones(4), [1, 1, 2, 2], 2000, 0)
-    assert set(two.round(6)) == {-2, 0, 2}
-    assert not stats._seed_shifts(np.array([3.0, 0, 0]), np.ones(3), None, 5, 0).any()
-
-
-def test_tests_of_seeds_come_out_the_same_again():
+def test_tests_come_out_the_same_again():
     rng = np.random.default_rng(1)
-    a, b, cluster, seeds = rng.integers(0, 2, 40), rng.integers(0, 2, 40), np.repeat(np.arange(20), 2), np.tile([0, 1], 20)
+    a, b, cluster = rng.integers(0, 2, 40), rng.integers(0, 2, 40), np.repeat(np.arange(20), 2)
     a[:10], b[:10] = 1, 0
-    assert stats.sign_flip(a, b, cluster, None, 999) == stats.sign_flip(a, b, cluster, None, 999) < 0.9
-    assert stats.sign_flip(a, b, cluster, seeds, 999) == stats.sign_flip(a, b, cluster, seeds, 999) < 0.9
-    assert stats.difference(a, b, cluster, seeds) == stats.difference(a, b, cluster, seeds)
+    assert stats.sign_flip(a, b, cluster, 999) == stats.sign_flip(a, b, cluster, 999) < 0.9
+    assert stats.difference(a, b, cluster) == stats.difference(a, b, cluster)
 
 
 def test_a_win_rate_without_what_length_bought():

@@ -89,12 +89,15 @@ class Book:
         return figures.save_figure(fig, name, profile=self.profile.name, caption=caption, artifacts=artifacts_of(sources))
 
     def claims(self, arms: Arms, more: str = "") -> pd.DataFrame:
-        """Test this notebook's claims whose two arms are there; record them, and write the table `NN_claims`.
+        """Test this notebook's claims whose two arms are there; record them, and write the table `NN_claims` and, for whoever
+        wants to test otherwise, the arms' answers (`NN_questions.parquet`, `Arms.read`).
 
         The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper.
         """
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
         tested = [claim for claim in mine if claim.a in arms and claim.b in arms]
+        if tested:
+            arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
         entries = [scorecard.claim_entry(c, compare(arms[c.a], arms[c.b]), self.protocol(more)) for c in tested]
         return self._record(
             entries, "claims", "Claims on the same questions: A minus B in points, raw p, verdict before correction.", arms

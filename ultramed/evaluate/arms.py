@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -65,9 +66,11 @@ def artifacts_of(source) -> tuple[Artifact, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B.
+    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B, `se` and
+    `df` its standard error and that one's degrees of freedom.
 
-    Where subsets differ in size, values are means of the subsets' means, and there is no McNemar test, which counts questions.
+    Where subsets differ in size, values are means of the subsets' means, and there is no McNemar test, which counts questions;
+    nor is there one for several seeds, which it would take for fixed.
     """
 
     a: float
@@ -80,11 +83,12 @@ class Comparison:
     seeds: int
     mcnemar: float | None
     clustered: float
+    df: float = float("inf")
 
     @property
     def p(self) -> float:
-        """Of no difference: the larger of McNemar's and the clustered one, because questions about one concept are not
-        independent, and McNemar's test takes them as such."""
+        """Of no difference. Over several seeds that of the interval; of one the larger of McNemar's and the clustered one, because
+        questions about one concept are not independent, and McNemar's test takes them as such."""
         return max(self.mcnemar or 0.0, self.clustered)
 
     def row(self) -> dict:
@@ -106,17 +110,19 @@ def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
     if (both.correct_a == both.correct_b).all():  # a bootstrap of equal answers would be sure that nothing can differ
         bound = min(1.0, 3 / len(both))  # the rule of three: 95% upper bound of a share that was never seen
         d = replace(d, low=-bound, high=bound, se=bound / 2)
+    seeds = both.seed.nunique()
     return Comparison(
         a=float(np.average(both.correct_a, weights=weights)),
         b=float(np.average(both.correct_b, weights=weights)),
         difference=d.value,
-        low=d.low,
-        high=d.high,
+        low=max(-1.0, d.low),
+        high=min(1.0, d.high),
         se=d.se,
         n=len(both),
-        seeds=both.seed.nunique(),
-        mcnemar=stats.mcnemar(*given[:2]) if np.allclose(weights, 1) else None,
-        clustered=stats.sign_flip(*given, weights=weights),
+        seeds=seeds,
+        mcnemar=stats.mcnemar(*given[:2]) if seeds == 1 and np.allclose(weights, 1) else None,
+        clustered=stats.not_zero(d.value, d.se, d.df) if seeds > 1 else stats.sign_flip(*given[:3], weights=weights),
+        df=d.df,
     )
 
 
@@ -126,6 +132,24 @@ class Arms(dict[str, Answers]):
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         return artifacts_of(dict(self))
+
+    def write(self, path: Path) -> None:
+        """Every arm's right and wrong answers as Parquet, a row a question: arm, id, seed, subset, concept, correct and, where
+        replies were read, letter and strict. What any other interval or test needs, long after the store is gone."""
+        whole = pd.concat([arm.frame.assign(arm=name) for name, arm in self.items()], ignore_index=True)
+        columns = ["arm", "id", "seed", "subset", "concept", "correct", "letter", "strict"]
+        whole = whole[[name for name in columns if name in whole]].astype({"id": str, "concept": str})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        whole.to_parquet(part, index=False, compression="zstd")
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Arms":
+        """Arms that `write` kept, without their artifacts."""
+        whole = pd.read_parquet(path)
+        parts = whole.groupby("arm", sort=False)
+        return cls({name: Answers(part.drop(columns="arm").reset_index(drop=True)) for name, part in parts})
 
     def accuracy(self, index: str = "arm") -> pd.DataFrame:
         """Accuracy with a 95% interval of every arm, by subset and over all ('all'): columns `index`, subset, accuracy,
@@ -148,8 +172,8 @@ def accuracy_row(frame: pd.DataFrame) -> dict:
     by_seed = frame.groupby(["seed", "subset"]).correct.mean().groupby("seed").mean()
     return {
         "accuracy": e.value,
-        "low": e.low,
-        "high": e.high,
+        "low": max(0.0, e.low),
+        "high": min(1.0, e.high),
         "n": e.n,
         "unparsed": int(frame.letter.isna().sum()),
         "well_formed": float(frame.strict.mean()),

@@ -210,12 +210,13 @@ def _record(row: dict, chosen: float, rejected: float) -> dict:
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by subset with a 95% interval clustered by prompt; a tie counts as wrong. The last row is the mean of subsets,
+    """Accuracy by subset with a 95% interval over prompts and the seeds of several reward models (column `seed`); a tie counts as wrong. The last row is the mean of subsets,
     of RewardBench's subsets that of its sections, which have rows of their own before it (`sections`)."""
     rows = []
     for name, part in frame.groupby("subset", sort=False):
-        e = stats.clustered(part.correct, part.concept)
-        rows.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se})
+        e = stats.clustered(part.correct, part.concept, part.get("seed"))
+        interval = {"low": max(0.0, e.low), "high": min(1.0, e.high)}
+        rows.append({"subset": name, "accuracy": e.value, **interval, "n": e.n, "se": e.se})
     found = pd.DataFrame(rows)
     whole = sections(found)
     if whole.empty:

@@ -99,9 +99,9 @@ def claim_p(claim: Claim, pair: Comparison) -> float:
         return pair.p
     margin = claim.margin / 100
     return (
-        stats.equivalence(pair.difference, pair.se, margin)
+        stats.equivalence(pair.difference, pair.se, margin, pair.df)
         if claim.kind == "level"
-        else stats.not_below(pair.difference, pair.se, -margin)
+        else stats.not_below(pair.difference, pair.se, -margin, pair.df)
     )
 
 
@@ -117,7 +117,7 @@ def claim_entry(claim: Claim, pair: Comparison, protocol: str) -> dict:
         "interval": (low, high),
         "se": se,
         "p": p,
-        "detectable": stats.detectable(se),
+        "detectable": stats.detectable(se, pair.df),
         "holds_published": None if published_difference is None else low <= published_difference <= high,
         "verdict": claim.decide(low, high, p),
         "protocol": protocol,
@@ -152,7 +152,7 @@ def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str)
         "interval": (low, high),
         "se": se,
         "p": pair.p,
-        "detectable": stats.detectable(se),
+        "detectable": stats.detectable(se, pair.df),
         "verdict": "no verdict",
         "protocol": protocol,
     }
