@@ -188,6 +188,14 @@ class EvalConfig(Strict):
     seed: int = 0
 
 
+class WordsConfig(Strict):
+    """A yardstick of words (evaluate/words.py). Both numbers were chosen on the bundled exam's dev questions (docs/LOG.md)."""
+
+    sees: Literal["question", "options"] = "question"  # options: never the question, so that only habits of the right ones help
+    prefix: int = Field(4, ge=1)  # letters of a word that count
+    strength: float = Field(10.0, gt=0)  # inverse of the penalty on weights (scikit-learn's C)
+
+
 How = Literal["exact", "ngram", "minhash", "cosine", "ultramedical"]
 
 

@@ -57,7 +57,7 @@ def answers(
             with asking(ledger, *what, model, template, out, **opening) as (engine, bar):
 
                 def unfit(indices: list[int]) -> None:
-                    ledger.add(*(_record(todo[i], None, TOO_LONG, False) for i in indices))
+                    ledger.add(*(record(todo[i], None, TOO_LONG, False) for i in indices))
                     bar.update(len(indices))
 
                 ASK[config.protocol](engine, todo, config, ledger, bar, unfit)
@@ -108,7 +108,8 @@ def summary(result: list[dict]) -> dict:
     }
 
 
-def _record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> dict:
+def record(row: dict, letter: str | None, rule: str, strict: bool, **more) -> dict:
+    """A ledger row: a question's answer by a named rule, and whether it is right."""
     return {
         "id": row["id"],
         "subset": row["subset"],
@@ -140,7 +141,7 @@ def _likelihood(engine, rows, config, ledger, bar, unfit):
         made = []
         for i, logps in zip(batch, scores, strict=True):
             letter = list(rows[i]["options"])[max(range(len(logps)), key=logps.__getitem__)]
-            made.append(_record(rows[i], letter, "likelihood", True, logps=[round(x, 5) for x in logps]))
+            made.append(record(rows[i], letter, "likelihood", True, logps=[round(x, 5) for x in logps]))
         ledger.add(*made)
         bar.update(len(made))
 
@@ -165,7 +166,7 @@ def _greedy(engine, rows, config, ledger, bar, unfit):
 
 def _reply(row, reply, config, prompt, tries) -> dict:
     found = parse(reply.text, row["options"], config.answer_form)
-    return _record(
+    return record(
         row,
         found.letter,
         found.rule,

@@ -5,7 +5,7 @@ questions of all seeds together are distinct and every comparison between two ar
 of several sizes are trained on the same rows and asked the same questions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -14,7 +14,7 @@ import pandas as pd
 
 from ultramed.core.config import arm_config
 from ultramed.core.profile import Profile
-from ultramed.core.schema import ModelConfig, TrainConfig
+from ultramed.core.schema import ModelConfig, TrainConfig, WordsConfig
 from ultramed.core.store import Artifact
 from ultramed.data import rows as canonical
 from ultramed.data.mixture import MixtureConfig, mixture_of
@@ -22,6 +22,7 @@ from ultramed.data.sources import dataset, names_in
 from ultramed.evaluate.accuracy import answers, by_likelihood, read_answers
 from ultramed.evaluate.arms import Answers, Arms, accuracy_row, better, joined
 from ultramed.evaluate.stats import Estimate, wilson
+from ultramed.evaluate.words import word_answers
 from ultramed.experiments.jobs import Job
 from ultramed.lm.models import base_model
 from ultramed.papers import published
@@ -199,12 +200,26 @@ class MedAlpaca:
     def _ask(self, model: Artifact, counts: dict, side: str, seed: int | None = None, limit: int = 0, **changes) -> Answers:
         """Answers to so many questions of every source in `counts`: the seed's own, or, without a seed, the first ones."""
         config, parts = self.profile.eval.model_copy(update=changes), []
+        for data, select in self._where(counts, side, seed, limit):
+            asked = answers(config, model=model, questions=data, side=side, select=select)
+            parts.append(Answers(read_answers(asked).assign(seed=seed or 0), (model, asked)))
+        return joined(parts)
+
+    def _where(self, counts: dict, side: str, seed: int | None, limit: int = 0) -> Iterator[tuple[Artifact, dict]]:
+        """The data sets of `counts`, each with its slices."""
         place, skip = (0, 0) if seed is None else (self.settings.seeds.index(seed), self.settings.skip)
         for name in names_in(counts):
             data = dataset(self.profile, name)
-            select = _slices(name, data, counts, side, place, limit, skip)
-            asked = answers(config, model=model, questions=data, side=side, select=select)
-            parts.append(Answers(read_answers(asked).assign(seed=seed or 0), (model, asked)))
+            yield data, _slices(name, data, counts, side, place, limit, skip)
+
+    def examine_words(self, sees: str) -> Answers:
+        """The yardstick of words (evaluate/words.py) on the questions of all seeds; of each seed's training rows, as the arms."""
+        parts = []
+        for seed in self.settings.seeds:
+            rows = self.training_rows(arm_config(self.profile, self.method_arms[0], seed=seed))
+            for data, select in self._where(self.settings.questions, "test", seed):
+                asked = word_answers(WordsConfig(sees=sees), rows=rows, questions=data, select=select)
+                parts.append(Answers(read_answers(asked).assign(seed=seed), (rows, asked)))
         return joined(parts)
 
     def examine_dev(self) -> Arms:

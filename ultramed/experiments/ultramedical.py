@@ -14,7 +14,7 @@ from ultramed.annotate.pairs import PairConfig, chosen_rows, pairs
 from ultramed.core.config import changed, known, preference_config
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile, UltraMedicalConfig
-from ultramed.core.schema import EvalConfig, ModelConfig, RewardConfig, SampleConfig, ScoringConfig, TrainConfig
+from ultramed.core.schema import EvalConfig, ModelConfig, RewardConfig, SampleConfig, ScoringConfig, TrainConfig, WordsConfig
 from ultramed.core.store import Artifact
 from ultramed.data import rows as canonical
 from ultramed.data.exam import is_sum
@@ -24,6 +24,7 @@ from ultramed.evaluate.accuracy import answers, by_likelihood, read_answers
 from ultramed.evaluate.arms import Answers, Arms, better, joined
 from ultramed.evaluate.reward_bench import BenchConfig, bench, pair_scores, read_scores
 from ultramed.evaluate.sample import references, samples
+from ultramed.evaluate.words import word_answers
 from ultramed.lm.models import base_model
 from ultramed.train.preference import preference
 from ultramed.train.reward import reward
@@ -318,6 +319,16 @@ class UltraMedical:
         policy = (lambda seed: self.train_sft(mix, seed)) if mix else (lambda _: self.base)
         answered = self.each_seed(lambda seed: self.examine(policy(seed), seed, **how))
         return answered.assign(subset=answered.frame.concept.map(is_sum).map({True: "sums", False: "cities"}))
+
+    def examine_words(self, sees: str) -> Answers:
+        """The yardstick of words (evaluate/words.py) on the medical questions of all seeds; of each seed's rows, as SFT."""
+        parts = []
+        for seed in self.seeds:
+            rows = self.training_rows(self.mixtures[0], seed)
+            for where in self.test_prompts("medical", seed):
+                asked = word_answers(WordsConfig(sees=sees), rows=rows, **where)
+                parts.append(Answers(read_answers(asked).assign(seed=seed), (rows, asked)))
+        return joined(parts)
 
     def sample_test(self, policy: Callable[[int], Artifact]) -> dict[int, dict[str, Artifact]]:
         """seed -> `rerank.n` samples of every medical test question of the seed, by its policy."""
