@@ -1,10 +1,16 @@
 """UltraMedical's experiments at `smoke`: what a seed decides, whose samples become pairs, and what the controls are."""
 
+import hashlib
 import json
+import re
 
+import numpy as np
 import pytest
+from faulty import Faulty
 
+from ultramed.annotate.feedback import score_agreement
 from ultramed.core.config import load_profile
+from ultramed.core.errors import ConfigError
 from ultramed.data.rows import read_instructions, read_pairs
 from ultramed.evaluate.sample import read_feedback
 from ultramed.experiments.iteration import Iteration, rounds_table
@@ -42,6 +48,40 @@ def test_pairs_are_of_the_policys_own_samples_and_the_best_is_chosen(experiment)
         scores = [c["score"] for c in ranked[row["meta"]["prompt_id"]]["candidates"]]
         assert (len(scores), row["meta"]["chosen_score"]) == (3, max(scores))
     assert made.key != experiment.preference_pairs("ultramed", 0).key
+
+
+def test_a_judge_ranks_in_the_oracles_place(experiment):
+    """One that likes replies by a hash of theirs: pairs follow it, right or wrong, for the pool and for the policy's own samples."""
+
+    def worth(text: str) -> int:
+        return int(hashlib.md5(text.strip().encode()).hexdigest(), 16) % 10 + 1
+
+    def answer(body):
+        shown = re.split(r"\n\nReply \d+:\n", body["messages"][-1]["content"])[1:]
+        return json.dumps({"scores": [worth(text) for text in shown]})
+
+    with Faulty(answer=answer) as server:
+        changes = [
+            "ultramedical.annotator=judge",
+            f"judge={server.config().url}#m",
+            "ultramedical.preference.on_policy.margin=0",
+        ]
+        judged = UltraMedical.of(load_profile("smoke", changes))
+        ranked = judged.rank_candidates("medical")
+        made = judged.preference_pairs("ultramed", 1)
+        asked = len(server.bodies)
+        assert judged.preference_pairs("ultramed", 1).key == made.key
+        assert len(server.bodies) == asked, "nothing is asked twice"
+    assert ranked.metrics["annotator"] == "m"
+    assert all(c["score"] == worth(c["text"]) for row in read_feedback(ranked) for c in row["candidates"])
+    rows = read_pairs(made / "pairs.parquet")
+    assert rows
+    for row in rows:
+        assert worth(row["chosen"][0]["content"]) == row["meta"]["chosen_score"] > row["meta"]["rejected_score"]
+    assert np.isnan(score_agreement(ranked, ranked)), "a judge is not held to itself"
+    assert -1 <= score_agreement(experiment.rank_candidates("medical"), ranked) < 0.5
+    with pytest.raises(ConfigError, match="'judge' needs a server"):
+        load_profile("smoke", ["ultramedical.annotator=judge"])
 
 
 def test_prompts_begin_where_the_reward_models_end(experiment):

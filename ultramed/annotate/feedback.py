@@ -150,7 +150,10 @@ def varied_prompt(ranked: Artifact, texts: int = 3) -> dict:
 
 
 def score_agreement(first: Artifact, second: Artifact) -> float:
-    """Krippendorff's alpha (interval) of two annotators' scores of the same candidates; 0 is chance."""
+    """Krippendorff's alpha (interval) of two annotators' scores of the same candidates; 0 is chance. NaN of one with itself, which
+    would agree whatever it is worth."""
+    if first.key == second.key:
+        return float("nan")
     both = [
         [a["score"], b["score"]]
         for mine, theirs in zip(read_feedback(first), read_feedback(second), strict=True)

@@ -207,6 +207,9 @@ class UltraMedicalConfig(Strict):
     eval: ChangesToEval = Field({})  # changes to the profile's `eval`, under which these notebooks ask
     sft: SftSection
     candidates: CandidatesSection
+    annotator: Literal["oracle", "judge"] = (
+        "oracle"  # who ranks candidates and own samples: a rule that knows the gold, or `judge`
+    )
     sample: SampleConfig
     preference: PreferenceSection
     reward: RewardSection
@@ -300,3 +303,11 @@ class Profile(Strict):
     limit: int = Field(0, ge=0)  # a quick look: no more rows, questions or prompts than this of any source; 0: as they are
     open_rows: Rows = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)
     open_tokens: int = Field(64, ge=1)  # longest reply in them; CURE-Med's own setting is 2,048
+
+    @model_validator(mode="after")
+    def _judge_is_named(self):
+        if self.ultramedical and self.ultramedical.annotator == "judge" and not self.judge:
+            raise ValueError(
+                "ultramedical.annotator: 'judge' needs a server; set judge to url#model, http://localhost:8000/v1#m"
+            )
+        return self

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ultramed.annotate.feedback import OracleConfig, feedback, reward_feedback
+from ultramed.annotate.judge import LLMConfig, llm_feedback
 from ultramed.annotate.pair_sets import JoinConfig, join_pairs, pairs_from
 from ultramed.annotate.pairs import PairConfig, chosen_rows, pairs
+from ultramed.core.client import ServerConfig
 from ultramed.core.config import changed, known, preference_config
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile, UltraMedicalConfig
@@ -189,8 +191,14 @@ class UltraMedical:
         return self.settings.sample.model_copy(update=changes)
 
     def rank_candidates(self, domain: str, held: bool = False) -> Artifact:
-        """The oracle's ranking of the pool's candidates."""
-        return feedback(OracleConfig(), **self.collect_candidates(domain, held))
+        """The annotator's ranking of the pool's candidates."""
+        return self._annotated(self.collect_candidates(domain, held))
+
+    def _annotated(self, samples: dict[str, Artifact]) -> Artifact:
+        """Feedback by the profile's annotator: the oracle, or, as the paper has it of GPT-4, the profile's judge."""
+        if self.settings.annotator == "judge":
+            return llm_feedback(LLMConfig(server=ServerConfig.of(self.profile.judge)), **samples)
+        return feedback(OracleConfig(), **samples)
 
     def preference_pairs(self, mix: str, seed: int = 0) -> Artifact:
         """The pairs that preference learning from the SFT policy `mix` uses: the best candidate against a random lower one. General
@@ -213,7 +221,7 @@ class UltraMedical:
         section, model = self.settings.preference, self.train_sft(mix, seed)
         config = self.sampling(n=section.on_policy.n, temperature=section.on_policy.temperature, seed=1000 + seed)
         asked = self.prompts(section.prompts[domain], section.first)
-        return feedback(OracleConfig(), **drawn(config, model, asked, mix))
+        return self._annotated(drawn(config, model, asked, mix))
 
     # -------------------------------------------------------------------------------------------------- reward models
 
