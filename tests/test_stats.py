@@ -186,14 +186,6 @@ def test_the_standard_error_is_the_spread_of_the_means():
 
 def test_an_estimate_reads_in_per_cent():
     assert str(stats.Estimate(0.123, 0.05, 0.2, 7, 0.04)) == "12.3 [5.0, 20.0]"
-    assert stats.Estimate(0.1, 0, 0.2, 7, 0.04).dict() == {
-        "value": 0.1,
-        "low": 0,
-        "high": 0.2,
-        "n": 7,
-        "se": 0.04,
-        "df": float("inf"),
-    }
 
 
 def test_wilson_takes_its_level():

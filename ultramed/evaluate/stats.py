@@ -1,7 +1,7 @@
 """Intervals and paired tests. Every accuracy has its n and a 95% interval; every 'A beats B' is a paired test."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -23,9 +23,6 @@ class Estimate:
 
     def __str__(self):
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-    def dict(self) -> dict:
-        return asdict(self)
 
 
 def wilson(correct, level: float = 0.95) -> Estimate:
