@@ -32,16 +32,16 @@ def test_compare_is_paired_and_takes_the_larger_p():
     assert (c.n, c.seeds, c.difference) == (50, 1, pytest.approx(0.6))
     assert c.p == max(c.mcnemar, c.clustered) < 0.001
     assert c.low < 0.6 < c.high
-    assert c.low < c.difference - c.se < c.difference + c.se < c.high
+    assert c.figures[:3] == (c.difference, c.low, c.high)
+    assert c.low < c.difference - c.figures[3] < c.difference + c.figures[3] < c.high
     with pytest.raises(ValueError, match="no question in common"):
         compare(a, b.assign(seed=1))
 
 
 def test_arms_that_never_differ_are_not_known_to_be_equal():
-    """No discordant pair among 60: the difference may still be as large as 3 / 60 (the rule of three)."""
+    """No discordant concept among 30, of two questions each: the difference may still be as large as 3 / 30 (the rule of three)."""
     c = compare(answers([1, 0] * 30), answers([1, 0] * 30))
-    assert (c.low, c.high) == pytest.approx((-0.05, 0.05))
-    assert c.se > 0
+    assert (c.low, c.high) == pytest.approx((-0.1, 0.1))
     assert c.p == 1
 
 
@@ -70,7 +70,7 @@ def test_one_verdict_from_the_interval_and_from_p_over_seeds():
     )
     made = made.assign(concept=[f"c{i}" for i in range(30)])
     c = compare(made, made.assign(correct=0))
-    assert (c.seeds, c.n, c.mcnemar, c.df) == (3, 30, None, pytest.approx(2))
+    assert (c.seeds, c.n, c.mcnemar, c.errors[0][1]) == (3, 30, None, pytest.approx(2))
     assert c.p == c.clustered == pytest.approx(0.03507, abs=1e-4)
     assert (c.low, c.high) == (pytest.approx(0.6 - 4.30265 * 0.11547, abs=1e-4), 1.0)
 
@@ -91,6 +91,10 @@ def test_answers_that_are_kept_tell_the_same_again(tmp_path):
     assert list(again) == list(made)
     pd.testing.assert_frame_equal(Arms(a=again["a"], b=again["b"]).accuracy(), Arms(a=a, b=b).accuracy())
     assert compare(again["a"], again["b"]) == compare(a, b)
+    assert list(again["scored"].frame) == [name for name in scored if name in ("id", "seed", "subset", "concept", "correct")]
+    assert list(again["scored"].frame.correct) == list(scored.correct)
+    with pytest.raises(ValueError, match="cannot be kept: .'none'"):
+        Arms(a=a, none=a.only(a.frame.correct > 1)).write(tmp_path / "none.parquet")
     assert [path.name for path in (tmp_path / "tables").iterdir()] == ["11_questions.parquet"]
 
 

@@ -189,7 +189,7 @@ def test_published_values_are_those_of_the_tables(name, table, a, b, columns):
 
 def comparison(difference, se, n=300) -> Comparison:
     low, high = difference - 2 * se, difference + 2 * se
-    return Comparison(0.5 + difference, 0.5, difference, low, high, se, n, 1, 0.01, 0.02)
+    return Comparison(0.5 + difference, 0.5, difference, low, high, ((se, float("inf")),), n, 1, 0.01, 0.02)
 
 
 def test_the_p_is_that_of_the_claims_own_test():
@@ -220,7 +220,7 @@ def test_holm_runs_over_a_paper_and_all_its_notebooks():
     first, second = (c for c in claims() if c.id in ("ultramedical:sft-beats-base", "ultramedical:rm-beats-sc"))
     other = next(c for c in claims() if c.id == "medalpaca:full-beats-lora")
     for found, p in ((first, 0.02), (second, 0.03), (other, 0.04)):
-        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, 0.05, 300, 1, p, p)
+        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, ((0.05, float("inf")),), 300, 1, p, p)
         scorecard.record("family", found.notebook, [scorecard.claim_entry(found, pair, "p")])
     entries = {e.id: e for e in scorecard.build("family")}
     assert [entries[c.id].p_holm for c in (first, second, other)] == pytest.approx([0.04, 0.04, 0.04])
@@ -232,7 +232,7 @@ def test_claims_that_their_interval_decides_make_no_other_p_larger():
     beats = next(c for c in claims() if c.id == "ultramedical:sft-beats-base")
     level = next(c for c in claims() if c.id == "ultramedical:mix-costs-nothing")
     for found, p in ((beats, 0.03), (level, 0.9)):
-        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, 0.05, 300, 1, p, p)
+        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, ((0.05, float("inf")),), 300, 1, p, p)
         scorecard.record("kinds", found.notebook, [scorecard.claim_entry(found, pair, "p")])
     entries = {e.id: e for e in scorecard.build("kinds")}
     assert (entries[beats.id].p_holm, entries[beats.id].verdict) == (0.03, "reproduced")
@@ -242,7 +242,7 @@ def test_claims_that_their_interval_decides_make_no_other_p_larger():
 def test_correction_can_take_a_verdict_back():
     found = claims_of("25_ultramedical_rerank")[:2]
     for c, p in zip(found, (0.03, 0.03), strict=True):
-        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, 0.05, 300, 1, p, p)
+        pair = Comparison(0.6, 0.5, 0.1, 0.01, 0.19, ((0.05, float("inf")),), 300, 1, p, p)
         entry = scorecard.claim_entry(c, pair, "p")
         assert entry["verdict"] == "reproduced"
         scorecard.record("back", c.notebook, [entry])

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +103,7 @@ def test_seeds_with_questions_of_their_own_by_hand():
     and 4.30265 of them at 2 degrees of freedom."""
     x = [1] * 6 + [0] * 4 + [1] * 5 + [0] * 5 + [1] * 1 + [0] * 9
     e = stats.clustered(x, np.arange(30), np.repeat([7, 8, 9], 10))
-    assert (e.value, e.n, e.df) == (pytest.approx(0.4), 30, pytest.approx(2))
+    assert (e.value, e.n, e.errors[0][1]) == (pytest.approx(0.4), 30, pytest.approx(2))
     assert e.se == pytest.approx((0.07 / 3) ** 0.5)
     assert (e.low, e.high) == pytest.approx((0.4 - 4.30265 * e.se, 0.4 + 4.30265 * e.se), abs=1e-5)
     assert stats.clustered(x, np.arange(30), np.zeros(30)) == stats.clustered(x, np.arange(30)), "one seed is none"
@@ -115,14 +116,73 @@ def test_questions_that_seeds_share_by_hand():
     e = stats.over_seeds([1, 1, 1, 0, 0, 0, 1, 0], [0, 1, 2, 3] * 2, [0] * 4 + [1] * 4)
     assert e.value == 1 / 2
     assert e.se == pytest.approx((1 / 16 + 1 / 48) ** 0.5)
-    assert e.df == pytest.approx((1 / 12) ** 2 / ((1 / 16) ** 2 / 1 + (1 / 48) ** 2 / 3))
+    assert e.errors[0][1] == pytest.approx((1 / 12) ** 2 / ((1 / 16) ** 2 / 1 + (1 / 48) ** 2 / 3))
 
 
 def test_seeds_that_agree_by_luck_make_no_interval_narrower_than_the_questions_do():
     x, seed = [1] * 5 + [0] * 5 + [0] * 5 + [1] * 5, np.repeat([0, 1], 10)
     e = stats.over_seeds(x, np.arange(20), seed)
     assert e.se == pytest.approx((0.25 / 19) ** 0.5), "of twenty questions, half of them right"
-    assert e.df == 19
+    assert e.errors == ((pytest.approx((0.25 / 19) ** 0.5), 19),)
+
+
+def test_seeds_that_agree_by_luck_make_no_p_smaller_than_seeds_can():
+    """Three seeds of 200 questions win 40, 42 and 44 and lose 20: 5% of the questions' interval, but three means of 0.10, 0.11, 0.12
+    have a standard error of 0.00577, so t is 19.05 with 2 degrees of freedom, p 0.0027, where 599 would have 1e-6."""
+    won = (40, 42, 44)
+    x = np.concatenate([[1] * w + [-1] * 20 + [0] * (180 - w) for w in won])
+    e = stats.over_seeds(x, np.arange(600), np.repeat([0, 1, 2], 200))
+    assert e.se == pytest.approx(x.std(ddof=1) / 600**0.5, rel=0.01), "the interval is that of the questions"
+    assert stats.not_zero(e.value, e.errors) == pytest.approx(0.00274, abs=2e-5)
+    assert stats.not_zero(e.value, e.errors[1:]) < 1e-4
+    assert stats.detectable(e.errors) == max(stats.detectable(e.errors[:1]), stats.detectable(e.errors[1:]))
+
+
+def test_questions_that_seeds_share_unequally_pull_nothing_below_the_questions_alone():
+    """Seeds that make up for each other on shared questions have a negative covariance, which is no reason to be more sure."""
+    x, seed = [1, 0, 1, 0, 0, 1, 0, 1], np.repeat([0, 1], 4)
+    e = stats.over_seeds(np.array(x) + 0.1 * seed, np.tile(np.arange(4), 2), seed)
+    assert e.errors[0] == (pytest.approx(0.05), pytest.approx(1))
+
+
+def test_every_seed_counts_the_same_however_many_questions_it_answered():
+    x, seed = [1] * 8 + [1, 0] + [0, 0], np.repeat([0, 1, 2], [8, 2, 2])
+    e = stats.over_seeds(x, np.arange(12), seed)
+    assert e.value == pytest.approx((1 + 0.5 + 0) / 3)
+    assert e.errors[0] == (pytest.approx((0.25 / 3) ** 0.5), pytest.approx(2))
+
+
+def test_weights_over_seeds_by_hand():
+    """Each of two seeds has a task of three questions and one of one: its mean is that of its two tasks, 3/4 and 1/6."""
+    x, seed, task = [1, 1, 1, 0.5, 0, 0, 1, 0], np.repeat([0, 1], 4), ["a", "a", "a", "b"] * 2
+    e = stats.clustered(x, np.arange(8), seed, weights=stats.task_weights(task, seed))
+    assert e.value == pytest.approx((3 / 4 + 1 / 6) / 2)
+    assert e.errors[0] == (pytest.approx((3 / 4 - 1 / 6) / 2), pytest.approx(1))
+
+
+def test_what_never_varied_is_not_certain():
+    """The rule of three: none of n clusters differed, so up to 3 / n of others may."""
+    assert stats.clustered([1] * 60, range(60)).low == pytest.approx(1 - 3 / 60)
+    e = stats.difference(np.ones(3), np.zeros(3), np.zeros(3), [0, 1, 2])  # one question, three seeds
+    assert e.within(-1, 1).low == -1
+    assert stats.not_zero(e.value, e.errors) > 0.4
+    uneven = stats.clustered(np.ones(1000), range(1000), weights=stats.task_weights(["a"] * 999 + ["b"]))
+    assert uneven.value - uneven.low > 0.7, "the single question of b is half the mean"
+
+
+@pytest.mark.parametrize("many", [2, 3, 5, 10])
+def test_few_clusters_miss_no_more_often_than_many(many):
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(1000):
+        e = stats.clustered(rng.normal(0, 1, many), range(many))
+        missed += not e.low <= 0 <= e.high
+    assert 28 <= missed <= 72, "50 are expected, with a standard deviation of 7"
+
+
+@pytest.mark.parametrize("x", [[], [1, float("nan")]])
+def test_a_mean_is_of_numbers(x):
+    with pytest.raises(ValueError, match=r"of numbers: \d of \d"):
+        stats.clustered(x, range(len(x)))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -135,47 +195,57 @@ def test_intervals_over_seeds_miss_as_often_as_they_say(shared, spread):
         x = rng.normal(0, 0.5, 120)[question] + rng.normal(0, 0.1, 120) + rng.normal(0, spread, 3)[seed]
         e = stats.over_seeds(x, question, seed)
         missed += not e.low <= 0 <= e.high
-        assert (stats.not_zero(e.value, e.se, e.df) < 0.05) == (not e.low <= 0 <= e.high), "one verdict, read either way"
-    assert missed <= 56, "40 are expected, with a standard deviation of 6"
+        assert (stats.not_zero(e.value, e.errors) < 0.05) == (not e.low <= 0 <= e.high), "one verdict, read either way"
+    assert 3 <= missed <= 56, "at most 40 are expected, with a standard deviation of 6"
 
 
 def test_what_one_lucky_seed_explains_is_no_evidence():
     a = np.concatenate([np.ones(60), np.zeros(120)])  # the first of three seeds wins every question, the others none
     assert stats.sign_flip(a, np.zeros(180), np.arange(180)) < 0.001
     e = stats.difference(a, np.zeros(180), np.arange(180), np.repeat([0, 1, 2], 60))
-    assert stats.not_zero(e.value, e.se, e.df) > 0.3
+    assert stats.not_zero(e.value, e.errors) > 0.3
 
 
 def test_one_sided_tests_by_hand():
     """d = 1, se = 2: above -5 by z = 3 (p 0.00135), above 0 by z = 0.5 (p 0.3085); level within 5: the larger of 0.00135
     and, for z = (5 - 1) / 2 = 2, 0.02275."""
-    assert stats.not_below(1, 2, -5) == pytest.approx(0.00135, abs=1e-5)
-    assert stats.not_below(1, 2, 0) == pytest.approx(0.30854, abs=1e-5)
-    assert stats.equivalence(1, 2, 5) == pytest.approx(0.02275, abs=1e-5)
-    assert stats.equivalence(-1, 2, 5) == stats.equivalence(1, 2, 5)
-    assert (stats.not_below(1, 0, 0), stats.not_below(0, 0, 0), stats.not_below(-1, 0, 0)) == (0.0, 1.0, 1.0)
+    two = ((2, np.inf),)
+    assert stats.not_below(1, two, -5) == pytest.approx(0.00135, abs=1e-5)
+    assert stats.not_below(1, two, 0) == pytest.approx(0.30854, abs=1e-5)
+    assert stats.equivalence(1, two, 5) == pytest.approx(0.02275, abs=1e-5)
+    assert stats.equivalence(-1, two, 5) == stats.equivalence(1, two, 5)
+    for nothing in (0.0, float("nan")):
+        assert np.isnan(stats.not_below(1, ((nothing, 2),), 0))
+        assert np.isnan(stats.not_zero(1, ((1, 2), (nothing, 2))))
 
 
 def test_tests_of_few_degrees_of_freedom_by_hand():
     """Student's t of 2 degrees of freedom is 4.30265 at 2.5% and 1.06066 at 20%."""
-    assert stats.not_zero(4.30265, 1, 2) == stats.not_zero(-8.6053, 2, 2) == pytest.approx(0.05, abs=1e-6)
-    assert stats.not_zero(1.959964, 1) == pytest.approx(0.05, abs=1e-6)
-    assert (stats.not_zero(0, 0), stats.not_zero(0.1, 0)) == (1.0, 0.0)
-    assert stats.not_below(1, 1, -3.30265, 2) == pytest.approx(0.025, abs=1e-6)
-    assert stats.equivalence(0.5, 1, 4.80265, 2) == pytest.approx(0.025, abs=1e-6)
-    assert stats.detectable(1, 2) == pytest.approx(4.30265 + 1.06066, abs=1e-4)
+    one = ((1, 2),)
+    assert stats.not_zero(4.30265, one) == stats.not_zero(-8.6053, ((2, 2),)) == pytest.approx(0.05, abs=1e-6)
+    assert stats.not_zero(1.959964, ((1, np.inf),)) == pytest.approx(0.05, abs=1e-6)
+    assert stats.not_zero(4.30265, ((1, 2), (0.5, 2))) == pytest.approx(0.05, abs=1e-6), "the more careful counts"
+    assert stats.not_below(1, one, -3.30265) == pytest.approx(0.025, abs=1e-6)
+    assert stats.equivalence(0.5, one, 4.80265) == pytest.approx(0.025, abs=1e-6)
+
+
+@pytest.mark.parametrize("df", [2, 4])
+def test_what_few_seeds_can_see_is_seen_in_four_of_five_cases(df):
+    rng, size = np.random.default_rng(0), stats.detectable(((1.0, df),))
+    t = (rng.normal(size, 1, 40_000)) / (rng.chisquare(df, 40_000) / df) ** 0.5
+    assert np.mean(abs(t) > scipy.stats.t.isf(0.025, df)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_what_a_run_can_see_by_hand():
     """1.95996 + 0.84162 = 2.80158 standard errors at 5% and 80% power."""
-    assert stats.detectable(2) == pytest.approx(5.60316, abs=1e-4)
-    assert stats.detectable(1, power=0.5) == pytest.approx(1.95996, abs=1e-4)
+    assert stats.detectable(((2, np.inf),)) == pytest.approx(5.60316, abs=1e-4)
+    assert stats.detectable(((1, np.inf),), power=0.5) == pytest.approx(1.95996, abs=1e-4)
 
 
 def test_a_difference_is_of_a_less_b():
     d = stats.difference([1, 1, 1, 0], [0, 1, 0, 0])
     assert (d.value, d.n) == (0.5, 4)
-    assert d.low >= 0
+    assert d.errors == ((pytest.approx((1 / 12) ** 0.5), 3),), "twice 0.5 and twice -0.5: squares of 1, over 4 x 3"
 
 
 def test_the_standard_error_is_the_spread_of_the_means():
@@ -195,7 +265,7 @@ def test_wilson_takes_its_level():
 
 
 def test_the_interval_is_read_off_the_means():
-    x, cluster = np.arange(12) % 5, np.repeat(np.arange(6), 2)
+    x, cluster = np.arange(80) % 5, np.repeat(np.arange(40), 2)
     means = stats.bootstrap_means(x, cluster, 300, 7)
     assert len(means) == 300
     made = stats.clustered(x, cluster, draws=300, seed=7)

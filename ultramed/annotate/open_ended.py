@@ -237,7 +237,7 @@ def outcomes(verdicts: Artifact, pairs: Artifact) -> pd.DataFrame:
 def win_rate(won: pd.DataFrame, same: int = 0) -> stats.Estimate:
     """Share of prompts won (`outcomes`); `same`: prompts with equal replies, ties, too."""
     worth = [*won.worth, *[0.5] * same]
-    return stats.clustered(worth, range(len(worth)))
+    return stats.clustered(worth, range(len(worth))).within(0, 1)
 
 
 def trust(judge: LLMConfig, ranked: Artifact) -> tuple[pd.DataFrame, list[Artifact]]:

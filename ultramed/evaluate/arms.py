@@ -66,8 +66,8 @@ def artifacts_of(source) -> tuple[Artifact, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B, `se` and
-    `df` its standard error and that one's degrees of freedom.
+    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B, `errors`
+    what it is made from (stats.Estimate).
 
     Where subsets differ in size, values are means of the subsets' means, and there is no McNemar test, which counts questions;
     nor is there one for several seeds, which it would take for fixed.
@@ -78,18 +78,23 @@ class Comparison:
     difference: float
     low: float
     high: float
-    se: float
+    errors: stats.Errors
     n: int
     seeds: int
     mcnemar: float | None
     clustered: float
-    df: float = float("inf")
 
     @property
     def p(self) -> float:
         """Of no difference. Over several seeds that of the interval; of one the larger of McNemar's and the clustered one, because
         questions about one concept are not independent, and McNemar's test takes them as such."""
         return max(self.mcnemar or 0.0, self.clustered)
+
+    @property
+    def figures(self) -> tuple[float, float, float, float, float]:
+        """Difference, low, high, the standard error of the interval, and the smallest difference that could be seen."""
+        e = stats.Estimate(self.difference, self.low, self.high, self.n, self.errors)
+        return (e.value, e.low, e.high, e.se, stats.detectable(e.errors))
 
     def row(self) -> dict:
         """As tables show it."""
@@ -104,25 +109,21 @@ def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
     both = left.merge(right, on=["id", "seed"], suffixes=("_a", "_b"), validate="one_to_one")
     if both.empty:
         raise ValueError("the two arms have no question in common")
-    weights = stats.task_weights(both.subset_a)
+    weights = stats.task_weights(both.subset_a, both.seed)
     given = (both.correct_a, both.correct_b, both.concept_a, both.seed)
-    d = stats.difference(*given, weights=weights)
-    if (both.correct_a == both.correct_b).all():  # a bootstrap of equal answers would be sure that nothing can differ
-        bound = min(1.0, 3 / len(both))  # the rule of three: 95% upper bound of a share that was never seen
-        d = replace(d, low=-bound, high=bound, se=bound / 2)
+    d = stats.difference(*given, weights=weights).within(-1, 1)
     seeds = both.seed.nunique()
     return Comparison(
         a=float(np.average(both.correct_a, weights=weights)),
         b=float(np.average(both.correct_b, weights=weights)),
         difference=d.value,
-        low=max(-1.0, d.low),
-        high=min(1.0, d.high),
-        se=d.se,
+        low=d.low,
+        high=d.high,
+        errors=d.errors,
         n=len(both),
         seeds=seeds,
         mcnemar=stats.mcnemar(*given[:2]) if seeds == 1 and np.allclose(weights, 1) else None,
-        clustered=stats.not_zero(d.value, d.se, d.df) if seeds > 1 else stats.sign_flip(*given[:3], weights=weights),
-        df=d.df,
+        clustered=stats.not_zero(d.value, d.errors) if seeds > 1 else stats.sign_flip(*given[:3], weights=weights),
     )
 
 
@@ -135,10 +136,13 @@ class Arms(dict[str, Answers]):
 
     def write(self, path: Path) -> None:
         """Every arm's right and wrong answers as Parquet, a row a question: arm, id, seed, subset, concept, correct and, where
-        replies were read, letter and strict. What any other interval or test needs, long after the store is gone."""
+        replies were read, letter and strict. What any other interval or test needs, long after the store is gone. Raises
+        ValueError for an arm without answers, which a table of answers cannot hold."""
+        if empty := [name for name, arm in self.items() if arm.frame.empty]:
+            raise ValueError(f"arms without answers cannot be kept: {empty}")
         whole = pd.concat([arm.frame.assign(arm=name) for name, arm in self.items()], ignore_index=True)
         columns = ["arm", "id", "seed", "subset", "concept", "correct", "letter", "strict"]
-        whole = whole[[name for name in columns if name in whole]].astype({"id": str, "concept": str})
+        whole = whole[[name for name in columns if name in whole]].astype({"id": str, "concept": str, "correct": float})
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         whole.to_parquet(part, index=False, compression="zstd")
@@ -147,9 +151,12 @@ class Arms(dict[str, Answers]):
     @classmethod
     def read(cls, path: str | Path) -> "Arms":
         """Arms that `write` kept, without their artifacts."""
-        whole = pd.read_parquet(path)
-        parts = whole.groupby("arm", sort=False)
-        return cls({name: Answers(part.drop(columns="arm").reset_index(drop=True)) for name, part in parts})
+        arms = cls()
+        for name, part in pd.read_parquet(path).groupby("arm", sort=False):
+            part = part.drop(columns="arm").reset_index(drop=True)
+            read = "strict" in part and part.strict.notna().any()  # of pairs there is no reply to be read
+            arms[name] = Answers(part if read else part.drop(columns=["letter", "strict"], errors="ignore"))
+        return arms
 
     def accuracy(self, index: str = "arm") -> pd.DataFrame:
         """Accuracy with a 95% interval of every arm, by subset and over all ('all'): columns `index`, subset, accuracy,
@@ -168,12 +175,13 @@ class Arms(dict[str, Answers]):
 
 def accuracy_row(frame: pd.DataFrame) -> dict:
     """Accuracy of answers (the mean of their subsets), its interval over concepts and seeds, and the outcomes beside it."""
-    e = stats.clustered(frame.correct, frame.concept, frame.seed, weights=stats.task_weights(frame.subset))
+    weights = stats.task_weights(frame.subset, frame.seed)
+    e = stats.clustered(frame.correct, frame.concept, frame.seed, weights=weights).within(0, 1)
     by_seed = frame.groupby(["seed", "subset"]).correct.mean().groupby("seed").mean()
     return {
         "accuracy": e.value,
-        "low": max(0.0, e.low),
-        "high": min(1.0, e.high),
+        "low": e.low,
+        "high": e.high,
         "n": e.n,
         "unparsed": int(frame.letter.isna().sum()),
         "well_formed": float(frame.strict.mean()),

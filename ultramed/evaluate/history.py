@@ -194,8 +194,8 @@ def history_scores(frame: pd.DataFrame) -> dict[str, stats.Estimate]:
     new = [len({i for i in found if i is not None}) for found in frame.found]
     asked = [len(q) for q in frame.questions]
     return {
-        "precision": stats.clustered(np.divide(new, asked), frame.id),
-        "coverage": stats.clustered(np.divide(new, frame.statements.clip(lower=1)), frame.id),
+        "precision": stats.clustered(np.divide(new, asked), frame.id).within(0, 1),
+        "coverage": stats.clustered(np.divide(new, frame.statements.clip(lower=1)), frame.id).within(0, 1),
         "top1": stats.wilson(frame.top1),
         "top5": stats.wilson(frame.top5),
     }

@@ -136,8 +136,8 @@ def kqa_scores(frame: pd.DataFrame, seed: int = 0) -> dict[str, stats.Estimate]:
     share = (must.label == "Entailment").groupby(must.question).mean()
     wrong = (frame.label == "Contradiction").groupby(frame.question).sum()
     return {
-        "completeness": stats.clustered(share, share.index, seed=seed),
-        "hallucination": stats.clustered(wrong, wrong.index, seed=seed),
+        "completeness": stats.clustered(share, share.index, seed=seed).within(0, 1),
+        "hallucination": stats.clustered(wrong, wrong.index, seed=seed).within(0, np.inf),
     }
 
 

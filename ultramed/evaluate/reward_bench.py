@@ -214,9 +214,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     of RewardBench's subsets that of its sections, which have rows of their own before it (`sections`)."""
     rows = []
     for name, part in frame.groupby("subset", sort=False):
-        e = stats.clustered(part.correct, part.concept, part.get("seed"))
-        interval = {"low": max(0.0, e.low), "high": min(1.0, e.high)}
-        rows.append({"subset": name, "accuracy": e.value, **interval, "n": e.n, "se": e.se})
+        e = stats.clustered(part.correct, part.concept, part.get("seed")).within(0, 1)
+        rows.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se})
     found = pd.DataFrame(rows)
     whole = sections(found)
     if whole.empty:

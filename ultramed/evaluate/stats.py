@@ -1,7 +1,7 @@
 """Intervals and paired tests. Every accuracy has its n and a 95% interval; every 'A beats B' is a paired test."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -9,20 +9,38 @@ from scipy import stats
 BLOCK = 250  # bootstrap draws at a time, so that large test sets fit into memory
 
 
+Errors = tuple[tuple[float, float], ...]  # standard errors, each with its degrees of freedom; the most careful one counts
+FEW = 30  # clusters: with fewer, percentiles of resampled means are too narrow (two miss 24%, five 10%)
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% interval, standard error and that one's degrees of freedom (few where seeds are few); n counts all
-    questions, unparsed ones included (they are wrong)."""
+    """A mean with its 95% interval; n counts all questions, unparsed ones included (they are wrong). `errors` are what the
+    interval and every test of the mean are made from: each must be passed, since with few degrees of freedom one standard
+    error decides near the middle and another one in the tails."""
 
     value: float
     low: float
     high: float
     n: int
-    se: float = float("nan")
-    df: float = float("inf")
+    errors: Errors = ()
+
+    @property
+    def se(self) -> float:
+        """The standard error with which the 95% interval is made."""
+        return max(self.errors, key=_half)[0] if self.errors else float("nan")
+
+    def within(self, low: float, high: float) -> "Estimate":
+        """With the interval cut to what the mean can be."""
+        return replace(self, low=max(low, self.low), high=min(high, self.high))
 
     def __str__(self):
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def _half(error: tuple[float, float], level: float = 0.05) -> float:
+    """Half the interval that a standard error and its degrees of freedom make."""
+    return float(stats.t.isf(level / 2, error[1]) * error[0])
 
 
 def wilson(correct, level: float = 0.95) -> Estimate:
@@ -32,7 +50,7 @@ def wilson(correct, level: float = 0.95) -> Estimate:
         raise ValueError("an accuracy over no questions has no value")
     test = stats.binomtest(int(x.sum()), len(x))
     low, high = test.proportion_ci(level, method="wilson")
-    return Estimate(float(x.mean()), float(low), float(high), len(x), float(x.std() / len(x) ** 0.5))
+    return Estimate(float(x.mean()), float(low), float(high), len(x), ((float(x.std() / len(x) ** 0.5), np.inf),))
 
 
 def numbered(labels) -> np.ndarray:
@@ -40,19 +58,22 @@ def numbered(labels) -> np.ndarray:
     return np.unique(np.asarray(labels), return_inverse=True)[1]
 
 
-def task_weights(tasks) -> np.ndarray:
+def task_weights(tasks, seeds=None) -> np.ndarray:
     """Weights (n,), 1 on average, under which every task (labels, shape (n,)) counts the same however many questions it has:
-    the weighted mean of questions is the mean of tasks, which is what both papers report."""
+    the weighted mean of questions is the mean of tasks, which is what both papers report. Where `seeds`, shape (n,), are
+    given, that holds for each of them, and each counts the same."""
     task = numbered(tasks)
-    size = np.bincount(task)
-    return len(task) / (len(size) * size[task])
+    seed = np.zeros(len(task), dtype=int) if seeds is None else numbered(seeds)
+    tasks_of_seed = np.array([len(set(task[seed == s])) for s in range(seed.max() + 1)])
+    cell = numbered(seed * (task.max() + 1) + task)
+    return len(task) / (len(tasks_of_seed) * tasks_of_seed[seed] * np.bincount(cell)[cell])
 
 
 def bootstrap_means(values, clusters, draws: int = 2000, seed: int = 0, weights=None) -> np.ndarray:
     """Means of `draws` resampled data sets, shape (draws,); weighted where `weights` are given. values, clusters, weights:
     shape (n,). Whole clusters (questions about one concept) are drawn with replacement."""
     x, cluster = np.asarray(values, dtype=float), numbered(clusters)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=float)
+    w = _weights(weights, len(x))
     total, count = np.bincount(cluster, weights=w * x), np.bincount(cluster, weights=w)
     rng, out = np.random.default_rng(seed), []
     for size in _blocks(draws):
@@ -74,43 +95,73 @@ def _times_drawn(rng: np.random.Generator, draws: int, count: int) -> np.ndarray
 
 
 def clustered(values, clusters, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:
-    """A (weighted) mean with its 95% interval: over clusters by `bootstrap_means` (percentiles; the standard error is the
-    spread of the means), and by `over_seeds` where `seeds`, shape (n,), names several training seeds."""
-    if seeds is not None and len(set(seeds)) > 1:
-        return over_seeds(values, clusters, seeds, weights)
+    """A (weighted) mean with its 95% interval: over clusters by `bootstrap_means` (percentiles), over fewer than FEW clusters by
+    Student's t, and by `over_seeds` where `seeds`, shape (n,), names several training seeds. Values that are all alike do
+    not show how they vary; see `unseen`. Raises ValueError for no values, and for some that are no numbers."""
     x = np.asarray(values, dtype=float)
-    means = bootstrap_means(x, clusters, draws, seed, weights)
+    if not len(x) or np.isnan(x).any():
+        raise ValueError(f"a mean is of numbers: {np.isnan(x).sum()} of {len(x)} values are none")
+    if seeds is not None and len(set(seeds)) > 1:
+        return over_seeds(x, clusters, seeds, weights)
+    w, cluster = _weights(weights, len(x)), numbered(clusters)
+    value, many = float(np.average(x, weights=w)), cluster.max() + 1
+    deviation = np.bincount(cluster, weights=w * (x - value) / w.sum())
+    if np.allclose(deviation, 0):
+        return _by_t(value, len(x), [unseen(w, cluster)])
+    if many < FEW:
+        return _by_t(value, len(x), [((many / (many - 1) * (deviation**2).sum()) ** 0.5, many - 1)])
+    means = bootstrap_means(x, cluster, draws, seed, weights)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(np.average(x, weights=weights)), float(low), float(high), len(x), float(means.std(ddof=1)))
+    return Estimate(value, float(low), float(high), len(x), ((float(means.std(ddof=1)), np.inf),))
+
+
+def _weights(weights, count: int) -> np.ndarray:
+    return np.ones(count) if weights is None else np.asarray(weights, dtype=float)
+
+
+def _by_t(value: float, n: int, errors: list[tuple[float, float]]) -> Estimate:
+    """The widest of the intervals that the standard errors make."""
+    errors = tuple((float(se), float(df)) for se, df in errors)
+    half = max(map(_half, errors))
+    return Estimate(value, value - half, value + half, n, errors)
+
+
+def unseen(weights, cluster) -> tuple[float, float]:
+    """Standard error where no two clusters (n,) differ, so that none can be measured: the one whose interval is the rule of three's 3 / n, which
+    is the 95% upper bound of a share that was never seen among n clusters, n being as many as would count alike
+    (Kish's effective number). Values are taken to be shares or differences of shares."""
+    each = np.bincount(cluster, weights=weights)
+    effective = each.sum() ** 2 / (each**2).sum()
+    return 3 / effective / stats.norm.isf(0.025), np.inf
 
 
 def over_seeds(values, clusters, seeds, weights=None) -> Estimate:
-    """A (weighted) mean over several training seeds with an interval that covers other seeds as well as other questions.
+    """A (weighted) mean of training seeds' means, with an interval that covers other seeds as well as other questions.
 
-    values, clusters, seeds, weights: shape (n,). The seeds' own means are the sample, as if each were one observation: k of
-    them give a t interval with k - 1 degrees of freedom, 4.3 standard errors for three seeds and 2.8 for five. That holds where
-    each seed has questions of its own. Questions that seeds share move all of them alike, which their spread does not
-    show, so the covariance of the seeds over common clusters is added (Satterthwaite 1946 for the degrees of freedom).
-    Seeds that agree by luck make no interval narrower than the questions alone allow: the wider of the two counts.
+    values, clusters, seeds, weights: shape (n,); every seed counts the same, however many questions it answered. The seeds'
+    own means are the sample, as if each were one observation: k of them give a t interval with k - 1 degrees of freedom,
+    4.3 standard errors for three seeds and 2.8 for five. That holds where each seed has questions of its own. Questions
+    that several seeds answer move all of these alike, which the spread of the seeds does not show, so their covariance over
+    common clusters is added (Satterthwaite 1946 for the degrees of freedom). Seeds that agree by luck make no interval
+    narrower and no p smaller than the questions alone allow: both errors are kept, and whichever is the more careful counts.
     """
     x, seed, cluster = np.asarray(values, dtype=float), numbered(seeds), numbered(clusters)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=float)
-    k, many, value = seed.max() + 1, cluster.max() + 1, float(np.average(x, weights=w))
-    between = k / (k - 1) * (np.bincount(seed, weights=w * (x - value) / w.sum()) ** 2).sum()
-    mean = np.bincount(seed, weights=w * x) / np.bincount(seed, weights=w)
-    deviation = np.bincount(seed * many + cluster, weights=w * (x - mean[seed]) / w.sum(), minlength=k * many).reshape(k, many)
+    k, many, w = seed.max() + 1, cluster.max() + 1, _weights(weights, len(x))
+    w = w / (k * np.bincount(seed, weights=w)[seed])
+    value, mean = float(w @ x), k * np.bincount(seed, weights=w * x)
+    between = ((mean - value) ** 2).sum() / (k * (k - 1))
+    deviation = np.bincount(seed * many + cluster, weights=w * (x - mean[seed]), minlength=k * many).reshape(k, many)
     of_questions = many / max(1, many - 1) * (deviation.sum(0) ** 2).sum()
     apart = many / max(1, many - 1) * (deviation**2).sum()
     shared = max(0.0, of_questions - apart) * k / (k - 1)
     total, parts = between + shared, between**2 / (k - 1) + shared**2 / max(1, many - 1)
-    choices = [(total, total**2 / parts if parts else float("inf")), (of_questions, max(1.0, many - 1.0))]
-    variance, df = max(choices, key=lambda choice: stats.t.isf(0.025, choice[1]) * choice[0] ** 0.5)
-    half = float(stats.t.isf(0.025, df) * variance**0.5)
-    return Estimate(value, value - half, value + half, len(x), float(variance**0.5), float(df))
+    errors = [(total**0.5, total**2 / parts)] if parts > 1e-24 else []
+    questions = (of_questions**0.5, max(1, many - 1)) if of_questions > 1e-12 else unseen(w, cluster)
+    return _by_t(value, len(x), [*errors, questions])
 
 
 def difference(a, b, clusters=None, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:
-    """Mean of a - b over pairs with its bootstrap interval (over clusters and seeds where given); n counts the pairs."""
+    """Mean of a - b over pairs with the interval of `clustered`; n counts the pairs."""
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return clustered(d, np.arange(len(d)) if clusters is None else clusters, seeds, draws=draws, seed=seed, weights=weights)
 
@@ -137,7 +188,7 @@ def sign_flip(a, b, clusters, draws: int = 20000, seed: int = 0, weights=None) -
     1 / (draws + 1).
     """
     d, cluster = np.asarray(a, dtype=float) - np.asarray(b, dtype=float), numbered(clusters)
-    w = np.ones(len(d)) if weights is None else np.asarray(weights, dtype=float)
+    w = _weights(weights, len(d))
     total = np.bincount(cluster, weights=w * d)
     total = total[total != 0]
     rng, hits, sum_of_all = np.random.default_rng(seed), 0, abs((w * d).sum())
@@ -147,25 +198,35 @@ def sign_flip(a, b, clusters, draws: int = 20000, seed: int = 0, weights=None) -
     return (hits + 1) / (draws + 1)
 
 
-def not_zero(value: float, se: float, df: float = float("inf")) -> float:
-    """Two-sided p of the null hypothesis that the mean is 0, from its standard error and degrees of freedom (Student's t)."""
-    return float(2 * stats.t.sf(abs(value) / se, df)) if se > 0 else float(value == 0)
+def not_zero(value: float, errors: Errors) -> float:
+    """Two-sided p of the null hypothesis that the mean is 0 (Student's t), the largest over its errors; NaN where one of them is
+    no positive number, which tests nothing."""
+    return 2 * not_below(abs(value), errors, 0.0)
 
 
-def not_below(value: float, se: float, bound: float, df: float = float("inf")) -> float:
+def not_below(value: float, errors: Errors, bound: float) -> float:
     """One-sided p of the null hypothesis that the mean is at most `bound`, likewise."""
-    return float(stats.t.sf((value - bound) / se, df)) if se > 0 else float(value <= bound)
+    if not all(se > 0 for se, _ in errors):
+        return float("nan")
+    return max(float(stats.t.sf((value - bound) / se, df)) for se, df in errors)
 
 
-def equivalence(value: float, se: float, margin: float, df: float = float("inf")) -> float:
+def equivalence(value: float, errors: Errors, margin: float) -> float:
     """p of the two one-sided tests that the mean lies within `margin` of zero (Schuirmann 1987): the larger of the two."""
-    return max(not_below(value, se, -margin, df), not_below(-value, se, -margin, df))
+    return max(not_below(value, errors, -margin), not_below(-value, errors, -margin))
 
 
-def detectable(se: float, df: float = float("inf"), power: float = 0.8, level: float = 0.05) -> float:
-    """Smallest true difference that a two-sided test at `level` finds with probability `power`: 2.8 standard errors, 5.4 where
-    three seeds give 2 degrees of freedom, 3.7 where five give 4."""
-    return float((stats.t.isf(level / 2, df) + stats.t.isf(1 - power, df)) * se)
+def detectable(errors: Errors, power: float = 0.8) -> float:
+    """Smallest true difference that a two-sided t test at 5% finds with probability `power`: 2.8 standard errors, 5.7 of them
+    with the 2 degrees of freedom of three seeds, 3.8 with the 4 of five; the largest over the errors."""
+    from statsmodels.stats.power import TTestPower
+
+    def of(se: float, df: float) -> float:
+        if not np.isfinite(df):
+            return se * (stats.norm.isf(0.025) + stats.norm.isf(1 - power))
+        return se * (df + 1) ** 0.5 * TTestPower().solve_power(nobs=df + 1, alpha=0.05, power=power)
+
+    return max(float(of(se, df)) for se, df in errors)
 
 
 def holm(pvalues: list[float]) -> list[float]:
@@ -203,7 +264,7 @@ def length_controlled(worth, longer, draws: int = 500, seed: int = 0) -> Estimat
 
     y, d = np.asarray(worth, dtype=float), np.asarray(longer, dtype=float)
     if not 0 < y.mean() < 1:  # won or lost all: nothing that a length could explain
-        return clustered(y, range(len(y)))
+        return clustered(y, range(len(y))).within(0, 1)
     x = np.tanh(d / (d.std() or 1.0))
 
     def at_equal_length(rows: np.ndarray) -> float:
@@ -217,4 +278,4 @@ def length_controlled(worth, longer, draws: int = 500, seed: int = 0) -> Estimat
     rng, every = np.random.default_rng(seed), np.arange(len(y))
     drawn = [at_equal_length(rng.choice(every, len(y))) for _ in range(draws)]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(at_equal_length(every), float(low), float(high), len(y), float(np.std(drawn)))
+    return Estimate(at_equal_length(every), float(low), float(high), len(y), ((float(np.std(drawn)), np.inf),))

@@ -175,7 +175,13 @@ def compare_models(answered: Mapping[str, Answers]) -> pd.DataFrame:
         se = np.sqrt(sum(part.var(ddof=1) / len(part) if len(part) > 1 else 0.25 for part in parts)) / len(parts)
         p = stats.sign_flip(both.correct_a, both.correct_b, both.id, weights=stats.task_weights(both.task))
         width = norm.isf(0.025) * se
-        found = {"difference": value, "low": value - width, "high": value + width, "detectable": stats.detectable(se), "p": p}
+        found = {
+            "difference": value,
+            "low": value - width,
+            "high": value + width,
+            "detectable": stats.detectable(((se, np.inf),)),
+            "p": p,
+        }
         rows.append({"A": a, "B": b, **found, "n": len(both)})
     frame = pd.DataFrame(rows, columns=["A", "B", "difference", "low", "high", "detectable", "p", "n"])
     return frame.assign(p_holm=stats.holm(frame.p.tolist()))
@@ -301,7 +307,7 @@ def mt_bench(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dic
     marked = grades(LLMConfig(server=ServerConfig.of(config.judge)), replies=replies(asked, model=model, data=data))
     frame = pd.read_json(marked / "grades.jsonl", lines=True)
     read = frame.dropna(subset="score")
-    e = stats.clustered(read.score / 10, read.question)
+    e = stats.clustered(read.score / 10, read.question).within(0, 1)
     return {"task": "mt_bench, of 10", **_row(e), "unparsed": marked.metrics["unread"]}, marked
 
 

@@ -61,7 +61,7 @@ def score_reward(
         )
     rows = []
     for subset, part in counted.groupby("subset", sort=False):
-        e = stats.clustered(part.credit, part.concept)
+        e = stats.clustered(part.credit, part.concept).within(0, 1)
         rows.append(
             {
                 "subset": subset,

@@ -99,15 +99,15 @@ def claim_p(claim: Claim, pair: Comparison) -> float:
         return pair.p
     margin = claim.margin / 100
     return (
-        stats.equivalence(pair.difference, pair.se, margin, pair.df)
+        stats.equivalence(pair.difference, pair.errors, margin)
         if claim.kind == "level"
-        else stats.not_below(pair.difference, pair.se, -margin, pair.df)
+        else stats.not_below(pair.difference, pair.errors, -margin)
     )
 
 
 def claim_entry(claim: Claim, pair: Comparison, protocol: str) -> dict:
     """Entry of a tested claim. Its verdict is of the uncorrected p until `build` corrects it over the paper."""
-    difference, low, high, se = (100 * x for x in (pair.difference, pair.low, pair.high, pair.se))
+    difference, low, high, se, detectable = (100 * x for x in pair.figures)
     p, published_difference = claim_p(claim, pair), claim.published_difference
     return {
         **_claim_facts(claim),
@@ -117,7 +117,7 @@ def claim_entry(claim: Claim, pair: Comparison, protocol: str) -> dict:
         "interval": (low, high),
         "se": se,
         "p": p,
-        "detectable": stats.detectable(se, pair.df),
+        "detectable": detectable,
         "holds_published": None if published_difference is None else low <= published_difference <= high,
         "verdict": claim.decide(low, high, p),
         "protocol": protocol,
@@ -140,7 +140,7 @@ def _claim_facts(claim: Claim) -> dict:
 
 def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str) -> dict:
     """Entry of a comparison that the papers do not make: shown with its interval, without a verdict."""
-    difference, low, high, se = (100 * x for x in (pair.difference, pair.low, pair.high, pair.se))
+    difference, low, high, se, detectable = (100 * x for x in pair.figures)
     return {
         "id": f"diagnostic:{name}",
         "kind": "diagnostic",
@@ -152,7 +152,7 @@ def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str)
         "interval": (low, high),
         "se": se,
         "p": pair.p,
-        "detectable": stats.detectable(se, pair.df),
+        "detectable": detectable,
         "verdict": "no verdict",
         "protocol": protocol,
     }
