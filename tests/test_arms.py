@@ -91,9 +91,9 @@ def test_answers_that_are_kept_tell_the_same_again(tmp_path):
     assert list(again) == list(made)
     pd.testing.assert_frame_equal(Arms(a=again["a"], b=again["b"]).accuracy(), Arms(a=a, b=b).accuracy())
     assert compare(again["a"], again["b"]) == compare(a, b)
-    assert list(again["scored"].frame) == [name for name in scored if name in ("id", "seed", "subset", "concept", "correct")]
+    assert set(again["scored"].frame) == {"id", "seed", "subset", "concept", "correct"}
     assert list(again["scored"].frame.correct) == list(scored.correct)
-    with pytest.raises(ValueError, match="cannot be kept: .'none'"):
+    with pytest.raises(ValueError, match=r"cannot be kept: \['none'\]"):
         Arms(a=a, none=a.only(a.frame.correct > 1)).write(tmp_path / "none.parquet")
     assert [path.name for path in (tmp_path / "tables").iterdir()] == ["11_questions.parquet"]
 
