@@ -143,7 +143,7 @@ def over_seeds(values, clusters, seeds, weights=None) -> Estimate:
     4.3 standard errors for three seeds and 2.8 for five. That holds where each seed has questions of its own. Questions
     that several seeds answer move all of these alike, which the spread of the seeds does not show, so their covariance over
     common clusters is added (Satterthwaite 1946 for the degrees of freedom). Seeds that agree by luck make no interval
-    narrower and no p smaller than the questions alone allow: both errors are kept, and whichever is the more careful counts.
+    narrower than the questions alone allow, and no p smaller than seeds allow: all errors are kept, and the most careful counts.
     """
     x, seed, cluster = np.asarray(values, dtype=float), numbered(seeds), numbered(clusters)
     k, many, w = seed.max() + 1, cluster.max() + 1, _weights(weights, len(x))
@@ -156,6 +156,7 @@ def over_seeds(values, clusters, seeds, weights=None) -> Estimate:
     shared = max(0.0, of_questions - apart) * k / (k - 1)
     total, parts = between + shared, between**2 / (k - 1) + shared**2 / max(1, many - 1)
     errors = [(total**0.5, total**2 / parts)] if parts > 1e-24 else []
+    errors += [(between**0.5, k - 1)] if between > 1e-12 and shared else []  # what is added must not hide how few seeds are
     questions = (of_questions**0.5, max(1, many - 1)) if of_questions > 1e-12 else unseen(w, cluster)
     return _by_t(value, len(x), [*errors, questions])
 
