@@ -115,7 +115,8 @@ def test_questions_that_seeds_share_by_hand():
     is 4/3 x 2 x 1/4 / 64 = 1/96, and twice as much is added, for the square of a mean of two is half covariance."""
     e = stats.over_seeds([1, 1, 1, 0, 0, 0, 1, 0], [0, 1, 2, 3] * 2, [0] * 4 + [1] * 4)
     assert e.value == 1 / 2
-    assert e.se == pytest.approx((1 / 16 + 1 / 48) ** 0.5)
+    assert e.errors[0][0] == pytest.approx((1 / 16 + 1 / 48) ** 0.5)
+    assert e.errors[1] == (1 / 4, 1), "and no surer than two means are"
     assert e.errors[0][1] == pytest.approx((1 / 12) ** 2 / ((1 / 16) ** 2 / 1 + (1 / 48) ** 2 / 3))
 
 
