@@ -189,12 +189,12 @@ def read_histories(artifact: Artifact) -> pd.DataFrame:
 
 
 def history_scores(frame: pd.DataFrame) -> dict[str, stats.Estimate]:
-    """precision: share of the questions that brought a statement not heard before; coverage: share of the case's
+    """precision: share of the questions that brought a statement not heard before (0 where none was asked); coverage: share of the case's
     statements heard; both per case, intervals by bootstrap over cases; top1, top5: share of the cases."""
     new = [len({i for i in found if i is not None}) for found in frame.found]
     asked = [len(q) for q in frame.questions]
     return {
-        "precision": stats.clustered(np.divide(new, asked), frame.id).within(0, 1),
+        "precision": stats.clustered(np.divide(new, np.maximum(asked, 1)), frame.id).within(0, 1),
         "coverage": stats.clustered(np.divide(new, frame.statements.clip(lower=1)), frame.id).within(0, 1),
         "top1": stats.wilson(frame.top1),
         "top5": stats.wilson(frame.top5),
