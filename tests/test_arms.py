@@ -32,8 +32,7 @@ def test_compare_is_paired_and_takes_the_larger_p():
     assert (c.n, c.seeds, c.difference) == (50, 1, pytest.approx(0.6))
     assert c.p == max(c.mcnemar, c.clustered) < 0.001
     assert c.low < 0.6 < c.high
-    assert c.figures[:3] == (c.difference, c.low, c.high)
-    assert c.low < c.difference - c.figures[3] < c.difference + c.figures[3] < c.high
+    assert c.low < c.difference - c.se < c.difference + c.se < c.high
     with pytest.raises(ValueError, match="no question in common"):
         compare(a, b.assign(seed=1))
 
@@ -42,6 +41,7 @@ def test_arms_that_never_differ_are_not_known_to_be_equal():
     """No discordant concept among 30, of two questions each: the difference may still be as large as 3 / 30 (the rule of three)."""
     c = compare(answers([1, 0] * 30), answers([1, 0] * 30))
     assert (c.low, c.high) == pytest.approx((-0.1, 0.1))
+    assert c.se > 0
     assert c.p == 1
 
 

@@ -128,8 +128,8 @@ def test_seeds_that_agree_by_luck_make_no_interval_narrower_than_the_questions_d
 
 
 def test_seeds_that_agree_by_luck_make_no_p_smaller_than_seeds_can():
-    """Three seeds of 200 questions win 40, 42 and 44 and lose 20: 5% of the questions' interval, but three means of 0.10, 0.11, 0.12
-    have a standard error of 0.00577, so t is 19.05 with 2 degrees of freedom, p 0.0027, where 599 would have 1e-6."""
+    """Three seeds of 200 questions win 40, 42 and 44 and lose 20: the interval is that of the questions, but three means of 0.10,
+    0.11, 0.12 have a standard error of 0.00577, so t is 19.05 with 2 degrees of freedom, p 0.0027, where 599 would have 1e-6."""
     won = (40, 42, 44)
     x = np.concatenate([[1] * w + [-1] * 20 + [0] * (180 - w) for w in won])
     e = stats.over_seeds(x, np.arange(600), np.repeat([0, 1, 2], 200))

@@ -91,10 +91,9 @@ class Comparison:
         return max(self.mcnemar or 0.0, self.clustered)
 
     @property
-    def figures(self) -> tuple[float, float, float, float, float]:
-        """Difference, low, high, the standard error of the interval, and the smallest difference that could be seen."""
-        e = stats.Estimate(self.difference, self.low, self.high, self.n, self.errors)
-        return (e.value, e.low, e.high, e.se, stats.detectable(e.errors))
+    def se(self) -> float:
+        """The standard error with which the interval is made."""
+        return stats.widest(self.errors)[0]
 
     def row(self) -> dict:
         """As tables show it."""

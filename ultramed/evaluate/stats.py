@@ -27,8 +27,8 @@ class Estimate:
 
     @property
     def se(self) -> float:
-        """The standard error with which the 95% interval is made."""
-        return max(self.errors, key=_half)[0] if self.errors else float("nan")
+        """The standard error with which the 95% interval is made; NaN where none is known."""
+        return widest(self.errors)[0] if self.errors else float("nan")
 
     def within(self, low: float, high: float) -> "Estimate":
         """With the interval cut to what the mean can be."""
@@ -38,9 +38,14 @@ class Estimate:
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def _half(error: tuple[float, float], level: float = 0.05) -> float:
-    """Half the interval that a standard error and its degrees of freedom make."""
-    return float(stats.t.isf(level / 2, error[1]) * error[0])
+def _half(error: tuple[float, float]) -> float:
+    """Half the 95% interval that a standard error and its degrees of freedom make."""
+    return float(stats.t.isf(0.025, error[1]) * error[0])
+
+
+def widest(errors: Errors) -> tuple[float, float]:
+    """The standard error, with its degrees of freedom, that makes the 95% interval."""
+    return max(errors, key=_half)
 
 
 def wilson(correct, level: float = 0.95) -> Estimate:
@@ -104,12 +109,10 @@ def clustered(values, clusters, seeds=None, draws: int = 2000, seed: int = 0, we
     if seeds is not None and len(set(seeds)) > 1:
         return over_seeds(x, clusters, seeds, weights)
     w, cluster = _weights(weights, len(x)), numbered(clusters)
-    value, many = float(np.average(x, weights=w)), cluster.max() + 1
+    value = float(np.average(x, weights=w))
     deviation = np.bincount(cluster, weights=w * (x - value) / w.sum())
-    if np.allclose(deviation, 0):
-        return _by_t(value, len(x), [unseen(w, cluster)])
-    if many < FEW:
-        return _by_t(value, len(x), [((many / (many - 1) * (deviation**2).sum()) ** 0.5, many - 1)])
+    if len(deviation) < FEW or not _varies(_variance(deviation)):
+        return _by_t(value, len(x), [_of_clusters(deviation, w, cluster)])
     means = bootstrap_means(x, cluster, draws, seed, weights)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(value, float(low), float(high), len(x), ((float(means.std(ddof=1)), np.inf),))
@@ -122,14 +125,30 @@ def _weights(weights, count: int) -> np.ndarray:
 def _by_t(value: float, n: int, errors: list[tuple[float, float]]) -> Estimate:
     """The widest of the intervals that the standard errors make."""
     errors = tuple((float(se), float(df)) for se, df in errors)
-    half = max(map(_half, errors))
+    half = _half(widest(errors))
     return Estimate(value, value - half, value + half, n, errors)
 
 
+def _variance(deviation: np.ndarray) -> float:
+    """Of a mean whose clusters lie `deviation` (..., clusters), each times its share, away from it; summed over rows."""
+    many = deviation.shape[-1]
+    return float(many / max(1, many - 1) * (deviation**2).sum())
+
+
+def _varies(variance: float) -> bool:
+    return variance > 1e-12
+
+
+def _of_clusters(deviation, weights, cluster) -> tuple[float, float]:
+    """The standard error, with its degrees of freedom, that clusters with these deviations (clusters,) show; `unseen` for none."""
+    variance = _variance(deviation)
+    return (variance**0.5, len(deviation) - 1) if _varies(variance) else unseen(weights, cluster)
+
+
 def unseen(weights, cluster) -> tuple[float, float]:
-    """Standard error where no two clusters (n,) differ, so that none can be measured: the one whose interval is the rule of three's 3 / n, which
-    is the 95% upper bound of a share that was never seen among n clusters, n being as many as would count alike
-    (Kish's effective number). Values are taken to be shares or differences of shares."""
+    """Standard error where no two clusters (n,) differ, so that none can be measured: the one whose interval is the rule of
+    three's 3 / n, which is the 95% upper bound of a share that was never seen among n clusters, n being as many as would
+    count alike (Kish's effective number). Values are taken to be shares or differences of shares."""
     each = np.bincount(cluster, weights=weights)
     effective = each.sum() ** 2 / (each**2).sum()
     return 3 / effective / stats.norm.isf(0.025), np.inf
@@ -151,14 +170,11 @@ def over_seeds(values, clusters, seeds, weights=None) -> Estimate:
     value, mean = float(w @ x), k * np.bincount(seed, weights=w * x)
     between = ((mean - value) ** 2).sum() / (k * (k - 1))
     deviation = np.bincount(seed * many + cluster, weights=w * (x - mean[seed]), minlength=k * many).reshape(k, many)
-    of_questions = many / max(1, many - 1) * (deviation.sum(0) ** 2).sum()
-    apart = many / max(1, many - 1) * (deviation**2).sum()
-    shared = max(0.0, of_questions - apart) * k / (k - 1)
+    shared = max(0.0, _variance(deviation.sum(0)) - _variance(deviation)) * k / (k - 1)
     total, parts = between + shared, between**2 / (k - 1) + shared**2 / max(1, many - 1)
     errors = [(total**0.5, total**2 / parts)] if parts > 1e-24 else []
-    errors += [(between**0.5, k - 1)] if between > 1e-12 and shared else []  # what is added must not hide how few seeds are
-    questions = (of_questions**0.5, max(1, many - 1)) if of_questions > 1e-12 else unseen(w, cluster)
-    return _by_t(value, len(x), [*errors, questions])
+    errors += [(between**0.5, k - 1)] if _varies(between) and shared else []  # what is added must not hide how few seeds are
+    return _by_t(value, len(x), [*errors, _of_clusters(deviation.sum(0), w, cluster)])
 
 
 def difference(a, b, clusters=None, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:

@@ -107,20 +107,27 @@ def claim_p(claim: Claim, pair: Comparison) -> float:
 
 def claim_entry(claim: Claim, pair: Comparison, protocol: str) -> dict:
     """Entry of a tested claim. Its verdict is of the uncorrected p until `build` corrects it over the paper."""
-    difference, low, high, se, detectable = (100 * x for x in pair.figures)
-    p, published_difference = claim_p(claim, pair), claim.published_difference
+    measured, p, published_difference = _measured(pair), claim_p(claim, pair), claim.published_difference
+    low, high = measured["interval"]
     return {
         **_claim_facts(claim),
-        "ours": f"{100 * pair.a:.1f} against {100 * pair.b:.1f}",
-        "difference": difference,
-        "n": pair.n,
-        "interval": (low, high),
-        "se": se,
+        **measured,
         "p": p,
-        "detectable": detectable,
         "holds_published": None if published_difference is None else low <= published_difference <= high,
         "verdict": claim.decide(low, high, p),
         "protocol": protocol,
+    }
+
+
+def _measured(pair: Comparison) -> dict:
+    """What every entry of a comparison says, in points."""
+    return {
+        "ours": f"{100 * pair.a:.1f} against {100 * pair.b:.1f}",
+        "difference": 100 * pair.difference,
+        "n": pair.n,
+        "interval": (100 * pair.low, 100 * pair.high),
+        "se": 100 * pair.se,
+        "detectable": 100 * stats.detectable(pair.errors),
     }
 
 
@@ -140,19 +147,13 @@ def _claim_facts(claim: Claim) -> dict:
 
 def diagnostic_entry(name: str, statement: str, pair: Comparison, protocol: str) -> dict:
     """Entry of a comparison that the papers do not make: shown with its interval, without a verdict."""
-    difference, low, high, se, detectable = (100 * x for x in pair.figures)
     return {
         "id": f"diagnostic:{name}",
         "kind": "diagnostic",
         "source": "this repository",
         "statement": statement,
-        "ours": f"{100 * pair.a:.1f} against {100 * pair.b:.1f}",
-        "difference": difference,
-        "n": pair.n,
-        "interval": (low, high),
-        "se": se,
+        **_measured(pair),
         "p": pair.p,
-        "detectable": detectable,
         "verdict": "no verdict",
         "protocol": protocol,
     }
