@@ -13,6 +13,7 @@ from ultramed.data.mixture import MixtureConfig, mixture
 from ultramed.data.rows import read_instructions
 from ultramed.evaluate import held_out
 from ultramed.evaluate.held_out import LossConfig, difference, held_out_loss, mean_loss, read_losses
+from ultramed.evaluate.stats import bootstrap_means
 from ultramed.lm import models
 from ultramed.lm.templates import TEMPLATES
 from ultramed.lm.tokens import encode_row, labels
@@ -98,12 +99,16 @@ def test_rows_that_are_too_long_are_cut_and_then_counted(medalpaca):
 
 
 def test_means_and_differences_by_hand():
+    """Differences of 1 and 2 nats a token, of 1 and 3 tokens: mean 7 / 4, deviations -3/16 and 3/16, standard error
+    (2 x 2 x 9 / 256) ** 0.5 = 0.375, and 12.7062 of them at one degree of freedom."""
     a = pd.DataFrame({"id": ["x", "y"], "subset": "t", "nll": [2.0, 9.0], "tokens": [1, 3]})
     b = a.assign(nll=[1.0, 3.0])
     assert mean_loss(a).value == pytest.approx((2 + 9) / (1 + 3)), "tokens count, not rows"
     d = difference(a, b.iloc[::-1])
     assert (d.value, d.n) == (pytest.approx((1 + 6) / 4), 2)
-    assert (d.low, d.high) == (pytest.approx(1.0), pytest.approx(2.0)), "of two rows one may be drawn twice"
+    assert (d.low, d.high) == (pytest.approx(1.75 - 4.76483, abs=1e-5), pytest.approx(1.75 + 4.76483, abs=1e-5))
+    drawn = bootstrap_means([1, 2], range(2), weights=[1, 3])
+    assert (drawn.min(), drawn.max()) == (pytest.approx(1.0), pytest.approx(2.0)), "of two rows one may be drawn twice"
     with pytest.raises(ValueError, match="1 of 2 rows have other tokens"):
         difference(a, b.assign(tokens=[1, 4]))
     with pytest.raises(ValueError, match="no held-out row in common"):

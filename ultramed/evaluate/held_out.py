@@ -100,13 +100,13 @@ def read_losses(artifact: Artifact) -> pd.DataFrame:
 
 
 def mean_loss(losses: pd.DataFrame) -> stats.Estimate:
-    """Nats a token over all rows of `read_losses`, with its interval by bootstrap over rows; n counts rows."""
+    """Nats a token over all rows of `read_losses`, with its interval over rows; n counts rows."""
     return _per_token(losses.nll, losses.tokens)
 
 
 def difference(a: pd.DataFrame, b: pd.DataFrame) -> stats.Estimate:
-    """Loss of A less that of B in nats a token over the rows that both read (`read_losses`), with its interval by bootstrap over
-    rows; below zero A is the better one. Raises ValueError for no row in common, and for models whose tokens differ, because
+    """Loss of A less that of B in nats a token over the rows that both read (`read_losses`), with its interval over rows;
+    below zero A is the better one. Raises ValueError for no row in common, and for models whose tokens differ, because
     a token is not the same piece of text to them then."""
     both = a.merge(b, on="id", suffixes=("_a", "_b"), validate="one_to_one")
     if both.empty:

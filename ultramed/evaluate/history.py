@@ -190,7 +190,7 @@ def read_histories(artifact: Artifact) -> pd.DataFrame:
 
 def history_scores(frame: pd.DataFrame) -> dict[str, stats.Estimate]:
     """precision: share of the questions that brought a statement not heard before (0 where none was asked); coverage: share of
-    the case's statements heard; both per case, intervals by bootstrap over cases; top1, top5: share of the cases."""
+    the case's statements heard; both per case, intervals over cases; top1, top5: share of the cases."""
     new = [len({i for i in found if i is not None}) for found in frame.found]
     asked = [len(q) for q in frame.questions]
     return {

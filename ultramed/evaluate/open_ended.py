@@ -130,7 +130,7 @@ def kqa_scores(frame: pd.DataFrame, seed: int = 0) -> dict[str, stats.Estimate]:
 
     frame: columns question, kind ('must_have' or 'nice_to_have'), label. Completeness is the share of a question's
     must-have statements that the answer entails, hallucination the number of its statements that the answer contradicts;
-    both are means over questions, with intervals by bootstrap over questions.
+    both are means over questions, with intervals over questions.
     """
     must = frame[frame.kind == "must_have"]
     share = (must.label == "Entailment").groupby(must.question).mean()
