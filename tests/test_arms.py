@@ -188,7 +188,7 @@ def test_a_policy_is_chosen_on_dev_questions(smoke):
 
     experiment = UltraMedical.of(smoke)
     chosen, dev = experiment.choose_policy("ultramix")
-    assert list(dev) == ["sft", *experiment.preference_arms]
+    assert list(dev) == ["sft", *smoke.ultramedical.preference.arms]
     assert chosen == better(dev)
     tested = experiment.examine_policy("ultramix").frame
     assert not set(tested.id) & set(dev["sft"].frame.id)

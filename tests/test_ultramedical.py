@@ -15,6 +15,7 @@ from ultramed.data.rows import read_instructions, read_pairs
 from ultramed.evaluate.sample import read_feedback
 from ultramed.experiments.iteration import Iteration, rounds_table
 from ultramed.experiments.ultramedical import UltraMedical
+from ultramed.experiments.ultramedical_jobs import jobs_of
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,20 @@ def test_pairs_are_of_the_policys_own_samples_and_the_best_is_chosen(experiment)
         scores = [c["score"] for c in ranked[row["meta"]["prompt_id"]]["candidates"]]
         assert (len(scores), row["meta"]["chosen_score"]) == (3, max(scores))
     assert made.key != experiment.preference_pairs("ultramed", 0).key
+
+
+def test_a_profile_names_the_mixtures_whose_policies_learn_from_pairs(experiment):
+    both = {f"{mix}_{arm}": (mix, arm) for mix in ("ultramed", "ultramix") for arm in ("dpo", "kto")}
+    assert experiment.preferred == both, "all, unless some are named"
+    one = ["ultramedical.preference.mixtures=[ultramix]"]
+    named = UltraMedical.of(load_profile("smoke", one))
+    assert named.preferred == {key: both[key] for key in ("ultramix_dpo", "ultramix_kto")}
+    learn = {job.what.split(",")[0] for job in jobs_of(named) if job.kind == "preference" and job.notebook == "22"}
+    assert learn == {"dpo on ultramix", "kto on ultramix"}
+    with pytest.raises(ConfigError, match=r"iterative\.mixture"):  # it goes on from a vanilla policy, which is not trained
+        load_profile("smoke", ["ultramedical.preference.mixtures=[ultramed]"])
+    with pytest.raises(ConfigError, match=r"preference\.mixtures"):
+        load_profile("smoke", ["ultramedical.preference.mixtures=[ultramax]"])
 
 
 def test_a_judge_ranks_in_the_oracles_place(experiment):

@@ -134,12 +134,14 @@ class OnPolicy(Strict):
 class PreferenceSection(Strict):
     """Preference learning. `source`: 'policy' (its own samples, `on_policy`), 'pool' (candidates of `candidates.pool`), or a data
     set of pairs (UltraMedical-Preference at paper scale). `prompts`: source -> count of them ('pool': of each domain's
-    prompts; a data set: pairs), `first`: the first of them in the file. `controls`: policies trained on with the same prompts'
-    reference answers, and with the pairs' chosen sides for as many steps; the paper has neither.
+    prompts; a data set: pairs), `first`: the first of them in the file. `mixtures`: whose SFT policies learn from pairs; none
+    named: all of them, as in the paper. `controls`: policies trained on with the same prompts' reference answers, and with the
+    pairs' chosen sides for as many steps; the paper has neither.
     """
 
     train: PreferenceConfig
     arms: dict[str, ChangesToPreference]
+    mixtures: list[str] = Field([])
     source: str = "policy"
     prompts: QuestionsByDomain = Field({})
     first: Rows = Field(0, ge=0)
@@ -230,7 +232,8 @@ class UltraMedicalConfig(Strict):
             ("rerank.reward_arm", {self.rerank.reward_arm}, set(self.reward.arms)),
             ("rerank.mixture", {self.rerank.mixture}, set(self.sft.mixtures)),
             ("iterative.arms", set(iterative.arms), set(self.preference.arms)),
-            ("iterative.mixture", {iterative.mixture}, set(self.sft.mixtures)),
+            ("preference.mixtures", set(self.preference.mixtures), set(self.sft.mixtures)),
+            ("iterative.mixture", {iterative.mixture}, set(self.preference.mixtures or self.sft.mixtures)),
         ):
             if wanted - have:
                 raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")

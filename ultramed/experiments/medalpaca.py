@@ -212,6 +212,12 @@ class MedAlpaca:
             data = dataset(self.profile, name)
             yield data, _slices(name, data, counts, side, place, limit, skip)
 
+    @property
+    def has_words(self) -> bool:
+        """Whether the yardstick of words can be had: whether what is asked is of the data sets that are trained on."""
+        trained = arm_config(self.profile, self.method_arms[0]).mixture
+        return set(names_in(self.settings.questions)) <= set(names_in(trained))
+
     def examine_words(self, sees: str) -> Answers:
         """The yardstick of words (evaluate/words.py) on the questions of all seeds; of each seed's training rows, as the arms."""
         parts = []

@@ -76,8 +76,17 @@ class UltraMedical:
         return [name for name in ("ultramed", "ultramix") if name in self.settings.sft.mixtures]
 
     @property
-    def preference_arms(self) -> list[str]:
-        return list(self.settings.preference.arms)
+    def preferred(self) -> dict[str, tuple[str, str]]:
+        """The policies of preference learning: 'ultramed_dpo' -> its mixture and its arm."""
+        section = self.settings.preference
+        mixes = [mix for mix in self.mixtures if mix in (section.mixtures or self.mixtures)]
+        return {f"{mix}_{arm}": (mix, arm) for mix in mixes for arm in section.arms}
+
+    @property
+    def has_words(self) -> bool:
+        """Whether the yardstick of words can be had: whether what is asked is of the data sets that are trained on."""
+        asked, trained = self.settings.test.questions["medical"], self.settings.sft.mixtures[self.mixtures[0]]
+        return set(names_in(asked)) <= set(names_in(trained))
 
     @property
     def rerank_seeds(self) -> list[int]:
@@ -348,7 +357,8 @@ class UltraMedical:
 
     def choose_policy(self, mix: str = "ultramix") -> tuple[str, Arms]:
         """(the arm of `mix` that is best on dev questions, dev answers of all arms). Never chosen on the test questions."""
-        arms = Arms({arm: self.examine_policy(mix, arm, dev=True) for arm in ("sft", *self.preference_arms)})
+        preferred = [arm for of, arm in self.preferred.values() if of == mix]
+        arms = Arms({arm: self.examine_policy(mix, arm, dev=True) for arm in ("sft", *preferred)})
         return better(arms), arms
 
 

@@ -18,14 +18,15 @@ def jobs_of(study: UltraMedical) -> list[Job]:
         for name in settings.sft.mixtures:
             notebook = "22" if name in study.mixtures else "23"
             made += with_answers(study, Job.sft(notebook, f"SFT {name}, seed {seed}", study.sft_config(name, seed)))
-        for mix in study.mixtures:
-            count = sum(n for domain, n in pairs_of.items() if domain == "medical" or mix == "ultramix")
-            if preferred.source == "policy":
-                what = f"samples of {mix}, seed {seed}"
-                made.append(Job.replies("22", what, count, sample, preferred.on_policy.n))
-            for arm in study.preference_arms:
-                config = preference_config(study.profile, arm, seed=seed)
-                made += with_answers(study, Job.preference("22", f"{arm} on {mix}, seed {seed}", config, count))
+        counts = {
+            mix: sum(n for domain, n in pairs_of.items() if domain == "medical" or mix == "ultramix")
+            for mix, _ in study.preferred.values()
+        }
+        for mix, count in counts.items() if preferred.source == "policy" else ():
+            made.append(Job.replies("22", f"samples of {mix}, seed {seed}", count, sample, preferred.on_policy.n))
+        for mix, arm in study.preferred.values():
+            config = preference_config(study.profile, arm, seed=seed)
+            made += with_answers(study, Job.preference("22", f"{arm} on {mix}, seed {seed}", config, counts[mix]))
         for control in CONTROLS if preferred.controls else ():
             what, config = f"control, {control}, seed {seed}", study.control_config("ultramed", control, seed)
             made += with_answers(study, Job("22", "sft", what, config, pairs_of["medical"]))
