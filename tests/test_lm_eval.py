@@ -1,85 +1,97 @@
 """The same questions through lm-evaluation-harness: the same prompts, and the same choice item by item."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from ultramed.core.schema import EvalConfig, ModelConfig
+from ultramed.core.profile import BenchSection
+from ultramed.core.schema import ModelConfig
 from ultramed.data.rows import read_questions
-from ultramed.data.sources import SourceConfig, source
-from ultramed.evaluate.accuracy import answers, read_answers
+from ultramed.evaluate.accuracy import answers, read_answers, select_rows
 from ultramed.evaluate.likelihood import lm_eval_prompt
+from ultramed.experiments.bench import TASKS, medical_questions, setting
 from ultramed.lm import models
 
-N = 200
-TASK = """
-task: local_medqa
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "Question: {{{{sent1}}}}\\nA. {{{{ending0}}}}\\nB. {{{{ending1}}}}\\nC. {{{{ending2}}}}\\nD. {{{{ending3}}}}\\nAnswer:"
-doc_to_target: label
-doc_to_choice: {choices}
-metric_list: [{{metric: acc}}]
-"""
+LIMIT = 22  # questions of each of the nine tasks
 
 
-CHOICES = {"letter": "[A, B, C, D]", "text": '"{{[ending0, ending1, ending2, ending3]}}"'}
+def as_the_harness_has_it(row: dict) -> tuple[str, dict]:
+    """(the harness' file for the row's task, under its tasks/; the row with the columns of the hub's copy that the file names)."""
+    question, texts, gold = row["question"], list(row["options"].values()), list(row["options"]).index(row["gold"])
+    if row["dataset"] == "medqa":
+        return "medqa/medqa.yaml", {"sent1": question, **{f"ending{i}": text for i, text in enumerate(texts)}, "label": gold}
+    if row["dataset"] == "medmcqa":
+        return "medmcqa/medmcqa.yaml", {
+            "question": question,
+            **{f"op{letter}": text for letter, text in zip("abcd", texts, strict=True)},
+            "cop": gold,
+        }
+    if row["dataset"] == "pubmedqa":
+        contexts = row["context"].split("\n")
+        return "pubmedqa/pubmedqa.yaml", {"QUESTION": question, "CONTEXTS": contexts, "final_decision": texts[gold]}
+    return f"mmlu/default/mmlu_{row['subset']}.yaml", {"question": question, "choices": texts, "answer": gold}
 
 
-def harness(model, rows: list[dict], folder, batch_size: int = 8, dtype=torch.float32, target: str = "letter") -> dict:
-    """Results of lm-eval's own evaluator and model class on the rows as a local task with medqa_4options' prompt."""
+def write_task(folder: Path, name: str, rows: list[dict], target: str = "letter") -> None:
+    """The harness' own task over our rows of one data set and subset: its prompt, its choices, its targets."""
+    import lm_eval.tasks
+
+    [file] = {as_the_harness_has_it(row)[0] for row in rows}
+    docs = folder / f"{name}.json"
+    docs.write_text("\n".join(json.dumps(as_the_harness_has_it(row)[1]) for row in rows))
+    ours = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / file),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(docs)}},
+        "test_split": "test",
+        **dict.fromkeys(("training_split", "validation_split", "fewshot_split", "tag", "task_alias")),
+    }
+    if target == "text":
+        ours["doc_to_choice"] = "{{[ending0, ending1, ending2, ending3]}}"
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(ours))
+
+
+def harness(model, tasks: dict[str, list[dict]], folder: Path, batch_size=8, dtype=torch.float32, target="letter") -> dict:
+    """Task -> samples of lm-eval's own evaluator and model class, in the order of the rows."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    docs = [
-        {
-            "sent1": r["question"],
-            **{f"ending{i}": v for i, v in enumerate(r["options"].values())},
-            "label": "ABCD".index(r["gold"]),
-        }
-        for r in rows
-    ]
-    (folder / "docs.json").write_text("\n".join(map(json.dumps, docs)))
-    (folder / "local_medqa.yaml").write_text(TASK.format(file=folder / "docs.json", choices=CHOICES[target]))
+    for name, rows in tasks.items():
+        write_task(folder, name, rows, target)
     lm = HFLM(pretrained=str(model.path), dtype=dtype, batch_size=batch_size, device="cpu")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(lm, tasks=["local_medqa"], task_manager=manager, log_samples=True, bootstrap_iters=0)
+    made = lm_eval.simple_evaluate(lm, tasks=list(tasks), task_manager=manager, log_samples=True, bootstrap_iters=0)
+    return {name: sorted(samples, key=lambda sample: sample["doc_id"]) for name, samples in made["samples"].items()}
 
 
-def test_prompts_are_the_harness_own(data):
-    """Our context and continuations against those that the harness' task functions make."""
-    from lm_eval.tasks.medmcqa.utils_medmcqa import doc_to_text as medmcqa
-    from lm_eval.tasks.medqa.preprocess_medqa import doc_to_text as medqa
-    from lm_eval.tasks.pubmedqa.preprocess_pubmedqa import doc_to_text as pubmedqa
-
-    for row in read_questions(source(SourceConfig(name="medqa")) / "test.parquet")[:50]:
-        doc = {"sent1": row["question"], **{f"ending{i}": v for i, v in enumerate(row["options"].values())}}
-        assert lm_eval_prompt(row) == (medqa(doc), [" A", " B", " C", " D"])
-    for row in read_questions(source(SourceConfig(name="medmcqa")) / "test.parquet")[:50]:
-        doc = {"question": row["question"], **{f"op{k.lower()}": v for k, v in row["options"].items()}}
-        assert lm_eval_prompt(row) == (medmcqa(doc), [" A", " B", " C", " D"])
-    for row in read_questions(source(SourceConfig(name="pubmedqa")) / "test.parquet")[:50]:
-        doc = {"QUESTION": row["question"], "CONTEXTS": row["context"].split("\n")}
-        assert lm_eval_prompt(row) == (pubmedqa(doc), [" yes", " no", " maybe"])
+def tasks_of(questions) -> dict[str, list[dict]]:
+    """Task -> its canonical rows, those that the bench asks."""
+    rows = [row for part in questions for row in select_rows(read_questions(part.artifact / "test.parquet"), part.select)]
+    return {f"local_{task}": [row for row in rows if (row["dataset"], row["subset"]) == where] for task, where in TASKS.items()}
 
 
-def test_the_same_choice_on_every_question(data, tmp_path):
-    questions = source(SourceConfig(name="medqa"))
-    rows = read_questions(questions / "test.parquet")[:N]
+def test_every_task_has_the_same_prompts_choices_and_answers(data, tmp_path):
+    questions, missing = medical_questions(limit=LIMIT)
+    assert not missing
+    tasks = tasks_of(questions)
+    assert {name: len(rows) for name, rows in tasks.items()} == {f"local_{task}": LIMIT for task in TASKS}
     model = models.base_model(ModelConfig(name="bundled:smollm2-135m", label="x"))
-    config = EvalConfig(protocol="likelihood", likelihood_prompt="lm_eval")
-    ours = read_answers(answers(config, model=model, questions=questions, select={"medqa": [0, N]}, dtype="float32"))
-    theirs = harness(model, rows, tmp_path)
-    samples = sorted(theirs["samples"]["local_medqa"], key=lambda s: s["doc_id"])
-    assert len(samples) == N
-    ours = ours.set_index("id").loc[[r["id"] for r in rows]]
-    for row, sample in zip(ours.itertuples(), samples, strict=True):
-        logps = [r[0] for r in sample["filtered_resps"]]
-        assert row.logps == pytest.approx(logps, abs=2e-3)
-        assert row.letter == "ABCD"[max(range(4), key=logps.__getitem__)]
-        assert row.correct == bool(sample["acc"])
-    assert ours.correct.mean() == pytest.approx(theirs["results"]["local_medqa"]["acc,none"])
+    ours = {}
+    for part in questions:
+        asked = answers(setting(BenchSection()), model=model, questions=part.artifact, select=part.select, dtype="float32")
+        ours |= {(part.name, row.id): row for row in read_answers(asked).itertuples()}
+    theirs = harness(model, tasks, tmp_path)
+    for name, rows in tasks.items():
+        for row, sample in zip(rows, theirs[name], strict=True):
+            context, continuations = lm_eval_prompt(row)
+            assert sample["arguments"] == [(context, text) for text in continuations]
+            answer, logps = ours[row["dataset"], row["id"]], [response[0] for response in sample["filtered_resps"]]
+            assert answer.logps == pytest.approx(logps, abs=2e-3)
+            assert answer.letter == list(row["options"])[max(range(len(logps)), key=logps.__getitem__)]
+            assert answer.correct == bool(sample["acc"])

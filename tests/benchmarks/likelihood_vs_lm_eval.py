@@ -1,7 +1,9 @@
-"""Seconds for the likelihood of N MedQA questions: ours beside lm-evaluation-harness, same model, dtype and cores.
+"""Seconds for the likelihood of the bench's questions: ours beside lm-evaluation-harness, same model, dtype and cores.
 
-    ULTRAMED_DATA=... python tests/benchmarks/likelihood_vs_lm_eval.py [--n 1000] [--dtype bfloat16] [--batch-size 8] [--target text]
+    ULTRAMED_DATA=... python tests/benchmarks/likelihood_vs_lm_eval.py [--task medqa] [--n 1000] [--dtype bfloat16]
+        [--batch-size 8] [--target text]
 
+`--task all` asks all nine tasks of UltraMedical's Table 2 in the harness' own prompts, `--n 0` all of their questions (7,045).
 Both start from a loaded model. The order is ours, theirs; choices are compared item by item.
 """
 
@@ -17,36 +19,49 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from test_lm_eval import harness
+from test_lm_eval import harness, tasks_of
 
 from ultramed.core.log import quiet_libraries
 from ultramed.core.schema import ModelConfig
-from ultramed.data.rows import read_questions
-from ultramed.data.sources import SourceConfig, source
 from ultramed.evaluate.likelihood import encode_pair, lm_eval_prompt, score
+from ultramed.experiments.bench import TASKS, medical_questions
 from ultramed.lm import models
-from ultramed.lm.device import placement
+from ultramed.lm.device import matrix_gflops, placement
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--n", type=int, default=1000)
+parser.add_argument("--task", default="medqa", choices=["all", *TASKS])
+parser.add_argument("--n", type=int, default=1000, help="questions of a task, 0 for all")
 parser.add_argument("--dtype", default="bfloat16")
-parser.add_argument("--target", default="letter", choices=["letter", "text"], help="what is scored: ' B' or the option's text")
+parser.add_argument(
+    "--target", default="letter", choices=["letter", "text"], help="what is scored: ' B' or MedQA's option texts"
+)
 parser.add_argument("--batch-size", type=int, default=8, help="of lm-eval; ours goes by tokens")
 args = parser.parse_args()
+if args.target == "text" and args.task != "medqa":
+    parser.error("--target text goes with --task medqa: the other tasks of the harness have no such form")
 quiet_libraries()
 dtype = getattr(torch, args.dtype)
 placement()
 model = models.base_model(ModelConfig(name="bundled:smollm2-135m", label="x"))
-rows = read_questions(source(SourceConfig(name="medqa")) / "test.parquet")[: args.n]
+tasks = tasks_of(medical_questions(args.n)[0])
+if args.task != "all":
+    tasks = {f"local_{args.task}": tasks[f"local_{args.task}"]}
+
+
+def best(logps: list[float]) -> int:
+    return max(range(len(logps)), key=logps.__getitem__)
+
 
 net, tokenizer = models.load(model, dtype=dtype), models.load_tokenizer(model)
 clock = time.perf_counter()
-pairs = []
-for row in rows:
+items = []
+for row in (row for rows in tasks.values() for row in rows):
     context, endings = lm_eval_prompt(row)
     endings = endings if args.target == "letter" else [f" {v}" for v in row["options"].values()]
-    pairs.append([encode_pair(tokenizer, context, e) for e in endings])
-scores = score(net, tokenizer, [(p[0][0], [e for _, e in p]) for p in pairs])
+    pairs = [encode_pair(tokenizer, context, ending) for ending in endings]
+    items.append((pairs[0][0], [ending for _, ending in pairs]))
+scores = iter(score(net, tokenizer, items))
+choices = {name: [best(next(scores)) for _ in rows] for name, rows in tasks.items()}
 ours = time.perf_counter() - clock
 del net
 
@@ -62,22 +77,26 @@ with tempfile.TemporaryDirectory() as folder:
         return result
 
     evaluator.evaluate = timed  # without loading the model
-    result = harness(model, rows, Path(folder), args.batch_size, dtype, args.target)
+    samples = harness(model, tasks, Path(folder), args.batch_size, dtype, args.target)
 theirs = spent[0]
-samples = sorted(result["samples"]["local_medqa"], key=lambda s: s["doc_id"])
-letters = [max(range(4), key=[r[0] for r in s["filtered_resps"]].__getitem__) for s in samples]
-same = sum(max(range(4), key=a.__getitem__) == b for a, b in zip(scores, letters, strict=True))
 print(
     json.dumps(
         {
-            "questions": len(rows),
+            "questions": sum(map(len, tasks.values())),
             "target": args.target,
             "dtype": args.dtype,
             "threads": torch.get_num_threads(),
+            "gflops": round(matrix_gflops()),
             "ultramed_s": round(ours, 1),
             "lm_eval_s": round(theirs, 1),
             "ratio": round(theirs / ours, 2),
-            "same_choice": same,
+            "same_choice": {
+                name.removeprefix("local_"): sum(
+                    choice == best([response[0] for response in sample["filtered_resps"]])
+                    for choice, sample in zip(choices[name], samples[name], strict=True)
+                )
+                for name in tasks
+            },
         }
     )
 )
