@@ -1,6 +1,7 @@
 """Every data set of the catalogue from a folder in the hub's layout, and what is known to go wrong with some of them."""
 
 import json
+import re
 
 import hub
 import pyarrow as pa
@@ -35,6 +36,25 @@ def test_every_set_is_read_from_the_hubs_own_columns(name):
     for side in art.metrics["counts"]:
         rows = (read_pairs if SOURCES[name].kind == "pairs" else read_rows)(art / f"{side}.parquet")
         assert all(row["source"] == name for row in rows)
+
+
+def test_a_pinned_revision_is_a_commit_and_every_set_of_a_repository_has_the_same():
+    pinned = {}
+    for spec in SOURCES.values():
+        for hub_id, *_ in spec.hub.values():
+            pinned.setdefault(hub_id, set()).add(spec.revision)
+    assert all(len(revisions) == 1 for revisions in pinned.values()), pinned
+    commits = [revision for [revision] in pinned.values() if revision]
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits)
+    assert len(commits) == len(set(commits)), "no two repositories share a commit"
+    for name in ("medqa", "medmcqa", "pubmedqa", "mmlu_medical", "gsm8k", "medical_rewardbench", "rewardbench"):
+        assert SOURCES[name].revision, f"what models are examined on is pinned: {name}"
+
+
+def test_a_revision_that_cannot_be_had_is_named(monkeypatch):
+    monkeypatch.delenv("ULTRAMED_HUB")
+    with pytest.raises(ConfigError, match=f"cannot fetch openai/gsm8k at revision {SOURCES['gsm8k'].revision} from the hub"):
+        source(SourceConfig(name="gsm8k", prefer="hub"))
 
 
 def test_medqa_holds_its_dev_side_out_of_train():

@@ -88,6 +88,26 @@ def test_a_local_folder_is_used_in_place_and_known_by_its_content(medalpaca, tmp
     assert models.base_model(ModelConfig(name=str(folder), label="mine")).key != first.key
 
 
+def test_a_hub_model_stays_at_the_commit_it_was_looked_up_at(medalpaca, tmp_path, fresh_store, monkeypatch):
+    """In the hub's cache, as a download leaves it; then the repository moves on."""
+    import shutil
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, first, second = tmp_path / "models--made--tiny", "a" * 40, "b" * 40
+    for commit in (first, second):
+        shutil.copytree(medalpaca.base.path, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(first)
+    config = ModelConfig(name="made/tiny", label="x")
+    assert models.location(models.base_model(config)) == {"pretrained_model_name_or_path": "made/tiny", "revision": first}
+    (repository / "refs" / "main").write_text(second)
+    shutil.rmtree(repository / "snapshots" / second)  # so that only the first can be loaded
+    made = models.base_model(config)
+    assert models.card(made)["revision"] == first
+    assert models.load(made).config.hidden_size == 64
+    assert models.folder(made).name == first
+
+
 @pytest.mark.parametrize("method", ["lora", "lora_8bit"])
 def test_every_adapter_tensor_gets_a_gradient(medalpaca, method):
     with warnings.catch_warnings():

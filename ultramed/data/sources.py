@@ -191,7 +191,8 @@ def _from_hub(spec: Source, side: str) -> list[dict]:
         return load_dataset(hub_id, name, split=split, revision=spec.revision).to_list()
     except Exception as err:  # the hub's client raises a dozen kinds; all mean the same here
         why = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise ConfigError(f"data set {spec.name!r}: cannot fetch {hub_id} from the hub ({why}). {spec.where()}") from None
+        place = f"{hub_id} at revision {spec.revision}" if spec.revision else hub_id
+        raise ConfigError(f"data set {spec.name!r}: cannot fetch {place} from the hub ({why}). {spec.where()}") from None
 
 
 def _steps(spec: Source) -> list[dict]:

@@ -71,9 +71,9 @@ def base_model(out: Path, config: ModelConfig) -> dict:
         model.config._name_or_path = config.name
         model = model.to(torch.bfloat16)  # 4-bit values times a 16-bit scale: bf16 loses next to nothing
     else:
-        name = _existing(config)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
-        metadata = {"kind": "reference", "name": name, "revision": config.revision, "template": config.template}
+        name, revision = _existing(config)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        metadata = {"kind": "reference", "name": name, "revision": revision, "template": config.template}
         if config.tokenizer:
             other = AutoTokenizer.from_pretrained(config.tokenizer)
             if other.get_vocab() != tokenizer.get_vocab():
@@ -92,8 +92,12 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
 
 
-def _existing(config: ModelConfig) -> str:
-    """The hub id or folder, if a configuration can be read there; else ConfigError with what to do."""
+def _existing(config: ModelConfig) -> tuple[str, str | None]:
+    """(hub id or folder, the hub's commit), if a configuration can be read there; else ConfigError with what to do.
+
+    The commit is kept, so that weights that change on the hub do not change a model that was looked up before.
+    """
+    from huggingface_hub import hf_hub_download
     from transformers import AutoConfig
 
     folder = Path(config.name).expanduser()
@@ -104,12 +108,15 @@ def _existing(config: ModelConfig) -> str:
     name = str(folder.resolve()) if folder.is_dir() else config.name
     try:
         AutoConfig.from_pretrained(name, revision=config.revision)
+        if folder.is_dir():
+            return name, config.revision
+        file = hf_hub_download(name, "config.json", revision=config.revision)  # in the cache by now
+        return name, Path(file).parent.name
     except (OSError, ValueError) as err:
         raise ConfigError(
             f"model {config.name!r} cannot be loaded: {str(err).splitlines()[0]} Give a local folder with config.json "
             f"and *.safetensors, a hub id that this machine may fetch, or 'bundled:smollm2-135m'."
         ) from None
-    return name
 
 
 def set_pad(tokenizer) -> None:
