@@ -62,6 +62,22 @@ def test_curves_draw_samples_of_each_question_and_come_out_the_same_again():
     assert first.accuracy == 1, "a tie goes to the first sampled"
 
 
+def test_how_often_the_reward_prefers_a_right_sample_by_hand():
+    """Right samples have 3 and 1, wrong ones 2 and 1: 3 beats both, 1 loses once and ties once, 2.5 of 4. The second question has no
+    right sample, the third no wrong one; in the fourth the right one is behind all."""
+    votes = rerank.Votes({})
+    votes.letters = np.array([list("AABC"), list("BBCC"), list("AAAA"), ["A", "", "B", "D"]])
+    votes.rewards = np.array([[3, 1, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3.0]])
+    votes.gold, votes.concept = np.array(list("AAAA")), np.array(list("wxyz"))
+    found = votes.prefers_right()
+    assert (found.value, found.n) == (pytest.approx((2.5 / 4 + 0) / 2), 2)
+    assert 0 <= found.low < found.value < found.high <= 1
+    assert votes.summary().endswith("(2 questions that have both; chance is 50)")
+    votes.rewards = None
+    assert votes.prefers_right() is None
+    assert votes.summary() == "4 questions, 4 samples each: 43.8% right, 6.2% unparsed"
+
+
 def test_pass_at_n_by_hand_and_beside_chance():
     letters, gold = np.array([list("ABCD"), list("BBBB")]), np.array(["A", "A"])
     assert rerank.pass_at(letters, gold, 1) == pytest.approx(0.125)

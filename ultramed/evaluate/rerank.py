@@ -12,6 +12,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
 from ultramed.evaluate.arms import Answers, Arms, artifacts_of
 from ultramed.evaluate.sample import read_feedback, read_samples
+from ultramed.evaluate.stats import Estimate, clustered
 
 
 def weighted_vote(letters: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -105,7 +106,29 @@ class Votes:
     def summary(self) -> str:
         questions, samples = self.letters.shape
         right, unread = (self.letters == self.gold[:, None]).mean(), (self.letters == "").mean()
-        return f"{questions} questions, {samples} samples each: {100 * right:.1f}% right, {100 * unread:.1f}% unparsed"
+        line = f"{questions} questions, {samples} samples each: {100 * right:.1f}% right, {100 * unread:.1f}% unparsed"
+        if prefers := self.prefers_right():
+            line += (
+                f"\nof a right and a wrong sample of one question the reward prefers the right one in {prefers}% "
+                f"({prefers.n} questions that have both; chance is 50)"
+            )
+        return line
+
+    def prefers_right(self) -> Estimate | None:
+        """How often the reward is higher for a right sample than for a wrong one of the same question, ties half: the mean over
+        questions that have both. None without rewards or such questions.
+
+        What a bench of candidates does not tell: there, other models' replies are among the wrong ones.
+        """
+        if self.rewards is None:
+            return None
+        shares, concepts = [], []
+        for right, rewards, concept in zip(self.letters == self.gold[:, None], self.rewards, self.concept, strict=True):
+            if 0 < right.sum() < len(right):
+                ahead = rewards[right][:, None] - rewards[~right]
+                shares.append(((ahead > 0) + 0.5 * (ahead == 0)).mean())
+                concepts.append(concept)
+        return clustered(shares, concepts).within(0, 1) if shares else None
 
     def curves(self) -> pd.DataFrame:
         """Accuracy against N by selection; see `curves`."""
