@@ -164,7 +164,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Say what would run and how long, open the data at hand; status 1 if something is missing."
+            "--dry-run",
+            help="Say what would run, how long and what has to be fetched, open the data at hand; status 1 if they cannot do.",
         ),
     ] = False,
     gpus: GpusOption = 1,

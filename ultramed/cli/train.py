@@ -41,13 +41,17 @@ def _experiment(profile: str, overrides: list[str]):
 @train_app.command("preference")
 def train_preference(
     arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference.arms: dpo, kto, ...")] = "dpo",
-    mix: Annotated[str, typer.Option(help="The SFT policy to start from: a name of ultramedical.sft.mixtures.")] = "ultramix",
+    mix: Annotated[
+        str,
+        typer.Option(help="The SFT policy to start from: a name of ultramedical.sft.mixtures. Without: UltraMix, if there is one."),
+    ] = "",
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006
     processes: ProcessesOption = 0,
 ) -> None:
     """Preference learning from an SFT policy, with everything it needs: policies, candidates, feedback, pairs."""
-    art = _experiment(profile, overrides).train_preference(mix, arm)
+    experiment = _experiment(profile, overrides)
+    art = experiment.train_preference(mix or experiment.mixtures[-1], arm)
     console.print_json(json.dumps(art.metrics))
     console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
 
