@@ -43,7 +43,9 @@ def train_preference(
     arm: Annotated[str, typer.Option(help="An arm of ultramedical.preference.arms: dpo, kto, ...")] = "dpo",
     mix: Annotated[
         str,
-        typer.Option(help="The SFT policy to start from: a name of ultramedical.sft.mixtures. Without: UltraMix, if there is one."),
+        typer.Option(
+            help="The SFT policy to start from: a name of ultramedical.sft.mixtures. Without: UltraMix, if there is one."
+        ),
     ] = "",
     profile: ProfileOption = "laptop",
     overrides: SetOption = [],  # noqa: B006

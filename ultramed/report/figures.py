@@ -13,6 +13,7 @@ from IPython.display import Image
 
 from ultramed.core.store import Artifact, canonical, write_json
 from ultramed.evaluate.arms import label
+from ultramed.papers.claims import claims as all_claims
 from ultramed.report.scorecard import folder
 from ultramed.report.tables import provenance
 
@@ -111,12 +112,12 @@ VERDICTS = {  # colour and shape, so that neither alone carries the meaning
 
 
 def forest(claims: pd.DataFrame):
-    """Difference A - B of every tested claim with its 95% interval, the published difference, and the verdict.
+    """Difference A - B of every tested claim with its 95% interval, the published difference, the margin, and the verdict.
 
-    claims: columns statement, difference, interval, published_difference, verdict (points). One column of text above each
+    claims: columns id, statement, difference, interval, published_difference, verdict (points). One column of text above each
     interval, so that it can be read on a phone.
     """
-    claims = claims.reset_index(drop=True)
+    claims, written = claims.reset_index(drop=True), {claim.id: claim for claim in all_claims()}
     fig, ax = plt.subplots(figsize=(5.4, 0.62 * len(claims) + 1.4))
     ax.axvline(0, color="0.35", lw=1)
     for y, row in claims.iterrows():
@@ -126,12 +127,18 @@ def forest(claims: pd.DataFrame):
         ax.plot(row.difference, y, marker, color=color, ms=8, mec="white", mew=0.8)
         if pd.notna(row.published_difference):
             ax.plot(row.published_difference, y, "D", color="0.15", ms=6, mfc="none", mew=1.4)
+        claim = written[row.id]
+        for bound in {"beats": [], "level": [-claim.margin, claim.margin], "not_worse": [-claim.margin]}[claim.kind]:
+            ax.plot(bound, y, "|", color="0.15", ms=13, mew=1.4)
+        over = {"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 1}  # so that no line runs through the words
         text = textwrap.fill(f"{row.statement}", 64)
-        ax.text(0, y - 0.28, text, transform=ax.get_yaxis_transform(), va="bottom", fontsize=8.5, linespacing=1.05)
+        where = {"transform": ax.get_yaxis_transform(), "va": "bottom"}
+        ax.text(0, y - 0.28, text, fontsize=8.5, linespacing=1.05, bbox=over, **where)
     ax.set(ylim=(len(claims) - 0.4, -0.95), yticks=[], xlabel="difference A - B, points, 95% interval")
     handles = [plt.Line2D([], [], color=c, marker=m, lw=2.2, ms=8, label=name) for name, (c, m) in VERDICTS.items()]
     handles.append(plt.Line2D([], [], color="0.15", marker="D", mfc="none", lw=0, label="published difference"))
-    fig.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.0))
+    handles.append(plt.Line2D([], [], color="0.15", marker="|", lw=0, ms=11, mew=1.4, label="margin, else 0"))
+    fig.legend(handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.0))
     ax.grid(axis="y", visible=False)
     sns.despine(fig, left=True)
     fig.tight_layout(rect=(0, 0.6 / (0.62 * len(claims) + 1.4), 1, 1))
@@ -139,16 +146,19 @@ def forest(claims: pd.DataFrame):
 
 
 def lines(frame: pd.DataFrame, *, x: str, hue: str, xlabel: str, levels: dict[str, float] | None = None):
-    """Accuracy against `x` with a 95% band, a line a `hue`. `levels`: name -> accuracy, drawn dotted in grey."""
-    fig, ax = plt.subplots(figsize=(6.6, 4.0))
-    for (name, part), color in zip(frame.groupby(hue, sort=False), sns.color_palette("colorblind", 10), strict=False):
-        part = part.sort_values(x)
-        ax.plot(part[x], 100 * part.accuracy, marker="o", ms=4, color=color, label=label(name))
-        ax.fill_between(part[x], 100 * part.low, 100 * part.high, color=color, alpha=0.12, lw=0)
+    """Accuracy against `x` with its 95% interval, a line a `hue`, side by side so that intervals can be told apart. `levels`:
+    name -> accuracy, drawn dotted in grey."""
+    fig, ax = plt.subplots(figsize=(6.6, 4.4))
+    groups, step = list(frame.groupby(hue, sort=False)), 0.012 * np.ptp(frame[x])
+    for number, ((name, part), color) in enumerate(zip(groups, sns.color_palette("colorblind", 10), strict=False)):
+        part, shift = part.sort_values(x), (number - (len(groups) - 1) / 2) * step
+        ax.plot(part[x] + shift, 100 * part.accuracy, marker="o", ms=4, color=color, label=label(name))
+        ax.vlines(part[x] + shift, 100 * part.low, 100 * part.high, color=color, lw=1.2, alpha=0.7)
     for name, accuracy in (levels or {}).items():
         ax.axhline(100 * accuracy, color="0.45", ls=":", lw=1.4, label=name)
-    ax.set(xlabel=xlabel, ylabel="accuracy (%), 95% band")
-    ax.legend(frameon=False, fontsize=9)
+    ax.set(xlabel=xlabel, ylabel="accuracy (%), 95% interval", xticks=sorted(frame[x].unique()))
+    fig.legend(loc="lower center", ncols=3, frameon=False, fontsize=9)
+    fig.tight_layout(rect=(0, 0.12, 1, 1))
     return fig
 
 
