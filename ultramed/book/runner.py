@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -20,12 +23,14 @@ from ultramed.book.durations import Rest, reference_seconds, speed_here
 from ultramed.core.config import home, load_profile, nearest
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile
-from ultramed.core.progress import FILE, MINUTE, duration
+from ultramed.core.progress import FILE, MINUTE, duration, stop_file
+from ultramed.core.signals import StopSignals
 from ultramed.core.store import digest, environment, write_json
 from ultramed.lm.device import cores
 from ultramed.report.scorecard import folder
 
 LAST = "90"  # the scorecard reads what the others recorded, so it runs alone and last
+READ = (".py", ".yaml", ".csv", ".txt", ".html")  # files of the package that a notebook's output may depend on
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Job:
     seconds: float = 0.0
     note: str = ""
     gflops: float | None = None  # of the machine's matrix products, where they were measured
+    values: dict = field(default_factory=dict)  # the whole profile, resolved: the parameters only name it
 
     @property
     def stamp(self) -> Path:
@@ -50,10 +56,12 @@ class Job:
         return self.name.startswith(LAST)
 
     def key(self) -> str:
-        """Changes when the notebook, its parameters or the package's code change; the scorecard's also with what it reads."""
+        """Changes when the notebook, its profile's values, the package or the folder of data sets change; the scorecard's also with
+        what it reads."""
         entries = sorted((self.target.parents[1] / "entries").glob("*.json")) if self.last else []
         recorded = [path.read_text() for path in entries]
-        return digest([self.source.read_text(), self.parameters, code_hash(), *recorded])
+        data = [os.environ.get(name, "") for name in ("ULTRAMED_DATA", "ULTRAMED_HUB")]
+        return digest([self.source.read_text(), self.parameters, self.values, code_hash(), data, *recorded])
 
     def fresh(self) -> bool:
         try:
@@ -63,9 +71,9 @@ class Job:
 
 
 def code_hash() -> str:
-    """Hash of the package's source: executed notebooks are skipped only if nothing that they could call has changed."""
+    """Hash of the package, its tables included: executed notebooks are skipped only if nothing that they could read has changed."""
     package = Path(__file__).parents[1]
-    parts = [f"{p.relative_to(package)}:{p.read_text()}" for p in sorted(package.rglob("*.py"))]
+    parts = [f"{p.relative_to(package)}:{p.read_text()}" for p in sorted(package.rglob("*")) if p.suffix in READ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -101,7 +109,10 @@ def run(
     force: bool = False,
     console: Console | None = None,
 ) -> bool:
-    """Run notebooks; True if none failed. What is done already, with the same code and parameters, is skipped.
+    """Run notebooks; True if none failed. What is done already, with the same code and values, is skipped.
+
+    Ctrl-C and SIGTERM are passed on to what runs, once each: training saves a checkpoint, nothing more is begun, and
+    KeyboardInterrupt is raised when all have ended. A second Ctrl-C stops at once, a third kills.
 
     With several `jobs` the longest begin first, so that none is left over at the end; two that need the same artifact wait for
     each other (core/store.py).
@@ -114,24 +125,27 @@ def run(
         unknown = set(parameters) - set(parameters_of(path))
         if unknown:
             raise ConfigError(f"{path.name} lacks the parameters {sorted(unknown)}")
-        todo.append(Job(path.stem, path, folder(resolved.name) / "notebooks" / path.name, parameters))
+        target = folder(resolved.name) / "notebooks" / path.name
+        todo.append(Job(path.stem, path, target, parameters, values=resolved.model_dump(mode="json")))
     first, last = [j for j in todo if not j.last], [j for j in todo if j.last]
     started, show = time.monotonic(), _Terminal if console.is_terminal else _Lines
     rest = _rest(todo, resolved, force, jobs)
     if jobs > 1 and rest:
         first.sort(key=lambda job: -rest.known[job.name])
-    with show(console, todo, resolved.name, rest) as watch:
+    with show(console, todo, resolved.name, rest) as watch, StopSignals() as stop:
         threads = max(1, cores() // jobs) if jobs > 1 else 0
         with ThreadPoolExecutor(jobs) as pool:
-            waiting = [pool.submit(_run_one, job, force, threads=threads) for job in first]
+            waiting = [pool.submit(_run_one, job, force, stop, threads=threads) for job in first]
             while not all(f.done() for f in waiting):
                 watch.tick()
                 time.sleep(0.3)
             for future in waiting:
                 future.result()
         for job in last:
-            _run_one(job, force, watch.tick)
+            _run_one(job, force, stop, watch.tick)
         watch.tick()
+    if stop.asked:
+        raise KeyboardInterrupt
     console.print(_table(todo, resolved.name))
     failed = [j for j in todo if j.state == "failed"]
     for job in failed:
@@ -215,15 +229,19 @@ def _table(todo: list[Job], profile: str) -> Table:
     return table
 
 
-def _run_one(job: Job, force: bool, tick=lambda: None, threads: int = 0) -> None:
+def _run_one(job: Job, force: bool, stop: StopSignals, tick=lambda: None, threads: int = 0) -> None:
     """Run one notebook in a process of its own; papermill is not safe to run twice in one. threads: its share of the cores (0:
     what torch takes by itself), unless the user has said how many."""
-    if not force and job.fresh():
-        job.state, job.note = "skipped", "done before with the same code and parameters (--force runs it again)"
+    if stop.asked:
         return
-    job.state, clock = "running", time.monotonic()
+    if not force and job.fresh():
+        job.state, job.note = "skipped", "done before with the same code and values (--force runs it again)"
+        return
+    job.state, clock, told = "running", time.monotonic(), 0
+    key = job.key()  # of what runs, not of what may be edited meanwhile
     job.target.parent.mkdir(parents=True, exist_ok=True)
     progress = job.target.with_suffix(".progress")
+    stop_file(progress).unlink(missing_ok=True)  # of a run that was killed
     work = job.target.with_name(f".{job.target.name}")
     env = {**os.environ, FILE: str(progress), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "ULTRAMED_HOME": str(home())}
     if threads:
@@ -231,27 +249,52 @@ def _run_one(job: Job, force: bool, tick=lambda: None, threads: int = 0) -> None
     code = "import sys; from ultramed.book.runner import execute; execute(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(job.source), str(work), json.dumps(job.parameters)]
     piped = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=env, **piped) as process, ThreadPoolExecutor(1) as drain:
+    # A session of its own: a terminal's Ctrl-C would reach papermill, too, which asks the kernel a second time.
+    with subprocess.Popen(command, env=env, start_new_session=True, **piped) as process, ThreadPoolExecutor(1) as drain:
         errors = drain.submit(process.stderr.read)
         while process.poll() is None:
             job.seconds = time.monotonic() - clock
             if progress.exists():
                 job.note = progress.read_text()
+            if stop.asked > told:
+                told, job.note = told + 1, "stopping"
+                stop_file(progress).touch()
+                _interrupt(process.pid, kill=told > 2)
             tick()
             time.sleep(0.3)
         job.seconds = time.monotonic() - clock
         stderr = errors.result()
     progress.unlink(missing_ok=True)
+    stop_file(progress).unlink(missing_ok=True)
     if work.exists():
         os.replace(work, job.target)
     if process.returncode == 0:
         job.state, job.note = "done", ""
         pace = {"seconds": round(job.seconds, 1), "gflops": job.gflops}
-        write_json(job.stamp, {"key": job.key(), **pace, "git": environment()["git"], **job.parameters})
+        write_json(job.stamp, {"key": key, **pace, "git": environment()["git"], **job.parameters})
     else:
         job.stamp.unlink(missing_ok=True)
         lines = [line for line in stderr.splitlines() if line.strip()]
         job.state, job.note = "failed", lines[-1] if lines else f"exit status {process.returncode}"
+
+
+def _interrupt(pid: int, kill: bool) -> None:
+    """Ctrl-C for the kernel under papermill's process `pid`, or, before there is one, for papermill; kill: an end to all of it."""
+    try:
+        papermill = psutil.Process(pid)
+        below = papermill.children(recursive=True)
+        kernels = [child for child in below if "ipykernel_launcher" in child.cmdline()]
+        for process in [*below, papermill] if kill else kernels or [papermill]:
+            process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
+    except psutil.Error:
+        pass  # it has ended by itself
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and by that its kernel, when the parent is gone: nobody would take what it makes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def execute(source: str, target: str, parameters: str) -> None:
@@ -259,6 +302,7 @@ def execute(source: str, target: str, parameters: str) -> None:
     import nbformat
     import papermill
 
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
         _execute(papermill, source, target, parameters)
     finally:

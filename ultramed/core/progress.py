@@ -11,6 +11,18 @@ FILE = "ULTRAMED_PROGRESS_FILE"
 MINUTE = 60.0  # seconds between two lines
 
 
+def stop_file(file: Path) -> Path:
+    """What lies beside a progress file once the runner that reads it was asked to stop."""
+    return file.with_suffix(".stop")
+
+
+def stop_if_asked() -> None:
+    """Raises KeyboardInterrupt if the runner that watches this process was asked to stop: a Ctrl-C that reaches a kernel between
+    two cells is lost."""
+    if FILE in os.environ and stop_file(Path(os.environ[FILE])).exists():
+        raise KeyboardInterrupt
+
+
 def bar(total: int, desc: str, unit: str, initial: int = 0):
     """Something with `update(n)`, `set_postfix_str` and `close`, to be used in a `with`."""
     if FILE in os.environ:  # bars bloat executed notebooks

@@ -36,6 +36,7 @@ from pydantic import BaseModel
 
 from ultramed.core.config import home
 from ultramed.core.errors import StoreError
+from ultramed.core.progress import stop_if_asked
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "numpy")
@@ -128,6 +129,7 @@ def stage(version: int, *, also=None):
             if _usable(final):
                 os.utime(final)  # `store gc --unused-for` goes by this
                 return art
+            stop_if_asked()
             final.parent.mkdir(parents=True, exist_ok=True)
             with _lock(final.parent / f".lock-{key}", name):
                 if not _usable(final):  # another process may have finished while this one waited

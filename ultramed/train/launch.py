@@ -20,11 +20,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from ultramed.core import progress
 from ultramed.core.config import PROCESSES, home
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.schema import OptimConfig
+from ultramed.core.signals import StopSignals
 from ultramed.core.store import Artifact, write_json
 from ultramed.lm.device import cores
 
@@ -268,24 +267,6 @@ def _show(file: Path, bar):
                 bar = progress.bar(int(total), desc, unit, initial=int(n))
             bar.update(int(n) - bar.n)
     return bar
-
-
-class StopSignals:
-    """Counts Ctrl-C and SIGTERM while the block runs, in `asked` (in the main thread; elsewhere nothing can be caught)."""
-
-    def __enter__(self):
-        self.asked, self._old = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        self.asked += 1
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ the workers

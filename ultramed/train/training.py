@@ -1,5 +1,6 @@
 """What supervised, preference and reward training share: batch sizes, trainer settings, an interruptible run, saving."""
 
+import json
 import shutil
 import time
 import warnings
@@ -12,6 +13,7 @@ from ultramed.core.errors import StoreError
 from ultramed.core.ledger import write_lines
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import OptimConfig
+from ultramed.core.signals import StopSignals
 from ultramed.core.store import Artifact, write_json
 from ultramed.lm import models
 from ultramed.lm.device import at_most_on_cpu, placement, quietly
@@ -94,7 +96,6 @@ def run(trainer, steps: int, desc: str) -> dict:
     training changed nothing. Returns training loss, seconds, moved tensors and whether it went on from a checkpoint.
     """
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     folder = Path(trainer.args.output_dir)
     with warnings.catch_warnings():
@@ -103,7 +104,7 @@ def run(trainer, steps: int, desc: str) -> dict:
         trainer.add_callback(_callback(steps, desc))
         trained = trained_in_fp32(trainer.model)
         before = {name: None if launch.awaits_weights() else _total(p) for name, p in trained.items()}
-        last = _usable(get_last_checkpoint(folder) if folder.is_dir() else None)
+        last = _usable(_last_checkpoint(folder))
         clock = time.perf_counter()
         with _Interruptible(trainer) as stop:
             result = trainer.train(resume_from_checkpoint=last)
@@ -126,6 +127,21 @@ def run(trainer, steps: int, desc: str) -> dict:
         "trainable_parameters": sum(p.numel() for p in trained.values()),
         "tensors_moved": [moved, len(trained)],
     }
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole; those whose writing was cut off are deleted. The trainer writes the state's file last,
+    and deletes older checkpoints only then."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if launch.main_worker():
+        for checkpoint in folder.glob("checkpoint-*"):
+            try:
+                json.loads((checkpoint / "trainer_state.json").read_text())
+            except (OSError, ValueError):
+                shutil.rmtree(checkpoint)
+    launch.agreed(0)  # nobody looks before the first one has cleaned up
+    return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
 def _usable(checkpoint: str | None) -> str | None:
@@ -195,7 +211,7 @@ def _callback(steps: int, desc: str):
     return Bar()
 
 
-class _Interruptible(launch.StopSignals):
+class _Interruptible(StopSignals):
     """On Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
     A worker takes no signals: the process that launched it does, and all workers stop after the same step.
