@@ -251,3 +251,71 @@ def test_more_values_than_columns_are_an_error(tmp_path):
     (tmp_path / "q.csv").write_text("question,answer\na,b,c\n")
     with pytest.raises(BadRow, match="line 2: 1 more values than the header has columns"):
         read_table(tmp_path / "q.csv")
+
+
+def table(tmp_path, text: str, name: str = "own.csv"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "question,A,B,C,D,E,answer_idx\nq0,a,b,c,d,e,0\nq1,a,b,,d,e,3\n",  # from 0
+        "question,opa,opb,opc,opd,cop\nq0,a,b,c,d,4\nq1,a,,c,d,3\n",  # from 1
+        "question,A,B,C,D,E,answer_idx\nq0,a,b,c,d,e,1\nq1,a,b,,d,e,4\nq2,a,b,c,d,e,0\n",
+    ],
+)
+def test_the_letter_of_a_blank_option_counts(tmp_path, text):
+    lines = [line.split(",") for line in text.splitlines()]
+    start = 1 if "cop" in lines[0] else 0
+    made = read(table(tmp_path, text), "questions")
+    assert [row["options"][row["gold"]] for row in made] == [line[1:-1][int(line[-1]) - start] for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        ({"options": [{"key": "B", "value": "bee"}, {"key": "A", "value": "ay"}], "answer_idx": "B"}, "bee"),
+        ({"choices": {"text": ["one", "two", "three"], "label": ["B", "C", "D"]}, "answerKey": "B"}, "one"),
+        ({"options": {"A": "ay", "B": "bee", "C": float("nan")}, "answer": "B"}, "bee"),
+        ({"options": ["ay", "bee", None], "answer": "B"}, "bee"),
+        ({**{f"option_{k}": k * 2 for k in "abcdefghijkl"}, "answer": "L"}, "ll"),
+        ({**{f"option{n}": f"text {n}" for n in range(1, 12)}, "answer": "text 11"}, "text 11"),
+    ],
+)
+def test_options_keep_their_own_letters_and_none_is_lost_or_made_up(tmp_path, row, right):
+    made = read(table(tmp_path, json.dumps({"question": "Which?", **row}), "own.jsonl"), "questions")
+    assert made[0]["options"][made[0]["gold"]] == right
+    assert not {"nan", "None"} & set(made[0]["options"].values())
+
+
+def test_a_row_without_an_id_and_a_column_called_meta(tmp_path):
+    lines = [
+        {"id": "a", "question": "1?", "options": ["x", "y"], "answer": "A"},
+        {"question": "2?", "options": ["x", "y"], "answer": "B"},
+    ]
+    assert [r["id"] for r in read(table(tmp_path, "\n".join(map(json.dumps, lines)), "own.jsonl"), "questions")] == ["a", "2"]
+    made = read(table(tmp_path, "question,A,B,answer,meta\nq,x,y,B,hard\n"), "questions")
+    assert made[0]["meta"] == {"meta": "hard"}
+
+
+def test_a_stray_quotation_mark_swallows_no_rows(tmp_path):
+    lines = ["question,A,B,answer,note", "q1,a,b,A,fine", 'q2,a,b,B,"Stridor is heard', "q3,a,b,A,x"]
+    with pytest.raises(BadRow, match=r"line .*: unexpected end of data"):
+        read(table(tmp_path, "\n".join(lines)), "questions")
+    made = read(table(tmp_path, "\n".join(lines).replace(",", "\t"), "own.tsv"), "questions")
+    assert [row["meta"]["note"] for row in made] == ["fine", '"Stridor is heard', "x"]
+
+
+def test_preferences_whose_scale_is_unknown_are_asked_about(tmp_path):
+    def file(name, values):
+        rows = [{"prompt": "?", "response_1": "one", "response_2": "two", name: n} for n in values]
+        return table(tmp_path, "\n".join(map(json.dumps, rows)), "own.jsonl")
+
+    with pytest.raises(BadRow, match="goes from 0 to 1; wanted 1"):
+        read(file("preference", [0, 1]), "pairs")
+    strong = read(file("preference_strength", [0, 1, 3]), "pairs")
+    assert [row["chosen"][0]["content"] for row in strong] == ["two", "two"], "0 is a tie"
+    assert [r["chosen"][0]["content"] for r in read(file("preference", [1, 2, 1.5]), "pairs")] == ["one", "two"]

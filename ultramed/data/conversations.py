@@ -72,10 +72,17 @@ def pairs(rows: list, where: str) -> tuple[list[dict], str]:
 
 
 def _by_preference(columns: Columns, two: list[str]) -> list[dict]:
-    """AlpacaEval's pairs (1: the first output, 2: the second) or HelpSteer's (-3 to 3: below 0 the first); ties are left out."""
+    """AlpacaEval's pairs (1: the first output, 2: the second; 1.5 is a tie) or HelpSteer's (-3 to 3: below 0 the first); ties are
+    left out. Raises BadRow where numbers could mean either, or neither."""
     mark = columns.find("preference", ("preference", "preference_strength", "label"))
     numbers = [float(row[mark]) for row in columns.rows]
-    middle = 0.0 if min(numbers) < 0 else 1.5
+    strength = min(numbers) < 0 or mark.lower() == "preference_strength"
+    if not strength and not all(1 <= n <= 2 for n in numbers):
+        raise BadRow(
+            f"{columns.where}: `{mark}` goes from {min(numbers):g} to {max(numbers):g}; wanted 1 (the first is better) to 2, or a "
+            "column `preference_strength`, below 0 where the first is better"
+        )
+    middle = 0.0 if strength else 1.5
     return [
         {**row, "chosen": row[two[0] if n < middle else two[1]], "rejected": row[two[1] if n < middle else two[0]]}
         for row, n in zip(columns.rows, numbers, strict=True)

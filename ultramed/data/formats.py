@@ -53,11 +53,26 @@ def _separated(text: str, path: Path, suffix: str) -> list[dict]:
     mark = "\t" if suffix == ".tsv" else ","
     if mark not in head:
         mark = max(",\t;", key=head.count)
+    try:
+        return _delimited(text, path, mark, csv.QUOTE_MINIMAL)
+    except csv.Error as err:  # a mark that is not closed would swallow the rows after it
+        if mark == "\t":
+            return _delimited(text, path, mark, csv.QUOTE_NONE)
+        raise BadRow(
+            f"{path}: {err}: a value with a quotation mark in it is put into quotation marks, that mark doubled"
+        ) from None
+
+
+def _delimited(text: str, path: Path, mark: str, quoting: int) -> list[dict]:
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting, strict=True)
     rows = []
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark), 2):
-        if None in row:
-            raise BadRow(f"{path}, line {number}: {len(row[None])} more values than the header has columns")
-        rows.append({k.strip(): v for k, v in row.items()})
+    try:
+        for number, row in enumerate(table, 2):
+            if None in row:
+                raise BadRow(f"{path}, line {number}: {len(row[None])} more values than the header has columns")
+            rows.append({k.strip(): v for k, v in row.items()})
+    except csv.Error as err:
+        raise csv.Error(f"line {table.line_num}: {err}") from None
     return rows
 
 
@@ -65,7 +80,7 @@ def _json(text: str, path: Path) -> list[dict]:
     """Rows of JSON lines, or of one JSON value."""
     if text.lstrip()[:1] == "[":
         try:
-            return _whole(json.loads(text), path)
+            return _whole(_value(text), path)
         except ValueError as err:
             raise BadRow(f"{path}: not JSON: {err}") from None
     rows = []
@@ -73,15 +88,20 @@ def _json(text: str, path: Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(_value(line))
         except ValueError as err:
             if rows or not line.lstrip().startswith("{"):
                 raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
             try:
-                return _whole(json.loads(text), path)  # one object over several lines
+                return _whole(_value(text), path)  # one object over several lines
             except ValueError:
                 raise BadRow(f"{path}, row {number}: not JSON: {err}") from None
     return _whole(rows[0], path) if len(rows) == 1 and path.name.removesuffix(".gz").endswith(".json") else rows
+
+
+def _value(text: str):
+    """JSON; pandas' NaN is a cell that holds nothing."""
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -44,8 +44,13 @@ GOLD = [
 ]
 OPTIONS = ("options", "choices", "answers", "endings", "candidates", "answer_options", "option")
 SUBSETS = ("subset", "subject", "subject_name", "category", "topic", "domain")
-# Columns that hold an option each: the letter or number is the group.
-OPTION_COLUMN = re.compile(r"(?:op|opt|option|choice|answer|ending|cand)?[ _]?([a-j]|[0-9])", re.IGNORECASE)
+# Columns that hold an option each; beyond ten only where the name leaves no doubt (`options` is no option S).
+OPTION_COLUMN = re.compile(
+    r"(?P<name>(?:op|opt|option|choice|answer|ending|cand)?[ _]?)(?P<mark>[a-j]|[0-9])"
+    r"|(?P<word>(?:opt|option|choice|answer|ending|cand)[ _])(?P<more>[k-z]|[1-9][0-9])"
+    r"|(?P<bare>opt|option|choice|answer|ending|cand)(?P<number>[1-9][0-9])",
+    re.IGNORECASE,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- questions
@@ -76,7 +81,7 @@ def questions(rows: list, where: str, given: dict[str, str] | None = None) -> tu
     made = []
     for number, row in enumerate(rows):
         one = {
-            "id": str(row[name]) if name and not repeated else str(number + 1),
+            "id": str(row[name]) if name and not repeated and row.get(name) is not None else str(number + 1),
             "question": row.get(text),
             "options": options[number],
         }
@@ -85,7 +90,8 @@ def questions(rows: list, where: str, given: dict[str, str] | None = None) -> tu
             one["subset"] = str(row[subset])
         one["dataset"], one["source"] = (str(row.get(k) or "own") for k in ("dataset", "source"))
         one["meta"] = {c: row[c] for c in meta if c not in ("dataset", "source", "meta") and row.get(c) is not None}
-        one["meta"] |= {k: v for k, v in (row.get("meta") or {}).items() if v is not None}
+        own = row.get("meta") or {}
+        one["meta"] |= {k: v for k, v in own.items() if v is not None} if isinstance(own, dict) else {"meta": own}
         made.append(one)
     plain_meta(made)
     numbered = f", rows numbered because `{name}` repeats" if repeated else ""
@@ -116,9 +122,10 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
         columns.used.discard(column)
     groups: dict[str, list[tuple[str, str]]] = {}
     for name in columns.names:
-        if found := OPTION_COLUMN.fullmatch(name.strip()):
-            groups.setdefault(name.strip()[: found.start(1)].lower(), []).append((found[1].upper(), name))
-    groups = {k: sorted(v) for k, v in groups.items() if len(v) > 1 and sorted(v)[0][0] in ("A", "0", "1")}
+        if mark := _mark(name):
+            groups.setdefault(name.strip()[: -len(mark)].lower(), []).append((mark, name))
+    groups = {k: sorted(v, key=_in_order) for k, v in groups.items() if len(v) > 1}
+    groups = {k: v for k, v in groups.items() if v[0][0] in ("A", "0", "1")}
     if len(groups) > 1:
         readings = " or ".join(f"`{v[0][1]}`..`{v[-1][1]}`" for v in groups.values())
         raise ConfigError(f"{columns.where}: the options could be {readings}; drop one of them from the file")
@@ -133,31 +140,48 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
     return None, ""
 
 
+def _mark(name) -> str | None:
+    """The letter or number of an option's column (or key), in capitals; None for another column."""
+    found = OPTION_COLUMN.fullmatch(str(name).strip())
+    return next(part for part in (found["mark"], found["more"], found["number"]) if part).upper() if found else None
+
+
+def _in_order(marked: tuple[str, object]) -> tuple[bool, int, str]:
+    """Numbers by their size, then letters."""
+    mark = marked[0]
+    return (not mark.isdigit(), int(mark) if mark.isdigit() else 0, mark)
+
+
+def _are_letters(marks: list[str], texts: list) -> bool:
+    """Whether each text has a letter of its own."""
+    return len(set(marks)) == len(texts) and all(len(mark) == 1 and mark in LETTERS for mark in marks)
+
+
 def _one_columns(value) -> dict[str, str] | None:
     """letter -> text out of one cell: a dictionary, a list of texts or of labelled texts, or either of them as a text."""
     if isinstance(value, str):
         value = _literal(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC: {'text': [...], 'label': [...]}
-        value = value["text"]
+        marks, texts = [str(mark).strip().upper() for mark in value.get("label") or ()], value["text"]
+        value = dict(zip(marks, texts, strict=True)) if _are_letters(marks, texts) else texts
     if isinstance(value, dict):
-        there = {
-            found[1].upper(): v
-            for k, v in value.items()
-            if v is not None and (found := OPTION_COLUMN.fullmatch(str(k).strip()))
-        }
+        there = {mark: v for k, v in value.items() if v is not None and (mark := _mark(k))}
         if len(there) < sum(v is not None for v in value.values()):
             return None
         if all(k in LETTERS for k in there):
             return {k: str(v).strip() for k, v in sorted(there.items())} if len(there) > 1 else None
         if any(k in LETTERS for k in there):
             return None
-        value = [v for _, v in sorted(there.items())]
+        value = [v for _, v in sorted(there.items(), key=_in_order)]
     if not isinstance(value, list) or len(value) < 2 or len(value) > len(LETTERS):
         return None
     if all(isinstance(v, dict) for v in value):  # bigbio: [{'key': 'A', 'value': 'text'}, ...]
         texts = [next((v[k] for k in ("value", "text", "option", "content") if k in v), None) for v in value]
-        return dict(zip(LETTERS, map(str, texts), strict=False)) if None not in texts else None
-    return {k: re.sub(rf"^\(?{k}[).:]\s+", "", str(v).strip()) for k, v in zip(LETTERS, value, strict=False)}
+        marks = [str(v.get("key", v.get("label", ""))).strip().upper() for v in value]
+        named = zip(marks if _are_letters(marks, texts) else LETTERS, map(str, texts), strict=False)
+        return dict(sorted(named)) if None not in texts else None
+    there = [(k, str(v).strip()) for k, v in zip(LETTERS, value, strict=False) if v is not None]
+    return {k: re.sub(rf"^\(?{k}[).:]\s+", "", text) for k, text in there}
 
 
 def _literal(text: str):
@@ -212,7 +236,8 @@ def _letters(values: list, options: list[dict], base: str | None) -> list[str] |
     numbers = [int(v.removesuffix(".0")) if re.fullmatch(r"\d{1,2}(\.0)?", v) else None for v in values]
     texts = [v.casefold() in {t.casefold() for t in o.values()} for v, o in zip(values, options, strict=True)]
     if None not in numbers and not all(texts):
-        lowest, over = min(numbers), any(n >= len(o) for n, o in zip(numbers, options, strict=True))
+        last = [LETTERS.index(max(o)) for o in options]  # place of the last option: the letters of blank ones count, too
+        lowest, over = min(numbers), any(n > place for n, place in zip(numbers, last, strict=True))
         starts = {str(b) for b in (0, 1) if (b == 0 and not over) or (b == 1 and lowest > 0)}
         if base is not None:
             starts &= {base}
@@ -223,7 +248,8 @@ def _letters(values: list, options: list[dict], base: str | None) -> list[str] |
                 f"its numbers ({lowest} to {max(numbers)}) could count from 0 or from 1; say which with --map base=0 or base=1"
             )
         start = int(starts.pop())
-        out = [list(o)[n - start] if n - start < len(o) else None for n, o in zip(numbers, options, strict=True)]
+        letters = [LETTERS[n - start] for n in numbers]
+        out = [letter if letter in o else None for letter, o in zip(letters, options, strict=True)]
         return out if None not in out else f"row {out.index(None) + 1}: {values[out.index(None)]} is beyond the options"
     bare = all(re.fullmatch(r"\(?[A-Za-z][).:]?", v) for v in values)
     if not bare and all(list(o.values()).count(v) == 1 for v, o in zip(values, options, strict=True)):  # 'B' may be a text, too
