@@ -41,10 +41,26 @@ def test_the_mean_of_tasks_counts_every_task_alike():
     assert list(table.index) == ["medqa", "pubmedqa", "mean of tasks"]
     mean = table.loc["mean of tasks"]
     assert mean.accuracy == pytest.approx(0.7)
-    se = np.sqrt(0.5 * 0.5 / 100 + 0.9 * 0.1 / 20) / 2
+    se = np.sqrt(0.5 * 0.5 / 99 + 0.9 * 0.1 / 19) / 2
     assert mean.se == pytest.approx(se)
     assert mean.high - mean.low == pytest.approx(2 * 1.959964 * se)
     assert (mean.n, mean.unparsed, mean.upper) == (120, 52, 1.0)
+
+
+def test_few_questions_that_are_all_alike_leave_doubt():
+    def table(share):
+        return (
+            bench.by_task({"m": answered(("medqa", 5, share), ("pubmedqa", 5, share))}).set_index("task").loc["mean of tasks"]
+        )
+
+    right, wrong = table(1.0), table(0.0)
+    assert (right.accuracy, right.high, wrong.accuracy, wrong.low) == (1, 1, 0, 0)
+    assert 0.5 < right.low < 0.9
+    assert 0.1 < wrong.high < 0.5
+    same = answered(("medqa", 30, 0.5))
+    (row,) = bench.compare_models({"a": same, "b": same}).to_dict("records")
+    assert row["low"] == -row["high"] == pytest.approx(-0.1, abs=0.01), "the rule of three: 3 / 30"
+    assert row["detectable"] > 0.1
 
 
 def test_models_are_compared_question_by_question_within_tasks():

@@ -159,7 +159,15 @@ def test_a_proxy_of_the_environment_is_used_unless_the_server_is_exempt(tmp_path
 
 
 @pytest.mark.parametrize(
-    "text", ['{"score": 2}', 'x {"a": 1} {"score": 2}', '```\n{"score": 2, }```', '{"score": 2} {"score": 3}']
+    "text",
+    [
+        '{"score": 2}',
+        'x {"a": 1} {"score": 2}',
+        '```\n{"score": 2, }```',
+        '{"score": 2} {"score": 3}',
+        '<think>Perhaps {"score": 1}? No.</think>\n{"score": 2}',
+        '{"score": NaN} {"score": 2}',
+    ],
 )
 def test_the_first_object_that_fits_is_read(text):
     assert read_json(text, Score)[0] == {"score": 2, "why": ""}

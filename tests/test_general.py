@@ -50,6 +50,9 @@ def test_the_last_number_counts(text, number):
         ("The answer is 5.", (5.0, False)),
         ("He has 8 ####", (8.0, False)),
         ("####", (None, False)),
+        ("#### Step 1: eggs\n16 - 7 = 9\n#### Step 2: money\n9 * 2 = 18\n#### Final answer\n18", (18.0, False)),
+        ("#### Count the eggs\nShe has 9.\n#### Answer: $18", (18.0, False)),
+        ("#### 1. Eggs\n9\n#### 2. Money\nThe answer is 18.", (18.0, False)),
     ],
 )
 def test_a_stated_result_goes_before_the_last_number(text, read):

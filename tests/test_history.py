@@ -65,6 +65,8 @@ def test_the_last_turn_asks_for_diagnoses():
     [
         ("1. Asthma\n2. Acute bronchitis.\n", ["Asthma", "Acute bronchitis"]),
         ("1. Asthma 2. COPD 3. Croup", ["Asthma", "COPD", "Croup"]),
+        ("Here are the most likely diagnoses:\n\n1. Migraine\n2. Tension headache", ["Migraine", "Tension headache"]),
+        ("The five diagnoses are:\nMigraine\nSinusitis", ["Migraine", "Sinusitis"]),
         ("- a\n- b\n- c\n- d\n- e\n- f", list("abcde")),
         ("", []),
     ],

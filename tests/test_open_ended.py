@@ -70,6 +70,8 @@ def test_kqa_scores_by_hand():
     assert scores["completeness"].value == pytest.approx((0.5 + 1.0) / 2)
     assert scores["hallucination"].value == pytest.approx((1 + 0) / 2)
     assert scores["completeness"].n == 2
+    unread = pd.DataFrame([*rows, ("q1", "must_have", None)], columns=["question", "kind", "label"])
+    assert kqa_scores(unread) == scores, "a label that cannot be read says nothing of the answer"
 
 
 def test_the_physicians_labels_of_kqa(data):
@@ -141,6 +143,21 @@ def test_statements_are_judged_one_by_one(data, medalpaca):
     assert labelled.metrics == {"statements": count, "unread": 0}
     frame = pd.read_json(labelled / "labels.jsonl", lines=True)
     assert all((len(r.statement) % 2 == 1) == (r.label == "Entailment") for r in frame.itertuples())
+
+
+def test_an_empty_reply_loses_without_a_judge():
+    """Ours says nothing to two prompts, the baseline to one; one pair of replies is equal, both are empty once."""
+    said = {"a": ("x", "y"), "b": ("", "y"), "c": ("", "y"), "d": ("x", ""), "e": ("same", "same"), "f": ("", "")}
+    ours, other = (
+        lines(
+            None, name="replies.jsonl", rows=[{**prompt_row(n, "?"), "reference": "", "reply": r[i]} for n, r in said.items()]
+        )
+        for i in (0, 1)
+    )
+    counts = as_pairs(None, ours=ours, baseline=other).metrics
+    assert counts == {"pairs": 1, "same": 2, "lost": 2, "won": 1}
+    rate = win_rate(pd.DataFrame({"worth": [0.0]}), same=counts["same"], lost=counts["lost"], won=counts["won"])
+    assert (rate.value, rate.n) == (pytest.approx((0 + 1 + 0 + 1) / 6), 6)
 
 
 def test_grades_and_wins():

@@ -17,7 +17,7 @@ from ultramed.data.messages import as_completion
 from ultramed.data.sources import data_root
 from ultramed.evaluate import stats
 from ultramed.evaluate.arms import Answers
-from ultramed.evaluate.open_ended import Label, ReplyConfig, kqa_row, read_replies, replies
+from ultramed.evaluate.open_ended import Label, ReplyConfig, kqa_row, kqa_scores, read_replies, replies
 
 NLI = """\
 Does the answer to a patient's question support the statement? Entailment: the answer says or clearly implies it. \
@@ -184,12 +184,14 @@ def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
     return {"turns": len(made), "unread": len(made) - len(scores), "mean": sum(scores) / len(scores) if scores else None}
 
 
-@stage(version=1)
+@stage(version=2)
 def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact | None = None) -> dict:
     """Replies of two models to the same prompts as pairs for `judge.pairwise`: chosen is ours, rejected the baseline's (the
-    prompts' own references, if none is given)."""
+    prompts' own references, if none is given). What needs no judge is counted: equal replies, and those that only we (`lost`)
+    or only they (`won`) left empty."""
     a = read_replies(ours).set_index("id")
-    b = read_replies(baseline).set_index("id") if baseline else a.assign(reply=a.reference)
+    b = read_replies(baseline).set_index("id") if baseline else a.assign(reply=a.reference)[a.reference != ""]
+    names = a.index.intersection(b.index)
     rows = [
         {
             "id": name,
@@ -200,13 +202,18 @@ def as_pairs(out: Path, config=None, *, ours: Artifact, baseline: Artifact | Non
             "rejected": as_completion(b.reply[name]),
             "meta": {"reference": a.reference[name]},
         }
-        for name in a.index.intersection(b.index)
+        for name in names
         if a.reply[name] and b.reply[name] and a.reply[name] != b.reply[name]
     ]
     if not rows:
         raise ConfigError("no prompt has two different replies: nothing to compare")
     canonical.write_rows(out / "pairs.parquet", rows)
-    return {"pairs": len(rows), "same": len(a.index.intersection(b.index)) - len(rows)}
+    return {
+        "pairs": len(rows),
+        "same": sum(a.reply[name] == b.reply[name] for name in names),
+        "lost": sum(not a.reply[name] and bool(b.reply[name]) for name in names),
+        "won": sum(bool(a.reply[name]) and not b.reply[name] for name in names),
+    }
 
 
 def agreement_with_people(verdicts: Artifact) -> dict:
@@ -234,9 +241,10 @@ def outcomes(verdicts: Artifact, pairs: Artifact) -> pd.DataFrame:
     return frame.assign(worth=worth, longer=frame.id.map(length)).dropna(subset="worth")
 
 
-def win_rate(won: pd.DataFrame, same: int = 0) -> stats.Estimate:
-    """Share of prompts won (`outcomes`); `same`: prompts with equal replies, ties, too."""
-    worth = [*won.worth, *[0.5] * same]
+def win_rate(judged: pd.DataFrame, same: int = 0, lost: int = 0, won: int = 0) -> stats.Estimate:
+    """Share of prompts won: of the `judged` ones (`outcomes`), and of those that needed no judge (`as_pairs`); equal replies are
+    half a win."""
+    worth = [*judged.worth, *[0.5] * same, *[0.0] * lost, *[1.0] * won]
     return stats.clustered(worth, range(len(worth))).within(0, 1)
 
 
@@ -264,6 +272,7 @@ class Judged:
     """One policy's answers through the judge: K-QA statements (by question: complete and contradicting shares), MT-Bench."""
 
     row: dict
+    scores: dict[str, stats.Estimate]  # kqa_scores
     kqa: Answers
     contradicts: Answers
     replies: Artifact
@@ -275,14 +284,28 @@ def judge_policy(judge: LLMConfig, name: str, policy: Artifact, kqa: Artifact, t
     labels = kqa_labels(judge, replies=answered)
     marks = grades(judge, replies=replies(ReplyConfig(limit=limit, turns=True), model=policy, data=talks))
     frame = pd.read_json(labels / "labels.jsonl", lines=True)
-    row = {"answers by": name, **kqa_row(frame), "MT-Bench": marks.metrics["mean"], "turns": marks.metrics["turns"]}
+    unread = int(frame.label.isna().sum())
+    row = {
+        "answers by": name,
+        **kqa_row(frame),
+        "unread": unread,
+        "MT-Bench": marks.metrics["mean"],
+        "turns": marks.metrics["turns"],
+    }
     artifacts = (policy, answered, labels, marks)
     must = frame[frame.kind == "must_have"]
-    return Judged(row, _statements(must, "Entailment", artifacts), _statements(frame, "Contradiction", artifacts), answered)
+    return Judged(
+        row,
+        kqa_scores(frame),
+        _statements(must, "Entailment", artifacts),
+        _statements(frame, "Contradiction", artifacts),
+        answered,
+    )
 
 
 def _statements(frame: pd.DataFrame, label: str, artifacts: tuple[Artifact, ...]) -> Answers:
     """Statements as answers, right where they have the label; a question's statements belong together."""
+    frame = frame.dropna(subset="label")  # a label that cannot be read says nothing of the answer
     made = pd.DataFrame({"id": frame.id, "concept": frame.question, "subset": "K-QA", "seed": 0})
     return Answers(made.assign(correct=(frame.label == label).astype(int), letter=frame.label, strict=True), artifacts)
 
@@ -290,7 +313,8 @@ def _statements(frame: pd.DataFrame, label: str, artifacts: tuple[Artifact, ...]
 def wins(judge: LLMConfig, ours: Artifact, baseline: Artifact) -> stats.Estimate:
     """Share of prompts that our replies win against the baseline's, judged in both orders; ties are half a win."""
     made = as_pairs(None, ours=ours, baseline=baseline)
-    return win_rate(outcomes(pairwise(judge, pairs=made), made), made.metrics["same"])
+    settled = {name: made.metrics[name] for name in ("same", "lost", "won")}
+    return win_rate(outcomes(pairwise(judge, pairs=made), made), **settled)
 
 
 PUBLISHED_ROWS = {  # policy and measure -> row of the paper's general-domain table
@@ -304,13 +328,9 @@ PUBLISHED_ROWS = {  # policy and measure -> row of the paper's general-domain ta
 
 
 def as_cells(judged: Mapping[str, Judged]) -> pd.DataFrame:
-    """Results of `judge_policy` as cells: arm, subset, value (K-QA's shares as fractions of statements), n."""
+    """Results of `judge_policy` as cells: arm, subset, value (K-QA's by question, as it defines them)."""
     rows = []
     for name, result in judged.items():
-        values = {
-            "completeness": result.kqa.accuracy,
-            "hallucination": result.contradicts.accuracy,
-            "mt_bench": result.row["MT-Bench"],
-        }
+        values = {**{name: score.value for name, score in result.scores.items()}, "mt_bench": result.row["MT-Bench"]}
         rows += [{"arm": f"{name}/{measure}", "subset": "value", "value": value} for measure, value in values.items()]
     return pd.DataFrame(rows)

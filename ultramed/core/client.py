@@ -334,12 +334,17 @@ class _Run:
         return f"{self.server.url}: HTTP {status}; {hint}. It said: {words}"
 
 
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number")
+
+
 def read_json(text: str, schema: type[BaseModel]) -> tuple[dict | None, str]:
     """(value, '') of the first JSON object in `text` that fits the schema, or (None, what is wrong).
 
     Fences, prose around the object and a comma too many are put up with; nothing is guessed.
     """
-    complaint, decoder = "there is no JSON object in it", json.JSONDecoder()
+    text = text.rpartition("</think>")[2]  # what a model thinks first is no answer
+    complaint, decoder = "there is no JSON object in it", json.JSONDecoder(parse_constant=_no_number)
     for start in (m.start() for m in re.finditer(r"\{", text)):
         for candidate in (text[start:], re.sub(r",\s*([}\]])", r"\1", text[start:])):
             try:

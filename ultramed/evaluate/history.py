@@ -80,7 +80,7 @@ class Script:
         return int(close.argmax()) if close.max() >= self.near else None
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def histories(
     out: Path, config: HistoryConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
 ) -> dict:
@@ -168,7 +168,9 @@ def _answers(cases, said, script, config, path) -> dict[str, tuple[str, int | No
 
 
 def diagnoses(text: str) -> list[str]:
-    """Up to five, out of lines or a numbered list."""
+    """Up to five, out of lines or of a list, whose preamble is none."""
+    listed = re.search(r"(?:^|\s)\d[.)]\s|^[-*•]\s", text, re.MULTILINE)
+    text = text[listed.start() :] if listed else re.sub(r"\A[^\n]*:\s*\n", "", text)
     lines = re.split(r"(?:^|\s+)\d[.)]\s|\n+", text)
     return [s for line in lines if (s := re.sub(r"^[\s\-*•]+|[\s.,;:]+$", "", line))][:5]
 

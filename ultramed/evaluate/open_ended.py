@@ -130,8 +130,10 @@ def kqa_scores(frame: pd.DataFrame, seed: int = 0) -> dict[str, stats.Estimate]:
 
     frame: columns question, kind ('must_have' or 'nice_to_have'), label. Completeness is the share of a question's
     must-have statements that the answer entails, hallucination the number of its statements that the answer contradicts;
-    both are means over questions, with intervals over questions.
+    both are means over questions, with intervals over questions. Statements without a label (a judge's that could not be read)
+    are left out.
     """
+    frame = frame.dropna(subset="label")
     must = frame[frame.kind == "must_have"]
     share = (must.label == "Entailment").groupby(must.question).mean()
     wrong = (frame.label == "Contradiction").groupby(frame.question).sum()

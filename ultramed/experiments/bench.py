@@ -145,7 +145,9 @@ def by_task(answered: Mapping[str, Answers]) -> pd.DataFrame:
             part = made.frame[made.frame.task == task]
             e, unparsed = stats.wilson(part.correct), int(part.letter.isna().sum())
             parts.append({"model": name, "task": task, **_row(e), "unparsed": unparsed, "upper": e.value + unparsed / e.n})
-        rows += [*parts, {"model": name, "task": "mean of tasks", **_mean(parts)}]
+        mean = _row(over_tasks(made.frame.correct.astype(float), made.frame.task).within(0, 1))
+        unread = {"unparsed": sum(p["unparsed"] for p in parts), "upper": np.mean([p["upper"] for p in parts])}
+        rows += [*parts, {"model": name, "task": "mean of tasks", **mean, **unread}]
     return pd.DataFrame(rows)
 
 
@@ -153,14 +155,14 @@ def _row(e: stats.Estimate) -> dict:
     return {"accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se}
 
 
-def _mean(parts: list[dict]) -> dict:
-    """The mean over tasks, as Table 2 averages, with a normal interval from the tasks' own errors."""
-    value, se = np.mean([p["accuracy"] for p in parts]), np.sqrt(sum(p["se"] ** 2 for p in parts)) / len(parts)
+def over_tasks(values: pd.Series, tasks: pd.Series) -> stats.Estimate:
+    """The mean over tasks, as Table 2 averages, of a value a question, with a normal interval from the tasks' own errors: how many
+    questions a task has is no chance. Where a task's values are all alike, its error is the rule of three's (stats.unseen)."""
+    parts = [part for _, part in values.groupby(tasks)]
+    errors = [part.sem() if part.nunique() > 1 else stats.unseen(np.ones(len(part)), np.arange(len(part)))[0] for part in parts]
+    value, se = np.mean([part.mean() for part in parts]), np.sqrt(np.square(errors).sum()) / len(parts)
     width = norm.isf(0.025) * se
-    counts = {"n": sum(p["n"] for p in parts), "unparsed": sum(p["unparsed"] for p in parts)}
-    return {"accuracy": value, "low": value - width, "high": value + width, "se": se, **counts} | {
-        "upper": np.mean([p["upper"] for p in parts])
-    }
+    return stats.Estimate(value, value - width, value + width, len(values), ((se, np.inf),))
 
 
 def compare_models(answered: Mapping[str, Answers]) -> pd.DataFrame:
@@ -169,20 +171,10 @@ def compare_models(answered: Mapping[str, Answers]) -> pd.DataFrame:
     rows = []
     for a, b in combinations(answered, 2):
         both = answered[a].frame.merge(answered[b].frame, on=["id", "task"], suffixes=("_a", "_b"), validate="one_to_one")
-        d = both.correct_a.astype(float) - both.correct_b.astype(float)
-        parts = [part for _, part in d.groupby(both.task)]
-        value = np.mean([part.mean() for part in parts])
-        se = np.sqrt(sum(part.var(ddof=1) / len(part) if len(part) > 1 else 0.25 for part in parts)) / len(parts)
+        found = over_tasks(both.correct_a.astype(float) - both.correct_b.astype(float), both.task).within(-1, 1)
         p = stats.sign_flip(both.correct_a, both.correct_b, both.id, weights=stats.task_weights(both.task))
-        width = norm.isf(0.025) * se
-        found = {
-            "difference": value,
-            "low": value - width,
-            "high": value + width,
-            "detectable": stats.detectable(((se, np.inf),)),
-            "p": p,
-        }
-        rows.append({"A": a, "B": b, **found, "n": len(both)})
+        interval = {"difference": found.value, "low": found.low, "high": found.high}
+        rows.append({"A": a, "B": b, **interval, "detectable": stats.detectable(found.errors), "p": p, "n": len(both)})
     frame = pd.DataFrame(rows, columns=["A", "B", "difference", "low", "high", "detectable", "p", "n"])
     return frame.assign(p_holm=stats.holm(frame.p.tolist()))
 

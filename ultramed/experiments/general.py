@@ -24,7 +24,8 @@ LM_EVAL = EvalConfig(protocol="likelihood", likelihood_prompt="lm_eval")
 
 # A minus between two numbers or behind a word ("10-12", "x-3") is no sign; a comma separates thousands only.
 _NUMBER = re.compile(r"(?:(?<![\w.)])([-\u2212]))?\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
-_MARK = "####"  # before the result, in GSM8K's own solutions
+# GSM8K's own line: a number begins it, and is not that of a list's item or of a heading ('#### 1. Eggs').
+_STATED = re.compile(r"####[ \t]*[^\w\n.\-\u2212]*([-\u2212]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?![.)]\s*[A-Za-z])(?!\w)")
 
 
 def last_number(text: str) -> float | None:
@@ -36,12 +37,11 @@ def last_number(text: str) -> float | None:
 def final_number(text: str) -> tuple[float | None, bool]:
     """(the number that a solution ends in, whether it stands in GSM8K's own form '#### 18').
 
-    Where there is no such line the last number of the text counts, as in lm-evaluation-harness' flexible reading. What
-    follows the first such line is another problem that the model made up.
+    A heading ('#### Step 1') is no such line. Where there is none the last number of the text counts, as in
+    lm-evaluation-harness' flexible reading. What follows the first such line is another problem that the model made up.
     """
-    before, mark, after = text.partition(_MARK)
-    stated = last_number(after.strip().split("\n")[0]) if mark else None
-    return (stated, True) if stated is not None else (last_number(before), False)
+    found = _STATED.search(text)
+    return (last_number(found[1]), True) if found else (last_number(text), False)
 
 
 class ShotsConfig(Strict):

@@ -186,13 +186,16 @@ class UltraMedical:
         section, made = self.settings.candidates, {}
         for number, member in enumerate(section.pool):
             config = self.sampling(n=member.n, temperature=member.temperature, seed=number)
-            for where in self.prompts((section.held_prompts if held else section.prompts)[domain], held=held):
+            name = member.policy
+            if name not in WITHOUT_MODEL:
+                name += f"_t{str(member.temperature).replace('.', '')}"
+            for place, where in enumerate(self.prompts((section.held_prompts if held else section.prompts)[domain], held=held)):
+                key = f"{name}_{place}" if place else name  # a data set each
                 if member.policy in WITHOUT_MODEL:
-                    made[member.policy] = references(config, **where, guess=member.policy == "guess")
+                    made[key] = references(config, **where, guess=member.policy == "guess")
                 else:
                     model = self.base if member.policy == "base" else self.train_sft(member.policy, self.seeds[0])
-                    name = f"{member.policy}_t{str(member.temperature).replace('.', '')}"
-                    made[name] = samples(config, model=model, **where)
+                    made[key] = samples(config, model=model, **where)
         return made
 
     def sampling(self, **changes) -> SampleConfig:
