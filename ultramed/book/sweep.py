@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from rich.console import Console
 
 from ultramed.core import config
@@ -120,13 +120,9 @@ def run_sweep(file: Path, console: Console) -> bool:
         )
         console.print(f"{number}/{len(points)} {label} seed {seed}: {e}", highlight=False)
     table = pd.DataFrame(rows)
-    name = f"sweep_{file.stem}"
+    name, where = f"sweep_{file.stem}", config.raw_profile(sweep.profile)["name"]
     save_table(
-        table,
-        name,
-        profile=sweep.profile,
-        caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.",
-        artifacts=artifacts_of(made),
+        table, name, profile=where, caption=f"Sweep {file.stem}: arm {sweep.arm}, one row a run.", artifacts=artifacts_of(made)
     )
     done = table[table.state == "done"]
     if len(done):
@@ -135,13 +131,11 @@ def run_sweep(file: Path, console: Console) -> bool:
         shown = shown.assign(arm=sweep.arm, seed="seed " + shown.seed.astype(str))
         fig = figures.intervals(shown, row="point", facet="arm", hue="seed")
         figures.save_figure(
-            fig, name, profile=sweep.profile, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=artifacts_of(made)
+            fig, name, profile=where, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=artifacts_of(made)
         )
-    write_json(folder(sweep.profile) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
+    write_json(folder(where) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
     console.print(
-        f"{len(done)} of {len(points)} runs done; {folder(sweep.profile) / 'tables' / f'{name}.csv'}",
-        highlight=False,
-        soft_wrap=True,
+        f"{len(done)} of {len(points)} runs done; {folder(where) / 'tables' / f'{name}.csv'}", highlight=False, soft_wrap=True
     )
     return len(done) == len(points)
 
@@ -176,7 +170,7 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
         overrides += [f"ultramedical.seeds=[{seed}]", "ultramedical.reward.seeds=1"]
     profile = config.load_profile(sweep.profile, overrides)
     if sweep.experiment == "sft":
-        config.arm_config(profile, sweep.arm)
+        _not_hidden(point, "train", profile.train, config.arm_config(profile, sweep.arm))
         if seed not in profile.usmle.seeds:
             raise ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
         return profile
@@ -186,4 +180,26 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
     arms = {"preference": section.preference.arms, "reward": section.reward.arms}.get(sweep.experiment, [sweep.arm])
     config.known(sweep.arm, arms, f"profile {sweep.profile!r}")
     config.known(sweep.mix, section.sft.mixtures, f"profile {sweep.profile!r}, ultramedical.sft.mixtures")
+    _not_hidden(point, "train", profile.train, UltraMedical.of(profile).sft_config(sweep.mix, seed))
+    if sweep.experiment == "preference":
+        used = config.preference_config(profile, sweep.arm)
+        _not_hidden(point, "ultramedical.preference.train", section.preference.train, used)
     return profile
+
+
+def _not_hidden(point: dict, section: str, given: BaseModel, used: BaseModel) -> None:
+    """Raises ConfigError where a point sets a value that the arm sets again: all its runs would be the same under other names."""
+    given, used = given.model_dump(mode="json"), used.model_dump(mode="json")
+    for key in point:
+        if key.startswith(f"{section}."):
+            name, *rest = key.removeprefix(f"{section}.").split(".")
+            if _inside(given[name], rest) != _inside(used[name], rest):
+                raise ConfigError(
+                    f"{key} changes nothing: what is trained sets {_inside(used[name], rest)!r} itself; vary that"
+                )
+
+
+def _inside(value, path: list[str]):
+    for name in path:
+        value = value[name] if isinstance(value, dict) else None
+    return value

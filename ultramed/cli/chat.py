@@ -28,6 +28,11 @@ class Talker:
     def __init__(self, model: Artifact, max_new_tokens: int = 200, temperature: float = 0.0):
         self.name = f"{models.card(model)['name']} ({model.stage}/{model.key})"
         self.tokenizer, self.net = models.load_tokenizer(model), models.load(model)
+        template = models.template_of(model)
+        own = template.jinja(self.tokenizer)  # what the model was trained with, where that is not its chat template
+        self.tokenizer.chat_template = own or self.tokenizer.chat_template
+        self.one_turn = bool(own)
+        self.net.generation_config.eos_token_id = models.generation(model, self.tokenizer).eos_token_id
         if not self.tokenizer.chat_template:
             raise ConfigError(f"{self.name} has no chat template: it completes texts and holds no conversations")
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
@@ -36,6 +41,7 @@ class Talker:
     def _ids(self, turns: list[dict]) -> torch.Tensor:
         """Token ids (1, T) of the conversation; its oldest turns are left out if it has grown too long for the model."""
         room = context_length(self.net) - self.max_new_tokens
+        turns = turns[-1:] if self.one_turn else turns
         while True:
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
             if ids["input_ids"].shape[1] <= room:

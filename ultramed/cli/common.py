@@ -13,7 +13,16 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
 
 console = Console()
-ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A file of params/, without .yaml, or a path to one.")]
+
+
+def _whole_path(profile: str) -> str:
+    """Notebooks and cluster tasks run in other folders."""
+    return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
+
+
+ProfileOption = Annotated[
+    str, typer.Option("--profile", "-p", callback=_whole_path, help="A file of params/, without .yaml, or a path to one.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set train.epochs=2 (repeatable).")]
 
 

@@ -259,29 +259,34 @@ class _Run:
             sent += 1
             try:
                 status, headers, content = await self.post(http, body)
-                if status in RETRY:
-                    why = f"HTTP {status}"
+                told = content.decode(errors="replace") if status >= 300 else ""
+                if status in RETRY and "insufficient_quota" not in told:
+                    why = f"HTTP {status}; it said: {self.words(told)}"
                     await self.back_off(attempt, why, status, headers.get("retry-after", ""))
                     continue
-                told = content.decode(errors="replace") if status >= 400 else ""
                 if status in (400, 422) and shape and "response_format" in told:
                     self.format = {}  # the server has no structured outputs; the prompt asks for JSON as well
                     continue
                 if status in (400, 413) and TOO_LONG.search(told):
                     nothing = {"text": "", "finish_reason": "", "tokens": 0, "completion_tokens": 0}
                     return {"status": "too_long", "requests": sent, **nothing}
-                if status >= 400:
-                    raise ConfigError(self.refusal(status, told))
+                if status >= 300:
+                    raise ConfigError(self.refusal(status, headers.get("location") or told))
                 data = json.loads(content)
+                if "choices" not in data:
+                    raise ValueError(f"an answer without choices: {self.words(content.decode(errors='replace'))}")
                 choice = data["choices"][0]
                 text = choice["message"]["content"] or ""
+                if not isinstance(text, str):
+                    raise ValueError(f"its content is no text but a {type(text).__name__}")
             except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as err:
                 why = f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
                 await self.back_off(attempt, why)
                 continue
-            usage = data.get("usage") or {}
-            tokens = int(usage.get("total_tokens") or usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0))
-            written = int(usage.get("completion_tokens") or len(text.split()))
+            usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
+            counts = {name: count if isinstance(count, int) else 0 for name, count in usage.items()}
+            tokens = counts.get("total_tokens") or counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0)
+            written = counts.get("completion_tokens") or len(text.split())
             self.tokens, self.written = self.tokens + tokens, self.written + written
             return {
                 "text": text,
@@ -322,16 +327,20 @@ class _Run:
             await asyncio.sleep(wait)
 
     def refusal(self, status: int, told: str) -> str:
-        """What a 4xx means for the user; the server's own words, cut, and never the key."""
-        words = " ".join(told.split())[:300]
-        if key := os.environ.get(self.server.key_env):
-            words = words.replace(key, "…")
+        """What a refusal means for the user, with the server's own words."""
         hint = {
             401: f"set {self.server.key_env} to a key that the server knows",
             403: f"the key in {self.server.key_env} may not use this model",
+            429: "the account's quota is used up",
             404: f"is {self.server.url!r} the address before /chat/completions, and {self.server.model!r} a model it serves?",
-        }.get(status, "the server did not understand the request")
-        return f"{self.server.url}: HTTP {status}; {hint}. It said: {words}"
+        }.get(status, "the server did not understand the request" if status >= 400 else "it is at another address")
+        return f"{self.server.url}: HTTP {status}; {hint}. It said: {self.words(told)}"
+
+    def words(self, told: str) -> str:
+        """A server's words, cut, and never the key."""
+        key = os.environ.get(self.server.key_env)
+        said = " ".join(told.split())[:300]
+        return said.replace(key, "…") if key else said
 
 
 def _no_number(name: str):

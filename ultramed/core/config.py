@@ -95,6 +95,8 @@ def known(name: str, there, where: str) -> None:
 def read_yaml(path: Path) -> dict:
     try:
         data = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be read ({err.strerror})") from None
     except yaml.YAMLError as err:
         raise ConfigError(f"{path}: not valid YAML: {err}") from None
     if not isinstance(data, dict):
@@ -132,20 +134,26 @@ def raw_profile(name: str, _seen: tuple = ()) -> dict:
     if path in _seen:
         raise ConfigError(f"{path}: `extends` goes round in a circle")
     data = read_yaml(path)
-    parent = data.pop("extends", None)
+    parent = _beside(path, data.pop("extends", None))
     data = merge(raw_profile(parent, (*_seen, path)), data, Profile) if parent else data
     return {**data, "name": path.stem}
+
+
+def _beside(path: Path, parent: str | None) -> str | None:
+    """What a profile extends: a name, or a file whose path is seen from the profile's own folder."""
+    return str(path.parent / parent) if parent and parent.endswith((".yaml", ".yml")) else parent
 
 
 def chain(name: str) -> list[Path]:
     """The profile's file and those it extends, the last ancestor first."""
     path = profile_path(name)
-    parent = read_yaml(path).get("extends")
+    parent = _beside(path, read_yaml(path).get("extends"))
     return [*(chain(parent) if parent else ()), path]
 
 
 def set_by(name: str) -> dict[str, str]:
     """'train.epochs' -> 'params/gpu.yaml:9', for every key that a file of the profile's chain writes; the last one counts."""
+    raw_profile(name)  # a circle of `extends` is told there
     places: dict[str, str] = {}
 
     def visit(node: yaml.Node, key: str, file: str) -> None:
@@ -201,6 +209,8 @@ def apply_override(data: dict, keys: list[str], value: Any) -> dict:
     if isinstance(data, list):
         if not head.isdigit() or int(head) >= len(data):
             raise ConfigError(f"override: {head!r} is not an index into a list of {len(data)}")
+        if rest and not isinstance(data[int(head)], dict | list):
+            raise ConfigError(f"override {'.'.join(keys)}: {head!r} is a value, not a section")
         new = list(data)
         new[int(head)] = apply_override(data[int(head)], rest, value) if rest else value
         return new
@@ -241,6 +251,8 @@ def load_profile(name: str = "laptop", overrides: list[str] | tuple[str, ...] = 
     """Profile `name` with overrides applied and checked; its own name is then that of the folder of its results. Raises
     ConfigError on anything unknown or impossible."""
     data = overridden(raw_profile(name), overrides)
+    if profile_path(name).resolve().parent != (home() / "params").resolve() and data["name"] in profiles():
+        raise ConfigError(f"{name} has the name of a profile of params/, whose results it would replace; give it another")
     data["name"] = results_name(data["name"], overrides)
     source = f"profile {name!r}" + (f" with {list(overrides)}" if overrides else "")
     profile = validate(Profile, data, source)

@@ -372,27 +372,40 @@ def garbage(unused_days: float | None = None) -> list[Path]:
     """
     out = list(root().glob("*/.corrupt-*"))
     for work in root().glob("*/.work-*"):
-        lock = FileLock(work.with_name(work.name.replace(".work-", ".lock-")))
-        try:
-            with lock.acquire(timeout=0):
-                out.append(work)
-        except Timeout:
-            pass
+        with _unclaimed(work) as free:
+            out += [work] if free else []
     if unused_days is not None:
-        edge = time.time() - unused_days * 86400
-        keep = {a.key for a in artifacts() if a.path.stat().st_mtime >= edge}
-        for art in artifacts():
-            if art.key in keep:
-                keep |= {m["key"] for m in art.lineage()}
-        out += [a.path for a in artifacts() if a.key not in keep]
+        edge, every = time.time() - unused_days * 86400, {a.key: a for a in artifacts()}
+        keep, queue = set(), [key for key, a in every.items() if a.path.stat().st_mtime >= edge]
+        while queue:
+            key = queue.pop()
+            if key in every and key not in keep:  # an input may be gone
+                keep.add(key)
+                queue += [ref["key"] for ref in every[key].manifest["inputs"].values()]
+        out += [a.path for key, a in every.items() if key not in keep]
     return out
+
+
+@contextmanager
+def _unclaimed(path: Path):
+    """Whether nobody works in the folder, and nobody can begin to while the block runs."""
+    if not path.name.startswith(".work-"):
+        yield True
+        return
+    try:
+        with FileLock(path.with_name(path.name.replace(".work-", ".lock-"))).acquire(timeout=0):
+            yield path.exists()
+    except Timeout:
+        yield False
 
 
 def gc(unused_days: float | None = None, dry_run: bool = False) -> tuple[list[Path], int]:
     """Delete garbage; (folders, bytes freed)."""
-    paths = garbage(unused_days)
-    freed = sum(map(size, paths))
-    if not dry_run:
-        for path in paths:
-            shutil.rmtree(path)
-    return paths, freed
+    gone, freed = [], 0
+    for path in garbage(unused_days):
+        with _unclaimed(path) as free:  # somebody may have taken it up since
+            if free:
+                gone, freed = [*gone, path], freed + size(path)
+                if not dry_run:
+                    shutil.rmtree(path)
+    return gone, freed

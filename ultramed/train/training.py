@@ -169,7 +169,8 @@ def save(
 
     Called by all workers, because a sharded model is gathered; the first one writes.
     """
-    metadata = {"method": method, "base": base.key, "name": models.card(base)["name"], **metadata}
+    name = models.card(base)["name"]
+    metadata = {"method": method, "base": base.key, "name": Path(name).name if Path(name).is_dir() else name, **metadata}
     state = launch.gather_state_dict(net) if launch.sharded() else None
     if not launch.main_worker():
         return
