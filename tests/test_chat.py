@@ -166,3 +166,23 @@ def test_stop_keeps_what_was_said(endless, tmp_path):
         time.sleep(0.1)
     assert not slow._busy.locked()
     assert len(steps) < 400
+
+
+def test_a_model_is_spoken_to_as_it_was_trained(medalpaca, tmp_path, fresh_store):
+    """In Alpaca's template, which has one turn, and until one of the model's own end tokens, not only the tokenizer's."""
+    import json as plain
+    import shutil
+
+    from ultramed.core.schema import ModelConfig
+    from ultramed.lm import models
+    from ultramed.lm.templates import TEMPLATES
+
+    folder = tmp_path / "mine"
+    shutil.copytree(medalpaca.base.path, folder)
+    (folder / "generation_config.json").write_text(plain.dumps({"eos_token_id": [5, 2]}))
+    model = models.base_model(ModelConfig(name=str(folder), label="x", template="alpaca"))
+    talker = chat.Talker(model, max_new_tokens=8)
+    earlier = [*user("Hello"), {"role": "assistant", "content": "Hi."}]
+    text = talker.tokenizer.decode(talker._ids([*earlier, *user()])[0])
+    assert text == TEMPLATES["alpaca"].render(user(), talker.tokenizer)
+    assert {2, 5} <= set(talker.net.generation_config.eos_token_id)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 QUESTION = {"question": "Which organ sees?", "options": {"A": "eye", "B": "ear", "C": "nose", "D": "skin"}, "gold": "A"}
 
 
-def ultramed(*args, **env) -> subprocess.CompletedProcess:
+def ultramed(*args, cwd=None, **env) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ultramed", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160", **env})
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "160", **env})
 
 
 @pytest.fixture
@@ -165,3 +166,32 @@ def test_data_build_writes_a_collection_that_datasets_reads(tmp_path):
     again = ultramed("data", "build", "--profile", "smoke", "--out", out)
     assert again.returncode == 2
     assert "give a new folder" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("profile", "a.yaml"),  # extends b.yaml, which extends it
+        ("profile", "laptop", "--set", "usmle.seeds.0.x=1"),
+        ("sweep", "missing.yaml"),
+        ("run", "--profile", "laptop.yaml", "--dry-run"),  # a file of one's own with the name of a profile
+        ("eval", "--model", "bundled:tiny", "--questions", "q.jsonl", "--out", "out", "--dtype", "float12"),
+        ("chat", "--web", "--port", "99999"),
+    ],
+)
+def test_a_slip_is_one_line_and_no_traceback(tmp_path, command):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
+    (tmp_path / "laptop.yaml").write_text("extends: smoke\n")
+    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    done = ultramed(*command, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_profile_extends_a_file_beside_it_wherever_it_is_read_from(tmp_path):
+    (tmp_path / "own.yaml").write_text("extends: smoke\ntrain: {epochs: 7}\n")
+    (tmp_path / "more.yaml").write_text("extends: own.yaml\n")
+    done = ultramed("profile", tmp_path / "more.yaml")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train\.epochs\s.*7", done.stdout)

@@ -230,3 +230,46 @@ def test_500_requests_survive_faults_and_three_kills(tmp_path):
         assert all(r["text"] == f"question {r['id'][1:]}"[::-1] for r in rows)
         # Only what was on its way when the client was killed can have been answered without having been written down.
         assert sum(server.done.values()) - 500 <= 3 * 16
+
+
+def with_usage(usage, content="fine"):
+    return json.dumps({"choices": [{"message": {"content": content}}], "usage": usage})
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 5, "completion_tokens": None, "total_tokens": None}, 5),
+        ({"prompt_tokens": "five"}, 0),
+        ("none", 0),
+        (None, 0),
+    ],
+)
+def test_an_odd_count_of_tokens_loses_no_answer(tmp_path, usage, tokens):
+    with Faulty(faults=lambda number: (200, with_usage(usage), {})) as server:
+        (row,) = ask(server.config(), requests(1), tmp_path / "l.jsonl")
+    assert (row["text"], row["tokens"], row["status"]) == ("fine", tokens, "ok")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (with_usage({}, [{"type": "text", "text": "parts"}]), "no text but a list"),
+        ('{"error": {"message": "the model is asleep"}}', "the model is asleep"),
+        ("[]", "without choices"),
+    ],
+)
+def test_an_answer_that_is_none_is_an_error_that_says_what_came(tmp_path, text, said):
+    with Faulty(faults=lambda number: (200, text, {})) as server, pytest.raises(ServerError, match=said):
+        ask(server.config(tries=2), requests(1), tmp_path / "l.jsonl")
+    assert len(server.bodies) == 2
+
+
+def test_a_used_up_quota_and_a_moved_server_stop_at_once(tmp_path):
+    gone = (429, '{"error": {"code": "insufficient_quota", "message": "You exceeded your quota"}}', {})
+    with Faulty(faults=lambda number: gone) as server, pytest.raises(ConfigError, match=r"quota is used up.*You exceeded"):
+        ask(server.config(tries=4), requests(1), tmp_path / "l.jsonl")
+    assert len(server.bodies) == 1
+    moved = (308, "", {"location": "http://elsewhere/v1"})
+    with Faulty(faults=lambda number: moved) as server, pytest.raises(ConfigError, match=r"another address.*elsewhere"):
+        ask(server.config(tries=4), requests(1), tmp_path / "m.jsonl")

@@ -207,3 +207,26 @@ def test_keys_do_not_depend_on_the_order_of_a_dictionary(data):
 def test_different_values_have_different_keys(a, b):
     if json.dumps(store.canonical(a), sort_keys=True) != json.dumps(store.canonical(b), sort_keys=True):
         assert digest(a) != digest(b)
+
+
+def test_gc_leaves_work_that_somebody_has_taken_up_meanwhile(fresh_store, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        fragile(Size())
+    (work,) = gc(dry_run=True)[0]
+    lock = store.FileLock(work.with_name(work.name.replace(".work-", ".lock-")), is_singleton=False)
+    found = store.garbage()
+    monkeypatch.setattr(store, "garbage", lambda days: found)  # looked at before, deleted after
+    with lock:
+        assert gc() == ([], 0)
+        assert work.exists()
+    assert gc()[0] == [work]
+
+
+def test_gc_by_age_goes_on_where_an_input_is_gone(fresh_store):
+    source = numbers(Size())
+    kept = doubled(Size(), source=source)
+    import shutil
+
+    shutil.rmtree(source.path)
+    assert gc(unused_days=1)[0] == []
+    assert kept.path.exists()

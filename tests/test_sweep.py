@@ -55,3 +55,23 @@ def test_a_typo_in_a_sweep_costs_nothing(file, monkeypatch):
     monkeypatch.setattr(MedAlpaca, "of", lambda *a: pytest.fail("something ran"))
     with pytest.raises(ConfigError, match=r"unknown key 'train\.lora\.rnak'"):
         run_sweep(file, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("arm: lora\ngrid: {train.learning_rate: [1e-3]}", "train.learning_rate changes nothing: what is trained sets 0.006"),
+        ("experiment: policy\ngrid: {train.learning_rate: [1e-3]}", "changes nothing: what is trained sets 0.0002"),
+        (
+            "experiment: preference\narm: dpo\ngrid: {ultramedical.preference.train.loss: [ipo]}",
+            "changes nothing: what is trained sets 'dpo'",
+        ),
+    ],
+)
+def test_a_value_that_the_arm_sets_again_cannot_be_varied(tmp_path, text, hidden):
+    from ultramed.book.sweep import read_sweep
+
+    file = tmp_path / "rates.yaml"
+    file.write_text(f"profile: laptop\n{text}\n")
+    with pytest.raises(ConfigError, match=hidden):
+        read_sweep(file)

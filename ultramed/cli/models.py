@@ -11,6 +11,7 @@ from ultramed.cli.common import EngineOption, MapOption, ProcessesOption, consol
 from ultramed.core import config, schema, store
 from ultramed.core.errors import ConfigError
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 models_app = typer.Typer(pretty_exceptions_enable=False)
 
 
@@ -56,6 +57,7 @@ def evaluate(
     from ultramed.lm import models
 
     quiet_libraries()
+    config.known(dtype, DTYPES, "--dtype")
     given_template = _template(template)
     data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval", "engine": engine}
     setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
@@ -191,7 +193,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     web: Annotated[bool, typer.Option("--web", help="On a page in the browser, for this machine alone.")] = False,
-    port: Annotated[int, typer.Option(help="Of the page; 0: any free one.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any free one.")] = 7860,
 ) -> None:
     """Talk to a model. It runs here; nothing leaves the machine. Research software: no medical advice."""
     from ultramed.cli.chat import Talker, server
