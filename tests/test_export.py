@@ -101,3 +101,21 @@ def test_an_instruction_format_becomes_a_chat_template(tokenizer, name, given):
         tokenizer.chat_template = plain
     assert shown == shape.render(given, tokenizer)
     assert whole == shown + shape.finish("The eye.", tokenizer)
+
+
+@pytest.mark.parametrize("arm", ["lora", "full"])
+def test_what_was_trained_on_a_local_folder_says_nothing_of_where_it_stood(medalpaca, tmp_path, arm):
+    import shutil
+
+    from ultramed.core.config import load_profile
+    from ultramed.experiments.medalpaca import MedAlpaca
+
+    folder = tmp_path / "my model"
+    shutil.copytree(medalpaca.base.path, folder)
+    (folder / "own.json").write_text(json.dumps({"arm": arm}))  # a base of its own
+    mine = MedAlpaca.of(load_profile("smoke", [f"models.0.name={folder}", "train.epochs=1"]))
+    export(mine.train_arm(arm, seed=0), tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.*"):
+        if file.suffix in (".json", ".md"):
+            assert str(tmp_path) not in file.read_text(), file.name
+    assert "my model" in (tmp_path / "out" / "README.md").read_text()

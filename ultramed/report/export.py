@@ -61,8 +61,21 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
     write_json(part / "lineage.json", [{k: v for k, v in m.items() if k != "files"} for m in model.lineage()])
     kind = "adapter" if metadata["kind"] == "adapter" and not merge else metadata["kind"]
     write_text(part / "README.md", card(model, kind, merge, results))
+    _without_paths(part, model)
     part.rename(out)
     return {"files": sorted(p.name for p in out.iterdir()), "results": len(results), "bytes": store.size(out)}
+
+
+def _without_paths(folder: Path, model: Artifact) -> None:
+    """Name local folders that were bases by their last part: what leaves the house says nothing of where it stood."""
+    used = {m["config"][key] for m in model.lineage() if m["stage"] == "base_model" for key in ("name", "tokenizer")}
+    local = [Path(name).expanduser() for name in used if name and Path(name).expanduser().is_dir()]
+    for file in [*folder.glob("*.json"), *folder.glob("*.md")] if local else ():
+        text = file.read_text()
+        for path in local:
+            for whole in {str(path.resolve()), str(path.absolute())}:
+                text = text.replace(whole, path.resolve().name)
+        file.write_text(text)
 
 
 def _generation(tokenizer):
