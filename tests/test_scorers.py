@@ -32,3 +32,10 @@ def test_sensitivity_counts_what_is_scored_otherwise():
     assert table.loc["ultramed", "scored otherwise"] == 0
     assert table.loc["Inspect", "scored otherwise"] == sum(want[0] != want[3] for _, want in CASES)
     assert (table.n == len(CASES)).all()
+
+
+def test_our_row_reads_the_form_that_was_asked_for():
+    """'B: ibuprofen' and then another line with a letter: letter first reads the first, reasoned the last."""
+    replies = [("B: ibuprofen\nC: paracetamol", OPTIONS, "B")]
+    right = [sensitivity(replies, form).set_index("scorer").accuracy["ultramed"] for form in ("letter_first", "reasoned")]
+    assert right == [1.0, 0.0]

@@ -105,11 +105,12 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def sensitivity(replies: Iterable[tuple[str, dict[str, str], str]]) -> pd.DataFrame:
+def sensitivity(replies: Iterable[tuple[str, dict[str, str], str]], answer_form: str = "reasoned") -> pd.DataFrame:
     """Accuracy with a 95% interval of the same replies (text, options, gold) by every scorer, and the replies that it scores
-    otherwise than ours."""
+    otherwise than ours, which reads the form that was asked for."""
     replies = list(replies)
     right = {name: [scorer(*reply) for reply in replies] for name, scorer in SCORERS.items()}
+    right["ultramed"] = [parse(text, options, answer_form).letter == gold for text, options, gold in replies]
     rows = []
     for name, marks in right.items():
         e = wilson(marks)

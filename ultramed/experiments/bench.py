@@ -216,7 +216,8 @@ def rescored(answered: Answers, questions: Sequence[Questions]) -> pd.DataFrame:
             if row["subset"] in part.tasks:
                 options[f"{part.tasks[row['subset']]}:{row['id']}"] = row["options"]
     frame = answered.frame
-    return sensitivity((r.reply, options[r.id], r.gold) for r in frame.itertuples())
+    form = next(a.manifest["config"]["answer_form"] for a in answered.artifacts if a.stage == "answers")
+    return sensitivity(((r.reply, options[r.id], r.gold) for r in frame.itertuples()), form)
 
 
 # ---------------------------------------------------------------------------------------------------------- option order
