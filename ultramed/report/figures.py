@@ -62,7 +62,7 @@ def intervals(frame: pd.DataFrame, *, row: str, facet: str, hue: str | None = No
         ax.set_title(part)
         ax.set_xlabel("accuracy (%), 95% interval")
         ax.set_yticks(range(len(rows)), rows)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, none on the frame
     handles, labels = axes[0][-1].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, -0.02))
     fig.tight_layout(rect=(0, 0.06, 1, 1))
