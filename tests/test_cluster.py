@@ -17,7 +17,7 @@ SWEEP = """\
 profile: smoke
 arm: lora
 seeds: [0]
-grid: {train.learning_rate: [1e-3, 2e-3, 4e-3]}
+grid: {usmle.arms.lora.learning_rate: [1e-3, 2e-3, 4e-3]}
 """
 
 

@@ -13,7 +13,7 @@ arm: lora
 seeds: [0, 1]
 grid:
   train.lora.r: [2, 4]
-  train.learning_rate: [1e-3]
+  usmle.arms.lora.learning_rate: [1e-3]
 """
 
 
@@ -60,11 +60,17 @@ def test_a_typo_in_a_sweep_costs_nothing(file, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "hidden"),
     [
-        ("arm: lora\ngrid: {train.learning_rate: [1e-3]}", "train.learning_rate changes nothing: what is trained sets 0.006"),
-        ("experiment: policy\ngrid: {train.learning_rate: [1e-3]}", "changes nothing: what is trained sets 0.0002"),
+        (
+            "arm: lora\ngrid: {train.learning_rate: [1e-3]}",
+            "train.learning_rate changes nothing: usmle.arms.lora.learning_rate sets 0.006",
+        ),
+        (
+            "experiment: policy\ngrid: {train.learning_rate: [1e-3]}",
+            "changes nothing: ultramedical.sft.train.learning_rate sets 0.0002",
+        ),
         (
             "experiment: preference\narm: dpo\ngrid: {ultramedical.preference.train.loss: [ipo]}",
-            "changes nothing: what is trained sets 'dpo'",
+            "changes nothing: ultramedical.preference.arms.dpo.loss sets 'dpo'",
         ),
     ],
 )

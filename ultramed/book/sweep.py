@@ -170,7 +170,7 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
         overrides += [f"ultramedical.seeds=[{seed}]", "ultramedical.reward.seeds=1"]
     profile = config.load_profile(sweep.profile, overrides)
     if sweep.experiment == "sft":
-        _not_hidden(point, "train", profile.train, config.arm_config(profile, sweep.arm))
+        _not_hidden(point, "train", profile.train, config.arm_config(profile, sweep.arm), f"usmle.arms.{sweep.arm}")
         if seed not in profile.usmle.seeds:
             raise ConfigError(f"seed {seed} is not one of the profile's {profile.usmle.seeds}")
         return profile
@@ -180,23 +180,23 @@ def _profile(sweep: SweepConfig, point: dict, seed: int) -> Profile:
     arms = {"preference": section.preference.arms, "reward": section.reward.arms}.get(sweep.experiment, [sweep.arm])
     config.known(sweep.arm, arms, f"profile {sweep.profile!r}")
     config.known(sweep.mix, section.sft.mixtures, f"profile {sweep.profile!r}, ultramedical.sft.mixtures")
-    _not_hidden(point, "train", profile.train, UltraMedical.of(profile).sft_config(sweep.mix, seed))
+    _not_hidden(point, "train", profile.train, UltraMedical.of(profile).sft_config(sweep.mix, seed), "ultramedical.sft.train")
     if sweep.experiment == "preference":
-        used = config.preference_config(profile, sweep.arm)
-        _not_hidden(point, "ultramedical.preference.train", section.preference.train, used)
+        used, arm = config.preference_config(profile, sweep.arm), f"ultramedical.preference.arms.{sweep.arm}"
+        _not_hidden(point, "ultramedical.preference.train", section.preference.train, used, arm)
     return profile
 
 
-def _not_hidden(point: dict, section: str, given: BaseModel, used: BaseModel) -> None:
-    """Raises ConfigError where a point sets a value that the arm sets again: all its runs would be the same under other names."""
+def _not_hidden(point: dict, section: str, given: BaseModel, used: BaseModel, by: str) -> None:
+    """Raises ConfigError where a point sets a value of `section` that another one (`by`) sets again: its runs would be the same
+    under other names."""
     given, used = given.model_dump(mode="json"), used.model_dump(mode="json")
     for key in point:
         if key.startswith(f"{section}."):
             name, *rest = key.removeprefix(f"{section}.").split(".")
             if _inside(given[name], rest) != _inside(used[name], rest):
-                raise ConfigError(
-                    f"{key} changes nothing: what is trained sets {_inside(used[name], rest)!r} itself; vary that"
-                )
+                there = ".".join([by, name, *rest])
+                raise ConfigError(f"{key} changes nothing: {there} sets {_inside(used[name], rest)!r}; vary that")
 
 
 def _inside(value, path: list[str]):
