@@ -1,5 +1,7 @@
 """Known answers in the styles that models use, and texts that must not be read as answers."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,7 +184,6 @@ def test_every_gold_answer_of_the_exam_grades_right_and_a_wrong_one_wrong(exam):
         ("Reasons.\nAnswer: Ibuprofen.", "B", "final line"),
         ("Answer: aspirin (A) is tempting.\nAnswer: ibuprofen (B)", "B", "final line"),
         ("A is a form of B, which concerns aspirin. ibuprofen (B)", "B", "text (letter)"),
-        ("First aspirin (A), but then ibuprofen (B) is better.", "B", "text (letter)"),
         ("So the answer is A. No, wait: the answer is B.", "B", "statement"),
         ("The answer is A.\n\\\\boxed{B}".replace("\\\\", "\\"), "B", "boxed"),
         (r"\boxed{\text{B}}", "B", "boxed"),
@@ -190,7 +191,8 @@ def test_every_gold_answer_of_the_exam_grades_right_and_a_wrong_one_wrong(exam):
         ("<answer>B</answer>", "B", "tag"),
         ("<think>maybe A</think><answer>Option B</answer>", "B", "tag"),
         ('{"step_by_step_thinking": "The answer is A?", "choice": "B"}', "B", "json"),
-        ("Therefore, **B. ibuprofen** fits best.", "B", "bold"),
+        ("Therefore, **B. ibuprofen** fits best.", "B", "bold text"),
+        ("**A. aspirin** is weak, so I say **B**", "B", "bold"),
         ("I would choose option B here.", "B", "chosen"),
         ("Option B is correct because it blocks both.", "B", "correct"),
         ("B is the most likely answer.", "B", "correct"),
@@ -229,6 +231,8 @@ def test_reasoned_replies_and_the_rules_that_read_them(text, letter, rule):
         "Reasons.\nAnswer: unclear",
         "X",
         '{"reasons": "The answer is B", "answer_choice": "Insufficient information"}',
+        "First aspirin (A), but then ibuprofen (B) is better.",  # which is meant, only the sense tells
+        "<think>The answer is B. Let me check",
     ],
 )
 def test_negations_enumerations_and_abstentions_are_no_answers(text):
@@ -311,3 +315,65 @@ def test_ultramedicals_own_answers_are_read(data):
             assert parse(row["conversations"][-1]["value"], options, "reasoned").letter == row["answer"].strip()[0]
             read += 1
     assert read == 25
+
+
+DRUGS = {"A": "Aspirin", "B": "Heparin", "C": "Warfarin", "D": "None of the above"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is B. Warfarin (C) is contraindicated.", "B"),
+        ("The correct answer is B.\n\nExplanation: Heparin acts at once. Warfarin (C) takes days.", "B"),
+        ("The answer is B.\n\n**Why not the others**\n- **A. Aspirin**: weak.\n- **C. Warfarin**: slow.", "B"),
+        ("The answer is D. None of the above.", "D"),
+        ("The answer is B. Option D (None of the above) is wrong.", "B"),
+        ("Perhaps C? <think>The answer is A.</think>The answer is B.", "B"),
+        ("The answer is A.</think>\n\nAnswer: Heparin (B)", "B"),
+    ],
+)
+def test_what_is_stated_comes_before_what_is_mentioned(text, letter):
+    assert parse(text, DRUGS, "reasoned").letter == letter
+
+
+@pytest.mark.parametrize("form", ["letter_first", "content_first", "medalpaca"])
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is either (A) or (C).", None),
+        ("Options (A) and (B) are wrong; the answer is (C).", "C"),
+        ("Not (A). The answer is (C).", "C"),
+        ("Aspirin (A) is wrong. The correct answer is Warfarin (C).", "C"),
+        ("Heparin (B).", "B"),
+    ],
+)
+def test_a_letter_in_brackets_in_the_middle_of_a_sentence_is_no_answer(text, letter, form):
+    assert parse(text, DRUGS, form).letter == letter
+
+
+@pytest.mark.parametrize("form", ["letter_first", "content_first", "medalpaca", "reasoned"])
+def test_an_options_text_that_begins_like_a_letter_and_numbers_that_go_on(form):
+    options = {"A": "Cofactor", "B": "A catalyst", "C": "D-dimer", "D": "Substrate"}
+    assert parse("The answer is A catalyst.", options, form).letter == "B"
+    assert parse("The correct answer is D-dimer.", options, form).letter == "C"
+    assert parse("The answer is 1.5", {"A": "1", "B": "2"}, form).letter is None
+    assert parse("She was given 12.5 mg", {"A": "5 mg", "B": "10 mg"}, form).letter is None
+
+
+def test_the_thinking_of_large_models_is_read_as_they_concluded(data):
+    """MIRAGE's MedQA: the reasons that GPT-3.5 and GPT-4 gave, without the letter that they gave apart. Six are read as
+    another letter than that; before statements came first they were 18."""
+    from ultramed.data.formats import read_table
+
+    same, other = 0, 0
+    for row in read_table(data / "mirage_answers" / "medqa.jsonl.gz"):
+        for answer in row["answers"]:
+            try:
+                thinking = json.loads(answer["raw"])["step_by_step_thinking"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if answer["setting"] == "cot" and answer["predicted"] and isinstance(thinking, str):
+                letter = parse(thinking, row["options"], "reasoned").letter
+                same, other = same + (letter == answer["predicted"]), other + (letter not in (None, answer["predicted"]))
+    assert same > 1000
+    assert other <= 6

@@ -1,8 +1,8 @@
 """Answers out of text: an ordered cascade of named rules, which never knows the gold answer. What no rule reads is
 *unparsed*, never a guess.
 
-A reply that states its answer is believed before one that merely mentions an option, and of several statements the last
-one counts, so that a change of mind does. Negations ("not B") and enumerations ("A or B") are no statements. `strict` marks a
+A statement of the answer is believed before a mere mention of an option ('Warfarin (C) is contraindicated'), and of several
+statements the last one counts, so that a change of mind does. What a reasoning model thinks first is not read. Negations ("not B") and enumerations ("A or B") are no statements. `strict` marks a
 reply in exactly the form that was asked for; the share of such replies is the format compliance.
 """
 
@@ -44,6 +44,13 @@ def accepted(text: str) -> bool:
     return bool(ACCEPTED.match(without_special_ends(text)))
 
 
+def without_thought(text: str) -> str:
+    """What comes after a reasoning model's `</think>`; nothing where the thought was cut off. Templates often write `<think>`."""
+    if "<think>" in text and "</think>" not in text:
+        return ""
+    return text.rpartition("</think>")[2]
+
+
 def squeeze(text: str) -> str:
     """Lower case, markup and outer punctuation gone, one space between words: for comparing option texts."""
     text = re.sub(r"[*_`]+", "", text)
@@ -61,6 +68,7 @@ def parse(text: str, options: dict[str, str], answer_form: str = "letter_first")
     by_text = {}
     for letter, option in options.items():  # an option text that stands twice names no letter
         by_text[squeeze(option)] = None if squeeze(option) in by_text else letter
+    text = without_thought(text)
     plain = re.sub(r"[*`]+", "", text).strip()
     for rule in RULES[answer_form]:
         found = rule(text if rule in ON_MARKUP else plain, letters, by_text)
@@ -90,8 +98,8 @@ def _letter(reply: str, letters: str, by_text: dict) -> Parsed | None:
 
 def _content(reply: str, letters: str, by_text: dict) -> Parsed | None:
     """'text (B)' at the start of the reply. The letter decides only if the text is no option at all."""
-    hit = re.match(rf"(.+?)\s*\(([{letters}])\)", reply.split("\n")[0])
-    if hit is None:
+    hit = re.match(rf"(.+?)\s*\(([{letters}])\)(.*)", reply.split("\n")[0])
+    if hit is None or re.search(r"\w", hit[3]):  # a sentence goes on: it is read as one
         return None
     by_content = by_text.get(squeeze(hit[1]))
     if by_content is not None:
@@ -130,11 +138,13 @@ def _stated(reply: str, letters: str, by_text: dict) -> Parsed | None:
         "statement": rf"(?<![Ii]f the )(?<!hether the ){says}[\"'*]*\s*[:=]?\s*[\"'*]*(?:[Oo]ption\s+)?{one}{alone}",
         "chosen": rf"\b(?:choose|select|pick|go with|answer with)\s+(?:[Oo]ption\s+|\*+)?{one}{alone}",
         "correct": rf"(?<![A-Za-z(]){one}[\"'*.]*\s+(?:is|would be)\s+(?:the\s+)?(?:most\s+likely\s+|best\s+)?(?:correct|right|answer|best)",
-        "bold": rf"\*\*\s*{one}[.:)]?[^*\n]*\*\*",
+        "bold": rf"\*\*\s*{one}[.:)]?\s*\*\*",
+        "bold text": rf"\*\*\s*{one}[.:)][^*\n]*\w[^*\n]*\*\*",
     }
     hits = [(m.start(), rule, next(g for g in m.groups() if g)) for rule, p in patterns.items() for m in re.finditer(p, reply)]
     declared = r"[\"'](?:answer|answer_choice|choice|final_answer)[\"']\s*:\s*[\"'](?!\(?[A-Z]\b)"
-    hits += [(m.start(), "", None) for m in re.finditer(rf"{declared}|{NONE_OF_THEM}", reply)]
+    none = declared if any(re.search(NONE_OF_THEM, t.capitalize()) for t in by_text) else rf"{declared}|{NONE_OF_THEM}"
+    hits += [(m.start(), "", None) for m in re.finditer(none, reply)]
     texts = _alternatives(by_text)
     if texts:
         # Lower-casing and squeezing keep no positions, so texts are looked for in the reply as it stands.
@@ -143,15 +153,21 @@ def _stated(reply: str, letters: str, by_text: dict) -> Parsed | None:
             letter = by_text.get(squeeze(m[1]))
             if letter:
                 hits.append((m.start(), "text (letter)", letter))
-        named = rf"answer(?: is| was| would be| should be)?\s*:?\s*(?:the )?[\"'*]*({texts}){_TAIL}"
+        named = rf"answer(?: is| was| would be| should be)?\s*:?\s*(?:the )?[\"'*]*({texts}){_TAIL}(?![.,]\d)"
         several = rf"(?!\s*(?:,|/|or|and)\s+(?:{texts}))"
         for m in re.finditer(named + several, reply, re.IGNORECASE):
             letter = by_text.get(squeeze(m[1]))
-            if letter:
+            if letter and m[1].upper() not in letters:
                 hits.append((m.start(), "statement of the text", letter))
     if not hits:
         return None
-    _, rule, letter = max(hits, key=lambda hit: hit[:1])
+    mentions = [hit for hit in hits if hit[1] in ("bold text", "text (letter)")]
+    if len(mentions) < len(hits):  # what is stated comes before what is mentioned
+        hits = [hit for hit in hits if hit not in mentions]
+    elif len({letter for *_, letter in mentions}) > 1:  # one option after the other is looked at
+        return None
+    # 'The answer is A catalyst' states a text, not the letter A; a text that is a letter itself is read as the letter.
+    _, rule, letter = max(hits, key=lambda hit: (hit[0], hit[1] == "statement of the text"))
     return Parsed(letter, rule) if letter else UNPARSED
 
 
@@ -187,7 +203,7 @@ def _only_mention(reply: str, letters: str, by_text: dict) -> Parsed | None:
     """Exactly one option's text occurs in the reply, and nothing denies it. Texts inside longer ones do not count."""
     flat, found = squeeze(reply), set()
     for option in sorted(by_text, key=len, reverse=True):
-        if option and re.search(rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])", flat):
+        if option and re.search(rf"(?<![a-z0-9])(?<!\d[.,]){re.escape(option)}(?![a-z0-9])(?![.,]\d)", flat):
             found.add(option)
             flat = flat.replace(option, "\0")
     if len(found) != 1 or re.search(r"\b(not|isn't|never|neither|cannot|can't|except|rather than)\b", squeeze(reply)):
