@@ -103,13 +103,14 @@ class Votes:
     def sizes(self) -> list[int]:
         return [n for n in SIZES if n <= self.letters.shape[1]]
 
-    def summary(self) -> str:
+    def summary(self, between: str = "\n") -> str:
+        """How many samples are right or unread, and, after `between`, what their rewards are worth."""
         questions, samples = self.letters.shape
         right, unread = (self.letters == self.gold[:, None]).mean(), (self.letters == "").mean()
         line = f"{questions} questions, {samples} samples each: {100 * right:.1f}% right, {100 * unread:.1f}% unparsed"
         if prefers := self.prefers_right():
             line += (
-                f"\nof a right and a wrong sample of one question the reward prefers the right one in {prefers}% "
+                f"{between}of a right and a wrong sample of one question the reward prefers the right one in {prefers}% "
                 f"({prefers.n} questions that have both; chance is 50)"
             )
         return line
