@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.core import store
+from ultramed.core import garbage, store
 from ultramed.core.errors import StoreError
+from ultramed.core.garbage import gc
 from ultramed.core.schema import ModelConfig, Strict
-from ultramed.core.store import Artifact, check, digest, find, gc, stage
+from ultramed.core.store import Artifact, check, digest, find, stage
 
 
 class Size(Strict):
@@ -214,8 +215,8 @@ def test_gc_leaves_work_that_somebody_has_taken_up_meanwhile(fresh_store, monkey
         fragile(Size())
     (work,) = gc(dry_run=True)[0]
     lock = store.FileLock(work.with_name(work.name.replace(".work-", ".lock-")), is_singleton=False)
-    found = store.garbage()
-    monkeypatch.setattr(store, "garbage", lambda days: found)  # looked at before, deleted after
+    found = garbage.garbage()
+    monkeypatch.setattr(garbage, "garbage", lambda days: found)  # looked at before, deleted after
     with lock:
         assert gc() == ([], 0)
         assert work.exists()

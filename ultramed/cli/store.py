@@ -57,7 +57,9 @@ def store_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Delete unfinished work and damaged artifacts (and old ones, if asked)."""
-    paths, freed = store.gc(unused_for, dry_run)
+    from ultramed.core.garbage import gc
+
+    paths, freed = gc(unused_for, dry_run)
     for path in paths:
         console.print(f"{path.parent.name}/{path.name}", highlight=False)
     console.print(f"{len(paths)} folders, {freed / 1e6:.0f} MB {'would be freed' if dry_run else 'freed'}", highlight=False)
