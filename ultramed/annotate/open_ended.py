@@ -264,7 +264,8 @@ def trust(judge: LLMConfig, ranked: Artifact) -> tuple[pd.DataFrame, list[Artifa
 
 def physicians_table() -> pd.DataFrame:
     """K-QA's measures by the physicians' own labels, a row a model."""
-    return pd.DataFrame([{"answers by": name, **kqa_row(part)} for name, part in physicians().groupby("model")])
+    models = physicians().groupby("model")
+    return pd.DataFrame([{"answers by": name, **kqa_row(part, kqa_scores(part))} for name, part in models])
 
 
 @dataclass(frozen=True)
@@ -284,22 +285,18 @@ def judge_policy(judge: LLMConfig, name: str, policy: Artifact, kqa: Artifact, t
     labels = kqa_labels(judge, replies=answered)
     marks = grades(judge, replies=replies(ReplyConfig(limit=limit, turns=True), model=policy, data=talks))
     frame = pd.read_json(labels / "labels.jsonl", lines=True)
-    unread = int(frame.label.isna().sum())
+    scores = kqa_scores(frame)
     row = {
         "answers by": name,
-        **kqa_row(frame),
-        "unread": unread,
+        **kqa_row(frame, scores),
+        "unread": int(frame.label.isna().sum()),
         "MT-Bench": marks.metrics["mean"],
         "turns": marks.metrics["turns"],
     }
     artifacts = (policy, answered, labels, marks)
     must = frame[frame.kind == "must_have"]
     return Judged(
-        row,
-        kqa_scores(frame),
-        _statements(must, "Entailment", artifacts),
-        _statements(frame, "Contradiction", artifacts),
-        answered,
+        row, scores, _statements(must, "Entailment", artifacts), _statements(frame, "Contradiction", artifacts), answered
     )
 
 

@@ -28,10 +28,7 @@ class Talker:
     def __init__(self, model: Artifact, max_new_tokens: int = 200, temperature: float = 0.0):
         self.name = f"{models.card(model)['name']} ({model.stage}/{model.key})"
         self.tokenizer, self.net = models.load_tokenizer(model), models.load(model)
-        template = models.template_of(model)
-        own = template.jinja(self.tokenizer)  # what the model was trained with, where that is not its chat template
-        self.tokenizer.chat_template = own or self.tokenizer.chat_template
-        self.one_turn = bool(own)
+        self.one_turn = models.give_template(self.tokenizer, models.template_of(model))  # the instruction formats have one
         self.net.generation_config.eos_token_id = models.generation(model, self.tokenizer).eos_token_id
         if not self.tokenizer.chat_template:
             raise ConfigError(f"{self.name} has no chat template: it completes texts and holds no conversations")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ultramed.core.config import PROCESSES
+from ultramed.core.config import PROCESSES, is_path
 from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
 
@@ -17,7 +17,7 @@ console = Console()
 
 def _whole_path(profile: str) -> str:
     """Notebooks and cluster tasks run in other folders."""
-    return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
+    return str(Path(profile).resolve()) if is_path(profile) else profile
 
 
 ProfileOption = Annotated[

@@ -6,6 +6,7 @@ error that names the nearest known one.
 """
 
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -120,40 +121,41 @@ _UniqueKeys.add_implicit_resolver(  # YAML 1.1 reads 2e-5 as text; everybody els
 )
 
 
+def is_path(profile: str) -> bool:
+    """Whether a profile is named by its file, and not by its name in params/."""
+    return profile.endswith((".yaml", ".yml"))
+
+
 def profile_path(name: str) -> Path:
     """Of a file of params/ by its name, or of a path. Raises ConfigError, with the nearest name, if there is none."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else home() / "params" / f"{name}.yaml"
+    path = Path(name) if is_path(name) else home() / "params" / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"no profile {name!r} (looked for {path}){nearest(name, profiles())}")
     return path
 
 
-def raw_profile(name: str, _seen: tuple = ()) -> dict:
-    """The profile as a plain dictionary, its `extends` chain merged."""
+def chain(name: str, _seen: tuple = ()) -> list[tuple[Path, dict]]:
+    """The profile's file and those it extends, each with what it says itself, the last ancestor first. A path that is extended
+    is seen from the folder of the file that names it."""
     path = profile_path(name)
     if path in _seen:
         raise ConfigError(f"{path}: `extends` goes round in a circle")
     data = read_yaml(path)
-    parent = _beside(path, data.pop("extends", None))
-    data = merge(raw_profile(parent, (*_seen, path)), data, Profile) if parent else data
-    return {**data, "name": path.stem}
+    parent = data.pop("extends", None)
+    if parent and is_path(parent):
+        parent = str(path.parent / parent)
+    return [*(chain(parent, (*_seen, path)) if parent else ()), (path, data)]
 
 
-def _beside(path: Path, parent: str | None) -> str | None:
-    """What a profile extends: a name, or a file whose path is seen from the profile's own folder."""
-    return str(path.parent / parent) if parent and parent.endswith((".yaml", ".yml")) else parent
-
-
-def chain(name: str) -> list[Path]:
-    """The profile's file and those it extends, the last ancestor first."""
-    path = profile_path(name)
-    parent = _beside(path, read_yaml(path).get("extends"))
-    return [*(chain(parent) if parent else ()), path]
+def raw_profile(name: str) -> dict:
+    """The profile as a plain dictionary, its `extends` chain merged."""
+    files = chain(name)
+    data = functools.reduce(lambda base, changes: merge(base, changes, Profile), [said for _, said in files])
+    return {**data, "name": files[-1][0].stem}
 
 
 def set_by(name: str) -> dict[str, str]:
     """'train.epochs' -> 'params/gpu.yaml:9', for every key that a file of the profile's chain writes; the last one counts."""
-    raw_profile(name)  # a circle of `extends` is told there
     places: dict[str, str] = {}
 
     def visit(node: yaml.Node, key: str, file: str) -> None:
@@ -166,7 +168,7 @@ def set_by(name: str) -> dict[str, str]:
             for number, value in enumerate(node.value):
                 visit(value, f"{key}.{number}", file)
 
-    for path in chain(name):
+    for path, _ in chain(name):
         visit(yaml.compose(path.read_text()), "", str(path.relative_to(home()) if path.is_relative_to(home()) else path))
     return places
 

@@ -44,13 +44,10 @@ GOLD = [
 ]
 OPTIONS = ("options", "choices", "answers", "endings", "candidates", "answer_options", "option")
 SUBSETS = ("subset", "subject", "subject_name", "category", "topic", "domain")
-# Columns that hold an option each; beyond ten only where the name leaves no doubt (`options` is no option S).
-OPTION_COLUMN = re.compile(
-    r"(?P<name>(?:op|opt|option|choice|answer|ending|cand)?[ _]?)(?P<mark>[a-j]|[0-9])"
-    r"|(?P<word>(?:opt|option|choice|answer|ending|cand)[ _])(?P<more>[k-z]|[1-9][0-9])"
-    r"|(?P<bare>opt|option|choice|answer|ending|cand)(?P<number>[1-9][0-9])",
-    re.IGNORECASE,
-)
+# Columns that hold an option each, by the letter or number that is the group; beyond ten only where the name leaves no doubt
+# (`options` is no option S).
+NAMED = "opt|option|choice|answer|ending|cand"
+OPTION_COLUMN = re.compile(rf"(?:op|{NAMED})?[ _]?([a-j]|[0-9])|(?:{NAMED})(?:[ _]([k-z])|[ _]?([1-9][0-9]))", re.IGNORECASE)
 
 
 # ------------------------------------------------------------------------------------------------------------- questions
@@ -143,7 +140,7 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
 def _mark(name) -> str | None:
     """The letter or number of an option's column (or key), in capitals; None for another column."""
     found = OPTION_COLUMN.fullmatch(str(name).strip())
-    return next(part for part in (found["mark"], found["more"], found["number"]) if part).upper() if found else None
+    return found[found.lastindex].upper() if found else None
 
 
 def _in_order(marked: tuple[str, object]) -> tuple[bool, int, str]:

@@ -143,9 +143,8 @@ def kqa_scores(frame: pd.DataFrame, seed: int = 0) -> dict[str, stats.Estimate]:
     }
 
 
-def kqa_row(frame: pd.DataFrame) -> dict:
+def kqa_row(frame: pd.DataFrame, scores: dict[str, stats.Estimate]) -> dict:
     """`kqa_scores` as a table shows them: per question, with 95% intervals, and how many questions and statements."""
-    scores = kqa_scores(frame)
     shown = {name: f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for name, e in scores.items()}
     return {**shown, "questions": frame.question.nunique(), "statements": len(frame)}
 

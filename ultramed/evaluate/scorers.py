@@ -4,6 +4,7 @@ Written from the descriptions of the projects' scorers; no model is asked. Each 
 letter, which only medmarks looks at, and says whether the reply counts as right.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 
@@ -15,9 +16,9 @@ from ultramed.lm.parsing import parse
 Scorer = Callable[[str, dict[str, str], str], bool]
 
 
-def ours(reply: str, options: dict[str, str], gold: str) -> bool:
+def ours(reply: str, options: dict[str, str], gold: str, answer_form: str = "reasoned") -> bool:
     """The cascade of lm/parsing.py."""
-    return parse(reply, options, "reasoned").letter == gold
+    return parse(reply, options, answer_form).letter == gold
 
 
 def harness_strict(reply: str, options: dict[str, str], gold: str) -> bool:
@@ -109,8 +110,8 @@ def sensitivity(replies: Iterable[tuple[str, dict[str, str], str]], answer_form:
     """Accuracy with a 95% interval of the same replies (text, options, gold) by every scorer, and the replies that it scores
     otherwise than ours, which reads the form that was asked for."""
     replies = list(replies)
-    right = {name: [scorer(*reply) for reply in replies] for name, scorer in SCORERS.items()}
-    right["ultramed"] = [parse(text, options, answer_form).letter == gold for text, options, gold in replies]
+    scorers = SCORERS | {"ultramed": functools.partial(ours, answer_form=answer_form)}
+    right = {name: [scorer(*reply) for reply in replies] for name, scorer in scorers.items()}
     rows = []
     for name, marks in right.items():
         e = wilson(marks)

@@ -5,6 +5,7 @@ Data"): whatever a count of words gets right, a fine-tuned model may have got ri
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ultramed.core.errors import ConfigError
@@ -12,6 +13,7 @@ from ultramed.core.ledger import write_lines
 from ultramed.core.schema import WordsConfig
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
+from ultramed.data.sources import names_in
 from ultramed.evaluate.accuracy import record, select_rows, summary
 
 
@@ -46,6 +48,11 @@ def word_answers(
         result.append(record(row, list(row["options"])[worth.argmax()], "words", True))
     write_lines(out / "answers.jsonl", result)
     return {**summary(result), "rows": len(known), "words": len(counts.feature_names_)}
+
+
+def can_count(asked: Iterable[str], trained: Iterable[str]) -> bool:
+    """Whether the yardstick can be had: whether what is asked is of the data sets that are trained on (sources of either)."""
+    return set(names_in(asked)) <= set(names_in(trained))
 
 
 def words(row: dict, config: WordsConfig) -> list[dict[str, int]]:

@@ -22,7 +22,7 @@ from ultramed.data.sources import dataset, names_in
 from ultramed.evaluate.accuracy import answers, by_likelihood, read_answers
 from ultramed.evaluate.arms import Answers, Arms, accuracy_row, better, joined
 from ultramed.evaluate.stats import Estimate, wilson
-from ultramed.evaluate.words import word_answers
+from ultramed.evaluate.words import can_count, word_answers
 from ultramed.experiments.jobs import Job
 from ultramed.lm.models import base_model
 from ultramed.papers import published
@@ -214,9 +214,8 @@ class MedAlpaca:
 
     @property
     def has_words(self) -> bool:
-        """Whether the yardstick of words can be had: whether what is asked is of the data sets that are trained on."""
-        trained = arm_config(self.profile, self.method_arms[0]).mixture
-        return set(names_in(self.settings.questions)) <= set(names_in(trained))
+        """Whether the yardstick of words can be had."""
+        return can_count(self.settings.questions, arm_config(self.profile, self.method_arms[0]).mixture)
 
     def examine_words(self, sees: str) -> Answers:
         """The yardstick of words (evaluate/words.py) on the questions of all seeds; of each seed's training rows, as the arms."""

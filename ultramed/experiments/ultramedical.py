@@ -26,7 +26,7 @@ from ultramed.evaluate.accuracy import answers, by_likelihood, read_answers
 from ultramed.evaluate.arms import Answers, Arms, better, joined
 from ultramed.evaluate.reward_bench import BenchConfig, bench, pair_scores, read_scores
 from ultramed.evaluate.sample import references, samples
-from ultramed.evaluate.words import word_answers
+from ultramed.evaluate.words import can_count, word_answers
 from ultramed.lm.models import base_model
 from ultramed.train.preference import preference
 from ultramed.train.reward import reward
@@ -84,9 +84,8 @@ class UltraMedical:
 
     @property
     def has_words(self) -> bool:
-        """Whether the yardstick of words can be had: whether what is asked is of the data sets that are trained on."""
-        asked, trained = self.settings.test.questions["medical"], self.settings.sft.mixtures[self.mixtures[0]]
-        return set(names_in(asked)) <= set(names_in(trained))
+        """Whether the yardstick of words can be had."""
+        return can_count(self.settings.test.questions["medical"], self.settings.sft.mixtures[self.mixtures[0]])
 
     @property
     def rerank_seeds(self) -> list[int]:
@@ -186,16 +185,14 @@ class UltraMedical:
         section, made = self.settings.candidates, {}
         for number, member in enumerate(section.pool):
             config = self.sampling(n=member.n, temperature=member.temperature, seed=number)
-            name = member.policy
-            if name not in WITHOUT_MODEL:
-                name += f"_t{str(member.temperature).replace('.', '')}"
             for place, where in enumerate(self.prompts((section.held_prompts if held else section.prompts)[domain], held=held)):
-                key = f"{name}_{place}" if place else name  # a data set each
+                several = f"_{place}" if place else ""  # data sets have candidates of their own
                 if member.policy in WITHOUT_MODEL:
-                    made[key] = references(config, **where, guess=member.policy == "guess")
+                    made[f"{member.policy}{several}"] = references(config, **where, guess=member.policy == "guess")
                 else:
                     model = self.base if member.policy == "base" else self.train_sft(member.policy, self.seeds[0])
-                    made[key] = samples(config, model=model, **where)
+                    name = f"{member.policy}_t{str(member.temperature).replace('.', '')}"
+                    made[f"{name}{several}"] = samples(config, model=model, **where)
         return made
 
     def sampling(self, **changes) -> SampleConfig:

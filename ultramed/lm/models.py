@@ -220,9 +220,16 @@ def folder(model: Artifact) -> Path:
     return Path(snapshot_download(name, revision=where["revision"], allow_patterns=["*.safetensors", "*.json"]))
 
 
+def give_template(tokenizer, template: Template) -> bool:
+    """Make `template` the tokenizer's chat template; whether that is another one than the model brought."""
+    own = template.jinja(tokenizer)
+    tokenizer.chat_template = own or tokenizer.chat_template
+    return bool(own)
+
+
 def save_tokenizer(tokenizer, template: Template, out: Path) -> None:
     """The tokenizer with `template` as its chat template, for those who know no other way to render a conversation."""
-    tokenizer.chat_template = template.jinja(tokenizer) or tokenizer.chat_template
+    give_template(tokenizer, template)
     tokenizer.save_pretrained(out)
 
 
