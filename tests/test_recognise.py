@@ -319,3 +319,9 @@ def test_preferences_whose_scale_is_unknown_are_asked_about(tmp_path):
     strong = read(file("preference_strength", [0, 1, 3]), "pairs")
     assert [row["chosen"][0]["content"] for row in strong] == ["two", "two"], "0 is a tie"
     assert [r["chosen"][0]["content"] for r in read(file("preference", [1, 2, 1.5]), "pairs")] == ["one", "two"]
+
+
+def test_a_number_beyond_every_letter_is_named(tmp_path):
+    text = "question,A,B,C,D,cop\nq0,a,b,c,d,4\nq1,a,b,c,d,40\n"
+    with pytest.raises(BadRow, match="row 2: 40 is beyond the options"):
+        read(table(tmp_path, text), "questions")

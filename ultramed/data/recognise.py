@@ -245,7 +245,7 @@ def _letters(values: list, options: list[dict], base: str | None) -> list[str] |
                 f"its numbers ({lowest} to {max(numbers)}) could count from 0 or from 1; say which with --map base=0 or base=1"
             )
         start = int(starts.pop())
-        letters = [LETTERS[n - start] for n in numbers]
+        letters = [LETTERS[n - start : n - start + 1] for n in numbers]  # nothing beyond Z
         out = [letter if letter in o else None for letter, o in zip(letters, options, strict=True)]
         return out if None not in out else f"row {out.index(None) + 1}: {values[out.index(None)]} is beyond the options"
     bare = all(re.fullmatch(r"\(?[A-Za-z][).:]?", v) for v in values)
