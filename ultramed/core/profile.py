@@ -150,11 +150,11 @@ class PreferenceSection(Strict):
 
 
 class RewardSection(Strict):
-    """Reward models. `arms`: arm -> the domains whose pairs it sees; the paper's sees both. `sources`: domain -> data sets of
-    pairs, instead of the pool's."""
+    """Reward models. `arms`: arm -> domain -> prompts whose pairs it sees (0: all); the paper's sees both domains. `sources`:
+    domain -> data sets of pairs, instead of the pool's."""
 
     train: RewardConfig
-    arms: Annotated[dict[str, list[Domain]], Merging(replaced=True)]
+    arms: Annotated[dict[str, dict[Domain, Rows]], Merging(replaced=True)]
     sources: dict[Domain, Counts] = Field({})
     benches: dict[Domain, str] = Field({})  # domain -> a data set of pairs that tests them, instead of held-out candidates
     start: str = "base"  # what they start from: 'base', or a mixture's SFT policy
@@ -237,6 +237,8 @@ class UltraMedicalConfig(Strict):
         ):
             if wanted - have:
                 raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")
+        if self.reward.sources and any(count for domains in self.reward.arms.values() for count in domains.values()):
+            raise ValueError("reward.arms: with reward.sources, which count prompts themselves, every domain's count is 0")
         return self
 
 

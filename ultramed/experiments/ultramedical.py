@@ -235,7 +235,7 @@ class UltraMedical:
     # -------------------------------------------------------------------------------------------------- reward models
 
     def reward_pairs(self, arm: str) -> Artifact:
-        """Every ordered pair of the arm's domains' candidates, the closest `pairs_per_prompt` of a prompt; or the pairs of the
+        """Every ordered pair of candidates of the arm's prompts, the closest `pairs_per_prompt` of a prompt; or the pairs of the
         data sets that the profile names."""
         section = self.settings.reward
         known(arm, section.arms, f"profile {self.profile.name!r}, ultramedical.reward.arms")
@@ -243,7 +243,7 @@ class UltraMedical:
             return released_pairs(self.profile, section.sources, section.arms[arm], seed=self.seeds[0])
         ranked = {domain: self.rank_candidates(domain) for domain in section.arms[arm]}
         config = PairConfig(
-            take=dict.fromkeys(ranked, 0),
+            take=section.arms[arm],
             rule="all",
             margin=self.settings.candidates.margin,
             seed=self.seeds[0],

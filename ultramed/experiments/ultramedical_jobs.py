@@ -34,7 +34,7 @@ def jobs_of(study: UltraMedical) -> list[Job]:
         held = sum(candidates.held_prompts[domain].values())
         made.append(Job.replies("21", f"candidates, {domain}", count + held, sample, pool))
     for arm, domains in settings.reward.arms.items():
-        count, replies = sum(prompts[d] for d in domains), pool
+        count, replies = sum(n or prompts[d] for d, n in domains.items()), pool
         if settings.reward.sources:  # rows there are pairs
             count, replies = sum(prompts_of(settings.reward.sources[d]) for d in domains), 2
         for seed in study.reward_seeds:
