@@ -303,6 +303,11 @@ def test_per_cent_tables_and_plain_numbers():
         "ultramedical_table2", accuracy, {"base": "~7B / Llama-3-8B-Instruct"}, {"all": "avg"}, same_scale=False, protocol="p"
     )
     assert (cell["published"], cell["ours"], cell["interval"]) == (68.56, 50.0, (40.0, 60.0))
+    row = accuracy.assign(low=0.6, high=0.7)
+    for size, verdict in (("8B", "reproduced"), ("70B", "differs in scale")):
+        names, how = {"base": "~7B / Llama-3-8B-Instruct"}, {"same_scale": True, "protocol": "p", "size": size}
+        (cell,) = cell_entries("ultramedical_table2", row, names, {"all": "avg"}, **how)
+        assert cell["verdict"] == verdict, "a row of 8B is no measure of 70B"
     counts = pd.DataFrame([{"part": "MEDIQA", "subset": "n", "value": 2208}, {"part": "CORD-19", "subset": "n", "value": 1000}])
     names = {"MEDIQA": "MEDIQA", "CORD-19": "CORD-19"}
     cells = cell_entries("medalpaca_meadow", counts, names, same_scale=True, protocol="rows counted")

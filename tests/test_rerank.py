@@ -86,6 +86,17 @@ def test_pass_at_n_by_hand_and_beside_chance():
     assert rerank.chance_at(8) == pytest.approx(0.8999, abs=1e-4)
 
 
+def test_curves_and_pass_are_means_of_tasks_like_every_accuracy():
+    """Ten questions of one task, all right, and two of another, all wrong: a half, however many questions a task has."""
+    votes = rerank.Votes({})
+    votes.letters, votes.rewards = np.array([list("AAA")] * 12), None
+    votes.gold, votes.subset = np.array(["A"] * 10 + ["B"] * 2), np.array(["many"] * 10 + ["few"] * 2)
+    votes.concept, votes.seed = np.arange(12), np.zeros(12, dtype=int)
+    assert votes.curves().accuracy.tolist() == pytest.approx([0.5] * 3)
+    assert votes.passes()["pass@N"].tolist() == pytest.approx([0.5] * 3)
+    assert rerank.pass_at(votes.letters, votes.gold, 1) == pytest.approx(10 / 12)
+
+
 @given(st.lists(st.lists(st.sampled_from(["A", "B", "C", ""]), min_size=5, max_size=5), min_size=1, max_size=6))
 def test_majority_is_a_most_frequent_letter_first_sampled(rows):
     for row, got in zip(rows, rerank.majority(np.array(rows)), strict=True):

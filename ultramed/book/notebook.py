@@ -131,9 +131,9 @@ class Book:
     ) -> pd.DataFrame:
         """Record every published cell that `results` fills (report/beside.py) and write the table `NN_beside`."""
         scale = self.same_scale if same_scale is None else same_scale
-        entries = beside.cell_entries(
-            table, results, names, columns, same_scale=scale, protocol=self.protocol(more), tolerance=tolerance
-        )
+        section = self.profile.ultramedical if table.startswith("ultramedical") else None
+        how = {"same_scale": scale, "tolerance": tolerance, "size": section.published_size if section else ""}
+        entries = beside.cell_entries(table, results, names, columns, protocol=self.protocol(more), **how)
         if not entries:
             print("no published cell can be filled at this profile")
             return pd.DataFrame()

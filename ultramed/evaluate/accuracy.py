@@ -231,12 +231,12 @@ def read_answers(artifact: Artifact) -> pd.DataFrame:
     return pd.DataFrame([row for row in rows if row["rule"] != TOO_LONG])
 
 
-def hit_scores(checked: Artifact, answers: pd.DataFrame, test_set: str) -> pd.DataFrame:
-    """Accuracy on questions of `test_set` that a check hit and on the others: how, questions, accuracy, n.
+def hit_scores(checked: Artifact, answers: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy on questions that a check hit and on the others: how, questions, accuracy, n.
 
-    answers: columns id and correct, one row a question. 'any': hit by at least one check.
+    answers: columns id (which names its data set) and correct, one row a question. 'any': hit by at least one check.
     """
-    hits = pd.read_parquet(checked / "hits.parquet").query("test_set == @test_set")
+    hits = pd.read_parquet(checked / "hits.parquet")
     groups = {"any": set(hits.test_id), **{how: set(part.test_id) for how, part in hits.groupby("how", sort=False)}}
     out = []
     for how, ids in groups.items():

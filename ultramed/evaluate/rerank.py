@@ -12,7 +12,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
 from ultramed.evaluate.arms import Answers, Arms, artifacts_of
 from ultramed.evaluate.sample import read_feedback, read_samples
-from ultramed.evaluate.stats import Estimate, clustered
+from ultramed.evaluate.stats import Estimate, clustered, task_weights
 
 
 def weighted_vote(letters: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -132,20 +132,27 @@ class Votes:
         return clustered(shares, concepts).within(0, 1) if shares else None
 
     def curves(self) -> pd.DataFrame:
-        """Accuracy against N by selection; see `curves`."""
-        return curves(self.letters, self.rewards, self.gold, self.sizes)
+        """Accuracy against N by selection, a mean of tasks as everywhere else; see `curves`."""
+        how = {"weights": self.weights, "clusters": self.concept, "seeds": self.seed}
+        return curves(self.letters, self.rewards, self.gold, self.sizes, **how)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of the questions (Q,), so that every task counts the same."""
+        return task_weights(self.subset, self.seed)
 
     def passes(self) -> pd.DataFrame:
-        """pass@N beside what guessing among four options reaches."""
-        rows = [{"N": n, "pass@N": pass_at(self.letters, self.gold, n), "pass@N of guessing": chance_at(n)} for n in self.sizes]
-        return pd.DataFrame(rows)
+        """pass@N (mean of tasks) beside what guessing among four options reaches."""
+        found = {n: pass_at(self.letters, self.gold, n, self.weights) for n in self.sizes}
+        return pd.DataFrame([{"N": n, "pass@N": rate, "pass@N of guessing": chance_at(n)} for n, rate in found.items()])
 
 
-def pass_at(letters: np.ndarray, gold: np.ndarray, n: int) -> float:
-    """Chance that at least one of n samples is right, unbiased from all N (Chen et al. 2021, equation 1)."""
+def pass_at(letters: np.ndarray, gold: np.ndarray, n: int, weights: np.ndarray | None = None) -> float:
+    """Chance that at least one of n samples is right, unbiased from all N (Chen et al. 2021, equation 1); the mean of the
+    questions, or with `weights` (Q,) their weighted mean."""
     total, right = letters.shape[1], (letters == gold[:, None]).sum(1)
     missed = np.array([np.prod([(total - c - i) / (total - i) for i in range(n)]) if total - c >= n else 0.0 for c in right])
-    return float(1 - missed.mean())
+    return float(1 - np.average(missed, weights=weights))
 
 
 def chance_at(n: int, options: int = 4) -> float:
@@ -154,11 +161,21 @@ def chance_at(n: int, options: int = 4) -> float:
 
 
 def curves(
-    letters: np.ndarray, rewards: np.ndarray | None, gold: np.ndarray, sizes: list[int], draws: int = 50, seed: int = 0
+    letters: np.ndarray,
+    rewards: np.ndarray | None,
+    gold: np.ndarray,
+    sizes: list[int],
+    draws: int = 50,
+    seed: int = 0,
+    *,
+    clusters=None,
+    **how,
 ) -> pd.DataFrame:
-    """Accuracy against N: for every size, subsets of the N samples, each question its own; columns selection, n, accuracy, low, high.
+    """Accuracy against N: for every size, subsets of the N samples, each question its own; columns selection, n, accuracy, low,
+    high (95% interval of the mean over subsets).
 
-    The band is a bootstrap over questions of the mean over subsets. Without rewards only self-consistency is drawn.
+    clusters: concepts (Q,), without them every question is one. how: weights (Q,) and seeds (Q,), see `stats.clustered`.
+    Without rewards only self-consistency is drawn.
     """
     if max(sizes) > letters.shape[1]:
         raise ConfigError(f"a curve to N = {max(sizes)} needs as many samples; there are {letters.shape[1]}")
@@ -175,8 +192,6 @@ def curves(
             for name, select in chosen.items():
                 hits[name] += select(some, value) == gold
         for name, hit in hits.items():
-            per_question = hit / repeats
-            means = per_question[rng.integers(0, len(gold), size=(1000, len(gold)))].mean(1)
-            low, high = np.quantile(means, [0.025, 0.975])
-            out.append({"selection": name, "n": size, "accuracy": per_question.mean(), "low": low, "high": high})
+            found = clustered(hit / repeats, np.arange(len(gold)) if clusters is None else clusters, **how).within(0, 1)
+            out.append({"selection": name, "n": size, "accuracy": found.value, "low": found.low, "high": found.high})
     return pd.DataFrame(out)

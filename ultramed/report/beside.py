@@ -1,5 +1,7 @@
 """A published table beside ours: entries of the scorecard for every cell that was run, and a table to read."""
 
+import re
+
 import pandas as pd
 
 from ultramed.papers import published
@@ -14,6 +16,7 @@ def cell_entries(
     same_scale: bool,
     protocol: str,
     tolerance: float = 0.0,
+    size: str = "",
 ) -> list[dict]:
     """One entry for each published cell that `results` fills.
 
@@ -21,7 +24,7 @@ def cell_entries(
     the table's own unit), and where they are known `low`, `high` and `n`. names: arm's key -> name of the published row
     (its keys joined by ' / '). columns: subset -> published column, where they differ in name. At the paper's own scale a
     cell is reproduced if the interval holds the published value; without an interval, if ours is within `tolerance` of it
-    (relative). Raises KeyError for a row that the table does not have.
+    (relative); where the row names a model of another `size` ('8B', '70B'), the scale is not the paper's. Raises KeyError for a row that the table does not have.
     """
     spec, index, entries = published.TABLES[table], results.columns[0], []
     cells = {(cell["row"], cell["column"]): cell for cell in published.cells(table)}
@@ -39,6 +42,7 @@ def cell_entries(
             None if pd.isna(x) else round(float(unit * x), 4) for x in (value, _get(row, "low"), _get(row, "high"))
         )
         interval = None if low is None else (low, high)
+        alike = same_scale and not (size and ({"8B", "70B"} - {size}) & set(re.findall(r"\d+B", cell["row"])))
         entries.append(
             {
                 "id": cell["id"],
@@ -50,7 +54,7 @@ def cell_entries(
                 "n": None if pd.isna(_get(row, "n")) else int(row["n"]),
                 "interval": interval,
                 "protocol": protocol,
-                "verdict": _verdict(cell["published"], ours, interval, tolerance) if same_scale else "differs in scale",
+                "verdict": _verdict(cell["published"], ours, interval, tolerance) if alike else "differs in scale",
             }
         )
     return entries
