@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,12 +162,37 @@ def test_general_and_reward_suites(from_hub, medalpaca, tmp_path, smoke):
     scorer = UltraMedical.of(smoke).train_reward_model("medical")
     done = ultramed("bench", "-m", f"rm=reward/{scorer.key}", "--suite", "reward", *more[-2:])
     assert done.returncode == 0, done.stderr
+    assert re.search(r"rm: \d+ pairs, about [\d,]+ tokens to read, at most 0 to write; at most about", done.stdout)
+    page = (tmp_path / "b/index.html").read_text()
+    assert all(title in page for title in ("<h1>General abilities</h1>", "<h1>Reward bench</h1>", "<td>gsm8k</td>"))
     board = pd.read_csv(tmp_path / "b/leaderboard.csv")
     assert {"medical_rewardbench: human", "rewardbench: math-prm", "reasoning", "mean of sections"} <= set(board.task)
     two = board[board.task == "rewardbench2: Factuality"].iloc[0]
     assert two.n == 42, "a prompt counts once, not once for each of its three wrong replies"
     assert json.loads((tmp_path / "b/rm/rewardbench.json").read_text())["model_type"] == "Seq. Classifier"
     assert len(board[board.suite == "general"]), "the other suite's rows stay"
+    assert board[board.task == "gsm8k"].upper.notna().all()
+    done = ultramed("bench", "-m", f"rm=reward/{scorer.key}", "--suite", "reward", "--limit", 1, *more[-2:])
+    board = pd.read_csv(tmp_path / "b/leaderboard.csv").query("suite == 'reward' and limit == 1")
+    assert board[board.task == "medical_rewardbench: human"].n.item() == 1
+    assert board[board.task == "rewardbench2: Factuality"].n.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("-m", "tiny:llama", "--suite", "general"), "no general task is at hand"),
+        (("-m", "tiny:llama", "--suite", "reward", "--shuffle", 2), "belong to suite medical"),
+        (("-m", "tiny:llama", "-m", "http://localhost:9/v1#x", "--limit", 1), "a server gives no likelihoods"),
+    ],
+)
+def test_what_a_suite_cannot_do_is_said_before_it_starts(more, says, monkeypatch, tmp_path):
+    for name in ("ULTRAMED_DATA", "ULTRAMED_HUB"):
+        monkeypatch.delenv(name, raising=False)
+    done = ultramed("bench", *more, "--out", tmp_path / "b")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_judge_behind_a_url_is_asked_in_both_orders(from_hub, fresh_store):

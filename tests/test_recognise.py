@@ -325,3 +325,92 @@ def test_a_number_beyond_every_letter_is_named(tmp_path):
     text = "question,A,B,C,D,cop\nq0,a,b,c,d,4\nq1,a,b,c,d,40\n"
     with pytest.raises(BadRow, match="row 2: 40 is beyond the options"):
         read(table(tmp_path, text), "questions")
+
+
+ORGANS = [
+    ("Which organ filters blood?", ["eye", "kidney", "ear", "skin"], "B"),
+    ("Where is bile made?", ["lung", "eye", "ear", "liver"], "D"),
+]
+OTHERS = {  # layouts as they were released, with rows of our own
+    "HEAD-QA": [
+        {
+            "qid": str(n),
+            "qtext": q,
+            "ra": 1 + "ABCD".index(gold),
+            "answers": [{"aid": i + 1, "atext": t} for i, t in enumerate(o)],
+        }
+        for n, (q, o, gold) in enumerate(ORGANS)
+    ],
+    "a nested object": [
+        {
+            "id": str(n),
+            "subject_name": "x",
+            "data": {"Question": q, "Options": dict(zip("ABCD", o, strict=True)), "Correct Option": gold},
+        }
+        for n, (q, o, gold) in enumerate(ORGANS)
+    ],
+    "ARC's own": [
+        {
+            "id": str(n),
+            "question": {"stem": q, "choices": [{"text": t, "label": k} for k, t in zip("ABCD", o, strict=True)]},
+            "answerKey": gold,
+        }
+        for n, (q, o, gold) in enumerate(ORGANS)
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_layouts_with_objects_inside(tmp_path, layout):
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(OTHERS[layout]))
+    found = [(row["question"], list(row["options"].values()), row["gold"]) for row in read(path, "questions")]
+    assert found == ORGANS
+
+
+def test_a_file_without_a_header_loses_no_question(tmp_path):
+    """As MMLU's own files are."""
+    path = tmp_path / "anatomy_test.csv"
+    path.write_text("".join(f"{q},{','.join(options)},{gold}\n" for q, options, gold in ORGANS))
+    assert [(row["question"], list(row["options"].values()), row["gold"]) for row in read(path, "questions")] == ORGANS
+    path.write_text("question,A,B,C,D,answer\n" + path.read_text())
+    assert len(read(path, "questions")) == 2
+
+
+def test_wrong_options_apart_from_the_right_one_are_dealt_to_letters(tmp_path):
+    """SciQ and GPQA: the right one has no letter, and must not always get the same."""
+    path = tmp_path / "questions.jsonl"
+    texts = [
+        {"Question": f"Which is {n}?", "Correct Answer": f"r{n}", **{f"Incorrect Answer {k}": f"w{n}{k}" for k in (1, 2, 3)}}
+        for n in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    rows = read(path, "questions")
+    assert all(row["options"][row["gold"]] == f"r{n}" and len(set(row["options"].values())) == 4 for n, row in enumerate(rows))
+    assert {row["gold"] for row in rows} == set("ABCD")
+    assert rows == read(path, "questions")
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "question": r["Question"],
+                    "correct_answer": r["Correct Answer"],
+                    "distractor1": "x",
+                    "distractor2": "y",
+                    "distractor3": "z",
+                    "support": "because",
+                }
+            )
+            + "\n"
+            for r in texts
+        )
+    )
+    rows = read(path, "questions")
+    assert all(row["options"][row["gold"]] == f"r{n}" for n, row in enumerate(rows))
+    assert rows[0]["meta"]["support"] == "because"
+
+
+def test_columns_named_like_the_letters_of_a_list(tmp_path):
+    path = tmp_path / "questions.csv"
+    path.write_text("question,A),B),answer\nWhich organ filters blood?,eye,kidney,B\n")
+    assert read(path, "questions")[0]["options"] == {"A": "eye", "B": "kidney"}

@@ -100,7 +100,7 @@ def test_a_bench_through_a_line_that_fails_every_fifth_time(url, weights, data, 
     assert list(made.frame.reply) == list(direct.frame.reply)
     assert again.frame.equals(made.frame)
     assert len(made.frame) == len(forwarded) == 9
-    assert bench.paid(made)["requests"] == asked > 9
+    assert bench.paid(made.artifacts)["requests"] == asked > 9
 
 
 class Verdict(BaseModel):

@@ -14,7 +14,7 @@ from ultramed.core.profile import Profile
 from ultramed.core.schema import PreferenceConfig
 from ultramed.data.catalog import get
 from ultramed.data.mixture import source_rows
-from ultramed.data.sources import dataset, hub_root, local_files, names_in
+from ultramed.data.sources import dataset, hub_root, local_files, names_in, stands_for
 from ultramed.evaluate import vllm
 from ultramed.experiments.jobs import Job
 from ultramed.experiments.medalpaca import MedAlpaca
@@ -42,7 +42,8 @@ class Cost:
 @dataclass
 class Plan:
     costs: list[Cost] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what a run would fetch first
+    wrong: list[str] = field(default_factory=list)  # what would stop it
 
     @property
     def hours(self) -> float:
@@ -68,7 +69,9 @@ def jobs_of(profile: Profile) -> list[tuple[Shape, Job]]:
 def plan(profile: Profile, hardware: Hardware = Hardware()) -> Plan:
     """The jobs with what each takes, and what is not at hand."""
     made = Plan([cost_of(job, shape, hardware) for shape, job in jobs_of(profile)])
-    made.missing = [*_too_large(made.costs), *_not_at_hand(profile), *_no_vllm(made.costs)]
+    made.missing, made.wrong = _not_at_hand(profile), [*_too_large(made.costs), *_no_vllm(made.costs)]
+    if made.missing and os.environ.get("HF_HUB_OFFLINE") == "1":
+        made.wrong.append("HF_HUB_OFFLINE is set: what is not at hand cannot be fetched")
     return made
 
 
@@ -147,9 +150,8 @@ def _not_at_hand(profile: Profile) -> list[str]:
     start = profile.ultramedical and profile.ultramedical.sft.model
     asked = [*(m.name for m in profile.models), *((start.name, start.tokenizer) if start else ())]
     for name in (n for n in dict.fromkeys(asked) if n and ":" not in n and not Path(n).expanduser().is_dir()):
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         gated = "; gated: accept its licence on the hub first" if name.startswith("meta-llama/") else ""
-        missing.append(f"model {name}: from the hub{offline}{gated}")
+        missing.append(f"model {name}: from the hub{gated}")
     for source in names_in(source for source, _ in requests(profile)):
         if source != "exam" and not local_files(source) and not (get(source).hub and hub_root()):
             missing.append(f"data {get(source).where()}")
@@ -213,7 +215,10 @@ def open_data(profile: Profile) -> tuple[list[str], list[str]]:
                     rows = len(source_rows(source, side, {name: data})) if counted is None else counted
                     if isinstance(count, int) and count > rows and side != "test":
                         wrong.append(f"data {source}: {count} rows asked of its {side} side, it has {rows}")
-            opened.append(f"data {name}: " + ", ".join(f"{side} {n:,}" for side, n in data.metrics["counts"].items()))
+            fewer = {} if spec is None else stands_for(name, profile.prefer)
+            counts = {side: f"{side} {n:,}" for side, n in data.metrics["counts"].items()}
+            counts |= {side: f"{counts[side]} (the hub has {whole:,})" for side, (_, whole) in fewer.items()}
+            opened.append(f"data {name}: " + ", ".join(counts.values()))
         except UserError as err:
             wrong.append(f"data {name}: {err}")
     return opened, wrong

@@ -12,6 +12,7 @@ from ultramed.cli.common import EngineOption, ProcessesOption, console
 from ultramed.core import config
 from ultramed.core.client import PRICES, bill
 from ultramed.core.client import prices as known_prices
+from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
 from ultramed.core.progress import duration
 
@@ -32,7 +33,9 @@ def bench(
     protocol: Annotated[
         str, typer.Option(help="likelihood (weights only), ultramedical (0-shot chain of thought) or greedy (bare answer).")
     ] = "likelihood",
-    limit: Annotated[int, typer.Option(min=0, help="Questions of each task; 0 for all.")] = 0,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Questions of each task, or of reward benches prompts of each subset; 0 for all.")
+    ] = 0,
     samples: Annotated[
         int, typer.Option(min=0, help="With ultramedical: the majority of so many samples, as the paper's 10.")
     ] = 0,
@@ -69,7 +72,12 @@ def bench(
     if prices:
         os.environ[PRICES] = prices
         known_prices()  # a slip should show before anything is paid for
+    if suite != "medical" and (samples or shuffle):
+        raise ConfigError(f"--samples and --shuffle belong to suite medical; suite {suite} has neither")
     found = {label: models.resolve(name) for label, name in map(benches.named, model)}
+    servers = [label for label, art in found.items() if models.card(art)["kind"] == "server"]
+    if suite != "reward" and setting.protocol == "likelihood" and servers:
+        raise ConfigError(f"{servers[0]}: a server gives no likelihoods; ask it with --protocol ultramedical or greedy")
     clock = time.monotonic()
     {"medical": _medical, "reward": _reward, "general": _general}[suite](setting, found, out, yes)
     console.print(
@@ -78,26 +86,33 @@ def bench(
     )
 
 
-def _ask_first(setting, questions, found, yes) -> None:
-    """Say what it will take, and on a terminal ask whether to go on."""
-    from ultramed.experiments.bench import estimate
+def _ask_first(loads, found, yes, what="questions") -> None:
+    """Say what it will take of every model, and on a terminal ask whether to go on."""
     from ultramed.lm import models
     from ultramed.lm.device import matrix_gflops
 
-    e = estimate(setting, questions)
-    console.print(
-        f"{e.questions} questions: about {e.prompt_tokens:,} tokens to read, at most {e.new_tokens:,} to write, a model"
-    )
     for name, art in found.items():
+        load = loads[name]
+        told = f"{load.questions:,} {what}, about {load.prompt_tokens:,} tokens to read, at most {load.new_tokens:,} to write"
         if models.card(art)["kind"] == "server":
-            cost = bill(e.prompt_tokens + e.new_tokens, e.new_tokens)
-            unknown = "" if known_prices() else ", cost unknown (give --prices)"
-            console.print(f"  {name}: at most {cost}{unknown}; how long is the server's to say", highlight=False)
+            cost = bill(load.prompt_tokens + load.new_tokens, load.new_tokens)
+            takes = (
+                f"at most {cost}{'' if known_prices() else ', cost unknown (give --prices)'}; how long is the server's to say"
+            )
         else:
-            seconds = e.seconds(models.parameters(art), matrix_gflops())
-            console.print(f"  {name}: at most about {duration(seconds)} here", highlight=False)
+            takes = f"at most about {duration(load.seconds(models.parameters(art), matrix_gflops()))} here"
+        console.print(f"{name}: {told}; {takes}", highlight=False, soft_wrap=True)
     if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm("start?", default=True):
         raise typer.Exit(1)
+
+
+def _bill(name, artifacts) -> None:
+    """What a server took."""
+    from ultramed.experiments.bench import paid
+
+    if took := paid(artifacts):
+        cost = bill(took["tokens"], took["completion_tokens"])
+        console.print(f"{name}: {took['requests']:,} requests, {cost}", highlight=False)
 
 
 def _medical(setting, found, out, yes) -> None:
@@ -110,12 +125,10 @@ def _medical(setting, found, out, yes) -> None:
 
     questions, missing = benches.medical_questions(setting.limit, setting.fetch)
     _tell(missing)
-    _ask_first(setting, questions, found, yes)
+    _ask_first(dict.fromkeys(found, benches.estimate(setting, questions)), found, yes)
     answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
     for name, made in answered.items():
-        if paid := benches.paid(made):
-            cost = bill(paid["tokens"], paid["completion_tokens"])
-            console.print(f"{name}: {paid['requests']:,} requests, {cost}", highlight=False)
+        _bill(name, made.artifacts)
     table = benches.by_task(answered)
     protocol = setting.protocol + (f", {setting.samples} samples" if setting.samples else "")
     out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +162,7 @@ def _medical(setting, found, out, yes) -> None:
         *missing,
     ]
     charts = ["timeline.png"] if (out / "timeline.png").exists() else []
-    report.page(out, "Medical bench", shown, charts, notes)
+    report.page(out, "medical", shown, charts, notes)
 
 
 def _reward(setting, found, out, yes) -> None:
@@ -158,15 +171,18 @@ def _reward(setting, found, out, yes) -> None:
     from ultramed.core.store import write_json
     from ultramed.evaluate.reward_bench import AVERAGE, sections
     from ultramed.experiments import bench_reward as benches
+    from ultramed.lm import models
     from ultramed.report import bench as report
 
-    pairs, missing = benches.reward_pairs(setting.fetch)
+    pairs, missing = benches.reward_pairs(setting.fetch, setting.limit)
     _tell(missing)
+    _ask_first({name: benches.estimate(pairs, art) for name, art in found.items()}, found, yes, "pairs")
     out.mkdir(parents=True, exist_ok=True)
     shown, rows = {}, []
     for name, art in found.items():
         for bench_name, data in pairs.items():
-            table, biases, _ = benches.score_reward(art, data, setting.batch_tokens, best_of=bench_name == "rewardbench2")
+            table, biases, scored = benches.score_reward(art, data, setting.batch_tokens, best_of=bench_name == "rewardbench2")
+            _bill(f"{name} on {bench_name}", [scored])
             parts = [table.rename(columns={"subset": "task"}).assign(task=lambda t, b=bench_name: f"{b}: " + t.task)]
             if bench_name == "rewardbench":
                 whole = sections(table).rename(columns={"subset": "task"})
@@ -176,31 +192,42 @@ def _reward(setting, found, out, yes) -> None:
             caption = f"{name} on {bench_name}: " + ", ".join(f"{k} {v:.3g}" for k, v in biases.items())
             shown[caption] = made.drop(columns=["model", "artifact"]).round(4)
             folder = out / report.folder_name(name)
-            result = {"model": name, "model_type": "Seq. Classifier", "chat_template": "tokenizer"}
+            judged = models.card(art)["kind"] == "server"
+            kind = {"model_type": "Generative"} if judged else {"model_type": "Seq. Classifier", "chat_template": "tokenizer"}
+            result = {"model": name, **kind}
             write_json(folder / f"{bench_name}.json", result | dict(zip(table.subset, table.accuracy, strict=True)))
-    report.merge(out, pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=0))
+    report.merge(out, pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=setting.limit))
     for caption, frame in shown.items():
         console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, soft_wrap=True)
-    report.page(out, "Reward bench", shown, [], missing)
+    report.page(out, "reward", shown, [], missing)
 
 
 def _general(setting, found, out, yes) -> None:
     import pandas as pd
 
     from ultramed.experiments import bench as benches
+    from ultramed.lm import models
     from ultramed.report import bench as report
 
+    tasks, missing = benches.general_tasks(setting)
+    _tell(missing)
+    asked, judged = benches.general_estimate(setting, tasks)
+    loads, who = dict.fromkeys(found, asked), dict(found)
+    if judged.questions:
+        times = len(found)
+        loads["judge"] = sum((judged for _ in range(times - 1)), judged)
+        who["judge"] = models.resolve(setting.judge)
+    _ask_first(loads, who, yes)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, art in found.items():
-        table, missing, _ = benches.general(setting, art)
+        table, made = benches.general(setting, art, tasks)
+        _bill(name, made)
         rows.append(table.assign(model=name, artifact=f"{art.stage}/{art.key}"))
-    _tell(missing)
-    made = pd.concat(rows, ignore_index=True)
-    report.merge(out, made.assign(suite="general", protocol=setting.protocol, limit=setting.limit))
-    caption = "General abilities"
-    console.print(made.drop(columns="artifact").to_string(index=False), highlight=False, soft_wrap=True)
-    report.page(out, caption, {caption: made.round(4)}, [], missing)
+    every = pd.concat(rows, ignore_index=True)
+    report.merge(out, every.assign(suite="general", protocol=setting.protocol, limit=setting.limit))
+    console.print(every.drop(columns="artifact").to_string(index=False), highlight=False, soft_wrap=True)
+    report.page(out, "general", {"GSM8K, MMLU and what a judge marks (fractions)": every.round(4)}, [], missing)
 
 
 def _tell(missing: list[str]) -> None:

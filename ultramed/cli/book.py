@@ -23,7 +23,8 @@ TflopsOption = Annotated[float, typer.Option(min=0.001, help="bf16 peak of a dev
 RowTokensOption = Annotated[int, typer.Option(min=8, help="Mean tokens of a training row, for the estimate.")]
 
 
-def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> None:
+def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> list[str]:
+    """What a profile takes, shown; what would stop it, returned."""
     from ultramed.book.plan import UTILISATION, Hardware, plan
 
     hardware = Hardware(max(1, gpus), tflops, row_tokens)
@@ -46,13 +47,15 @@ def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> None:
     )
     for what in made.missing:
         console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
+    return made.wrong
 
 
-def _open_data(resolved: Profile) -> None:
-    """What a dry run finds in the data at hand; exit status 1 if something would stop the run."""
+def _open_data(resolved: Profile, wrong: list[str]) -> None:
+    """What a dry run finds in the data at hand; exit status 1 if that, or what is `wrong` already, would stop the run."""
     from ultramed.book.plan import open_data
 
-    opened, wrong = open_data(resolved)
+    opened, more = open_data(resolved)
+    wrong = [*wrong, *more]
     for line in opened:
         console.print(line, highlight=False, soft_wrap=True)
     for line in wrong:
@@ -127,7 +130,8 @@ def doctor(
     )
     resolved = config.load_profile(profile)
     if gpus:
-        _plan(resolved, gpus, tflops, row_tokens)
+        for what in _plan(resolved, gpus, tflops, row_tokens):
+            console.print(f"[red]wrong[/]  {what}", highlight=False, soft_wrap=True)
 
 
 @book_app.command("profile")
@@ -177,8 +181,8 @@ def run(
 
     resolved = config.load_profile(profile, overrides)
     if dry_run:
-        _plan(resolved, gpus, tflops, row_tokens)
-        _open_data(resolved)
+        batch.notebooks(numbers or [])  # a slip in them should show
+        _open_data(resolved, _plan(resolved, gpus, tflops, row_tokens))
         return
     if cluster:
         from ultramed.book import cluster as on

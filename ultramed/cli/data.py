@@ -21,7 +21,10 @@ def data_list() -> None:
     table = Table()
     for column in ("name", "kind", "sides", "at hand", "licence"):
         table.add_column(column)
-    table.add_row("exam", "questions", "train 18000, dev 900, test 3000 (laptop)", "[green]bundled[/]", "docs/DATA_LICENSES.md")
+    made = config.load_profile("laptop").exam
+    counts = {"train": made.train_per_step, "dev": made.dev_per_step, "test": made.test_per_step}
+    sides = ", ".join(f"{side} {3 * count}" for side, count in counts.items())
+    table.add_row("exam", "questions", f"{sides} (laptop)", "[green]bundled[/]", "docs/DATA_LICENSES.md")
     for name, spec in SOURCES.items():
         local = local_files(name)
         sides = {s: n for s, (_, n) in spec.files.items()} or {s: h[-1] for s, h in spec.hub.items()}

@@ -3,7 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -11,7 +11,6 @@ from ultramed.cli.common import EngineOption, MapOption, ProcessesOption, consol
 from ultramed.core import config, schema, store
 from ultramed.core.errors import ConfigError
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 models_app = typer.Typer(pretty_exceptions_enable=False)
 
 
@@ -31,8 +30,15 @@ def evaluate(
         Path, typer.Option(help="Questions with options and answer: JSON, CSV, TSV or Parquet, as most sets come.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for answers.jsonl and results.json.")],
-    protocol: Annotated[str, typer.Option(help="likelihood, greedy or medalpaca.")] = "likelihood",
-    answer_form: Annotated[str, typer.Option(help="content_first ('text (B)') or letter_first ('B: text').")] = "letter_first",
+    protocol: Annotated[
+        str, typer.Option(help="likelihood, greedy, ultramedical (0-shot chain of thought) or medalpaca (five tries).")
+    ] = "likelihood",
+    answer_form: Annotated[
+        str,
+        typer.Option(
+            help="letter_first ('B: text'), content_first ('text (B)'), reasoned or medalpaca; the protocol's own if not given."
+        ),
+    ] = "",
     template: Annotated[
         str,
         typer.Option(
@@ -57,9 +63,11 @@ def evaluate(
     from ultramed.lm import models
 
     quiet_libraries()
-    config.known(dtype, DTYPES, "--dtype")
+    config.known(dtype, get_args(schema.Dtype), "--dtype")
     given_template = _template(template)
-    data = {"protocol": protocol, "answer_form": answer_form, "likelihood_prompt": "lm_eval", "engine": engine}
+    config.known(protocol, schema.ASKED, "protocols")
+    data = {"protocol": protocol, "engine": engine, **schema.ASKED[protocol]}
+    data |= {"answer_form": answer_form} if answer_form else {}
     setting = config.validate(schema.EvalConfig, config.overridden(data, overrides), "eval")
     asked = user_file(questions, "questions", limit=limit, columns=parse_map(columns))
     art = answers(setting, model=models.resolve(model), questions=asked, dtype=dtype, **given_template)

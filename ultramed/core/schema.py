@@ -188,6 +188,14 @@ class EvalConfig(Strict):
     seed: int = 0
 
 
+ASKED = {  # protocol -> how models from outside are asked by it, where nothing else is said
+    "likelihood": {"likelihood_prompt": "lm_eval"},
+    "greedy": {"answer_form": "letter_first"},
+    "ultramedical": {"answer_form": "reasoned", "max_new_tokens": 1024},
+    "medalpaca": {"answer_form": "medalpaca", "max_new_tokens": 128},
+}
+
+
 class WordsConfig(Strict):
     """A yardstick of words (evaluate/words.py). Both numbers were chosen on the bundled exam's dev questions (docs/LOG.md)."""
 

@@ -73,7 +73,18 @@ def _delimited(text: str, path: Path, mark: str, quoting: int) -> list[dict]:
             rows.append({k.strip(): v for k, v in row.items()})
     except csv.Error as err:
         raise csv.Error(f"line {table.line_num}: {err}") from None
-    return rows
+    return _with_first(rows, [name.strip() for name in table.fieldnames or ()])
+
+
+def _with_first(rows: list[dict], first: list[str]) -> list[dict]:
+    """The rows, and the first line among them where it is no header but one more question, as in MMLU's own files: the question,
+    its options, the letter of the right one."""
+    lines = [first, *([value.strip() for value in row.values() if value is not None] for row in rows)]
+    letters = "ABCDEFGHIJ"[: len(first) - 2]
+    whole = all(len(line) == len(first) and line[-1] and line[-1] in letters for line in lines)
+    if len(letters) < 2 or " " not in first[0] or not whole:
+        return rows
+    return [dict(zip(("question", *letters, "answer"), line, strict=True)) for line in lines]
 
 
 def _json(text: str, path: Path) -> list[dict]:

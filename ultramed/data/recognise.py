@@ -16,10 +16,11 @@ from ultramed.data import rows as canonical
 from ultramed.data.columns import IDS, Columns, objects, plain_meta
 from ultramed.data.conversations import instructions, pairs
 from ultramed.data.formats import BadRow, read_table
+from ultramed.data.knowledge import uniform_hash
 
 log = logging.getLogger(__name__)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-QUESTION = ("question", "query", "sent1", "question_text", "stem", "problem", "input", "prompt", "instruction")
+QUESTION = ("question", "query", "sent1", "question_text", "qtext", "stem", "problem", "input", "prompt", "instruction")
 CONTEXT = ("context", "contexts", "passage", "abstract", "vignette")
 GOLD = [
     "gold",
@@ -35,6 +36,7 @@ GOLD = [
     "correct_idx",
     "correct_letter",
     "gold_label",
+    "ra",
     "ground_truth",
     "final_decision",
     "answer_id",
@@ -44,6 +46,8 @@ GOLD = [
 ]
 OPTIONS = ("options", "choices", "answers", "endings", "candidates", "answer_options", "option")
 SUBSETS = ("subset", "subject", "subject_name", "category", "topic", "domain")
+RIGHT = ("correct_answer", "right_answer", "answer", "solution")
+WRONG = re.compile(r"(?:distractor|(?:incorrect|wrong)[ _]?(?:answer|option)s?)[ _]?[0-9]?", re.IGNORECASE)  # SciQ, GPQA
 # Columns that hold an option each, by the letter or number that is the group; beyond ten only where the name leaves no doubt
 # (`options` is no option S).
 NAMED = "opt|option|choice|answer|ending|cand"
@@ -55,7 +59,8 @@ OPTION_COLUMN = re.compile(rf"(?:op|{NAMED})?[ _]?([a-j]|[0-9])|(?:{NAMED})(?:[ 
 
 def questions(rows: list, where: str, given: dict[str, str] | None = None) -> tuple[list[dict], str]:
     """(canonical question rows, what was understood). Raises BadRow or ConfigError for what cannot be."""
-    columns = Columns(where, objects(rows, where), given or {})
+    rows = _flat(objects(rows, where))
+    columns = Columns(where, rows, given or {})
     text = columns.find("question", QUESTION)
     if text is None:
         raise BadRow(
@@ -97,6 +102,14 @@ def questions(rows: list, where: str, given: dict[str, str] | None = None) -> tu
     ), f"gold from {source}, {told}, question from `{text}`{numbered}"
 
 
+def _flat(rows: list[dict]) -> list[dict]:
+    """Rows whose question stands in an object of its own (`data` on the hub, `question` in ARC) with its columns beside the others."""
+    for name in ("data", "question"):
+        if all(isinstance(row.get(name), dict) for row in rows):
+            rows = [{k: v for k, v in row.items() if k != name} | row[name] for row in rows]
+    return rows
+
+
 def _context(value) -> str | None:
     if isinstance(value, dict):  # PubMedQA on the hub: {'contexts': [...], 'labels': [...]}
         value = next((v for k, v in value.items() if k.lower() in CONTEXT), None)
@@ -117,10 +130,12 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
                 f"got {columns.rows[bad].get(column)!r:.60}"
             )
         columns.used.discard(column)
+    if (right := columns.all(RIGHT)) and (wrong := [name for name in columns.names if WRONG.fullmatch(name.strip())]):
+        return _dealt(columns, right[0], wrong), f"`{right[0]}` and {len(wrong)} wrong options, dealt to letters"
     groups: dict[str, list[tuple[str, str]]] = {}
     for name in columns.names:
         if mark := _mark(name):
-            groups.setdefault(name.strip()[: -len(mark)].lower(), []).append((mark, name))
+            groups.setdefault(name.strip(" .):")[: -len(mark)].lower(), []).append((mark, name))
     groups = {k: sorted(v, key=_in_order) for k, v in groups.items() if len(v) > 1}
     groups = {k: v for k, v in groups.items() if v[0][0] in ("A", "0", "1")}
     if len(groups) > 1:
@@ -137,9 +152,19 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
     return None, ""
 
 
+def _dealt(columns: Columns, right: str, wrong: list[str]) -> list[dict[str, str]]:
+    """Options of rows that keep the right one apart from the wrong ones, in an order that tells nothing and is always the same."""
+    made = []
+    for row in columns.rows:
+        texts = [str(row[name]).strip() for name in (right, *map(columns.take, wrong)) if row.get(name) not in (None, "")]
+        texts.sort(key=lambda text: uniform_hash("options", *sorted(texts), text))
+        made.append(dict(zip(LETTERS, texts, strict=False)))
+    return made
+
+
 def _mark(name) -> str | None:
     """The letter or number of an option's column (or key), in capitals; None for another column."""
-    found = OPTION_COLUMN.fullmatch(str(name).strip())
+    found = OPTION_COLUMN.fullmatch(str(name).strip(" .):"))
     return found[found.lastindex].upper() if found else None
 
 
@@ -173,8 +198,8 @@ def _one_columns(value) -> dict[str, str] | None:
     if not isinstance(value, list) or len(value) < 2 or len(value) > len(LETTERS):
         return None
     if all(isinstance(v, dict) for v in value):  # bigbio: [{'key': 'A', 'value': 'text'}, ...]
-        texts = [next((v[k] for k in ("value", "text", "option", "content") if k in v), None) for v in value]
-        marks = [str(v.get("key", v.get("label", ""))).strip().upper() for v in value]
+        texts = [next((v[k] for k in ("value", "text", "atext", "option", "content") if k in v), None) for v in value]
+        marks = [str(v.get("key", v.get("label", v.get("aid", "")))).strip().upper() for v in value]
         named = zip(marks if _are_letters(marks, texts) else LETTERS, map(str, texts), strict=False)
         return dict(sorted(named)) if None not in texts else None
     there = [(k, str(v).strip()) for k, v in zip(LETTERS, value, strict=False) if v is not None]

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +66,7 @@ def at_hand(name: str, fetch: bool = False) -> Artifact | None:
     if not (local_files(name) or fetch or (get(name).hub and hub_root())):
         return None
     try:
-        return source(SourceConfig(name=name))
+        return _read(SourceConfig(name=name))
     except ConfigError as err:
         log.info("%s", err)
         return None
@@ -108,12 +109,6 @@ def source(out: Path, config: SourceConfig) -> dict:
     if not local and not spec.hub:
         note = f". {spec.note}" if spec.note else ""
         raise ConfigError(f"data set {spec.name!r} is not at hand: {spec.where()} ({spec.licence}; {spec.cite}){note}")
-    whole = {side: rows for side, (*_, rows) in spec.hub.items() if rows}
-    for side, path in local.items():
-        if (spec.files[side][1] or 0) < whole.get(side, 0):
-            log.info(
-                "%s, %s: %d rows of %s stand for the hub's %d", spec.name, side, spec.files[side][1], path.name, whole[side]
-            )
     counts, rejected, kept = {}, [], {}
     for side, label, rows in _raw(spec, local):
         good, bad = adapt(spec, rows, side, label, from_hub=not local)
@@ -242,7 +237,26 @@ def adapt(spec: Source, rows: list[dict], side: str, label: str, from_hub: bool 
 
 def dataset(profile: Profile, name: str) -> Artifact:
     """The artifact of a data set: 'exam' is the bundled one, anything else is a named source."""
-    return exam(profile.exam) if name == "exam" else source(SourceConfig(name=get(name).name, prefer=profile.prefer))
+    return exam(profile.exam) if name == "exam" else _read(SourceConfig(name=get(name).name, prefer=profile.prefer))
+
+
+def _read(config: SourceConfig) -> Artifact:
+    _say_what_stands_for_more(config.name, config.prefer)
+    return source(config)
+
+
+@cache
+def _say_what_stands_for_more(name: str, prefer: str) -> None:
+    """In the log, once a process."""
+    for side, (rows, whole) in stands_for(name, prefer).items():
+        log.info("%s, %s: %d local rows stand for the hub's %d", name, side, rows, whole)
+
+
+def stands_for(name: str, prefer: str = "local") -> dict[str, tuple[int, int]]:
+    """side -> (rows of the local file, rows on the hub), of those sides that are read from fewer rows than the hub has."""
+    spec, local = get(name), _local(SourceConfig(name=name, prefer=prefer))
+    whole = {side: rows for side, (*_, rows) in spec.hub.items() if rows}
+    return {side: (spec.files[side][1] or 0, whole[side]) for side in local if (spec.files[side][1] or 0) < whole.get(side, 0)}
 
 
 def user_file(

@@ -6,7 +6,7 @@ on where it stopped.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from itertools import combinations
 from pathlib import Path
@@ -18,9 +18,9 @@ from scipy.stats import norm
 from ultramed.annotate.judge import GeneralConfig, LLMConfig, pairwise
 from ultramed.annotate.open_ended import as_pairs, grades, outcomes, win_rate
 from ultramed.core.client import ServerConfig, spent
-from ultramed.core.errors import ServerError
+from ultramed.core.errors import ConfigError, ServerError
 from ultramed.core.profile import BenchSection
-from ultramed.core.schema import EvalConfig, ExamConfig, SampleConfig, Strict
+from ultramed.core.schema import ASKED, EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import get
@@ -36,6 +36,7 @@ from ultramed.evaluate.rerank import Votes
 from ultramed.evaluate.sample import samples
 from ultramed.evaluate.scorers import sensitivity
 from ultramed.experiments import general as abilities
+from ultramed.lm.parsing import unread
 from ultramed.papers import published
 
 TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
@@ -66,13 +67,9 @@ def named(text: str) -> tuple[str, str]:
 
 def setting(config: BenchSection) -> EvalConfig:
     """How questions are asked: the harness's likelihood, 0-shot chain of thought, or the bare answer."""
-    given = {
-        "likelihood": {"likelihood_prompt": "lm_eval"},
-        "ultramedical": {"answer_form": "reasoned", "max_new_tokens": config.max_new_tokens},
-        "greedy": {"answer_form": "letter_first", "max_new_tokens": 32},
-    }
     same = {"protocol": config.protocol, "batch_tokens": config.batch_tokens, "engine": config.engine}
-    return EvalConfig(**same, **given[config.protocol])
+    more = {"max_new_tokens": config.max_new_tokens} if config.protocol == "ultramedical" else {}
+    return EvalConfig(**same, **ASKED[config.protocol] | more)
 
 
 @dataclass(frozen=True)
@@ -136,19 +133,26 @@ def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -
 
 
 def by_task(answered: Mapping[str, Answers]) -> pd.DataFrame:
-    """A row a model and task, and a row 'mean of tasks': accuracy with its 95% interval, n, the unparsed, and the accuracy if
-    all of those were right (`upper`)."""
+    """A row a model and task, and a row 'mean of tasks': accuracy with its 95% interval, n, and the unparsed (truncated and refused
+    replies are among them), which count as wrong; `upper` is the accuracy if all of them were right."""
     rows = []
     for name, made in answered.items():
         parts = []
         for task in [t for t in (*TASKS, *EXAM_TASKS) if (made.frame.task == t).any()]:
             part = made.frame[made.frame.task == task]
-            e, unparsed = stats.wilson(part.correct), int(part.letter.isna().sum())
-            parts.append({"model": name, "task": task, **_row(e), "unparsed": unparsed, "upper": e.value + unparsed / e.n})
+            parts.append({"model": name, "task": task, **_row(stats.wilson(part.correct)), **_unread(part)})
         mean = _row(over_tasks(made.frame.correct.astype(float), made.frame.task).within(0, 1))
-        unread = {"unparsed": sum(p["unparsed"] for p in parts), "upper": np.mean([p["upper"] for p in parts])}
-        rows += [*parts, {"model": name, "task": "mean of tasks", **mean, **unread}]
+        upper = {"upper": np.mean([p["upper"] for p in parts])}
+        rows += [*parts, {"model": name, "task": "mean of tasks", **mean, **_unread(made.frame), **upper}]
     return pd.DataFrame(rows)
+
+
+def _unread(frame: pd.DataFrame) -> dict:
+    """What became of replies without an answer; votes and likelihoods have no reply to look at."""
+    left = frame[frame.letter.isna()]
+    why = [unread(row.reply, row.finished) for row in left.itertuples()] if {"reply", "finished"} <= {*frame} else []
+    reasons = {name: why.count(name) for name in ("truncated", "refused")}
+    return {"unparsed": len(left), **reasons, "upper": float((frame.correct | frame.letter.isna()).mean())}
 
 
 def _row(e: stats.Estimate) -> dict:
@@ -290,8 +294,7 @@ def mmlu(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, A
 
 
 def _of(task: str, made: Answers) -> tuple[dict, Artifact]:
-    unparsed = int(made.frame.letter.isna().sum())
-    return {"task": task, **_row(stats.wilson(made.frame.correct)), "unparsed": unparsed}, made.artifacts[-1]
+    return {"task": task, **_row(stats.wilson(made.frame.correct)), **_unread(made.frame)}, made.artifacts[-1]
 
 
 def mt_bench(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
@@ -328,19 +331,25 @@ GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu, "mt_bench": mt_bench, "alpaca_eval": al
 JUDGED = ("mt_bench", "alpaca_eval")
 
 
-def general(config: BenchSection, model: Artifact) -> tuple[pd.DataFrame, list[str], list[Artifact]]:
-    """(a row a task at hand, what is missing, artifacts)."""
-    rows, missing, artifacts = [], [], []
-    for name, run in GENERAL.items():
+def general_tasks(config: BenchSection) -> tuple[dict[str, Artifact], list[str]]:
+    """(task at hand -> its data, what is missing with where it is to be had). Raises ConfigError where nothing is at hand."""
+    found, missing = {}, []
+    for name in GENERAL:
         if name in JUDGED and not config.judge:
             missing.append(f"{name}: needs a judge (--judge http://host/v1#name)")
         elif data := at_hand(name, config.fetch):
-            row, answered = run(config, model, data)
-            rows.append(row)
-            artifacts.append(answered)
+            found[name] = data
         else:
             missing.append(get(name).where())
-    return pd.DataFrame(rows), missing, artifacts
+    if not found:
+        raise ConfigError("no general task is at hand (--fetch gets what the hub has): " + "; ".join(missing))
+    return found, missing
+
+
+def general(config: BenchSection, model: Artifact, tasks: Mapping[str, Artifact]) -> tuple[pd.DataFrame, list[Artifact]]:
+    """(a row a task, artifacts)."""
+    rows, artifacts = zip(*(GENERAL[name](config, model, data) for name, data in tasks.items()), strict=True)
+    return pd.DataFrame(rows), list(artifacts)
 
 
 # -------------------------------------------------------------------------------------------------------------- estimate
@@ -350,18 +359,21 @@ def general(config: BenchSection, model: Artifact) -> tuple[pd.DataFrame, list[s
 class Estimate:
     """What a bench of one model asks for before it starts: tokens read and, at most, written."""
 
-    questions: int
+    questions: int  # of reward benches: pairs
     prompt_tokens: int
     new_tokens: int
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def seconds(self, parameters: float, gflops: float, utilisation: float = 0.5) -> float:
         """Of weights here: two operations a parameter and token, at a part of the machine's matrix speed."""
         return 2 * parameters * (self.prompt_tokens + self.new_tokens) / (gflops * 1e9 * utilisation)
 
 
-def paid(answered: Answers) -> dict:
-    """Requests and tokens that a server's answers took, faults included; empty for weights."""
-    ledgers = [art / "requests.jsonl" for art in answered.artifacts if (art / "requests.jsonl").exists()]
+def paid(artifacts: Sequence[Artifact]) -> dict:
+    """Requests and tokens of servers that results took, faults included; empty for weights."""
+    ledgers = [art / "requests.jsonl" for art in artifacts if (art / "requests.jsonl").exists()]
     return spent(json.loads(line) for path in ledgers for line in path.read_text().splitlines()) if ledgers else {}
 
 
@@ -377,3 +389,23 @@ def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 
     longest = {"likelihood": 1, "greedy": 32}.get(config.protocol, config.max_new_tokens)
     times = config.samples or 1
     return Estimate(total, round(prompt * times * (1 + config.shuffle)), total * longest * times * (1 + config.shuffle))
+
+
+def general_estimate(config: BenchSection, tasks: Mapping[str, Artifact]) -> tuple[Estimate, Estimate]:
+    """(the model's, the judge's) for the general suite, counted likewise."""
+    asked = judged = Estimate(0, 0, 0)
+    for name, data in tasks.items():
+        if name == "mmlu":
+            counts = {
+                subject: min(n, config.limit or n) for subject, n in canonical.subset_sizes(data / "test.parquet").items()
+            }
+            asked += estimate(config, [Questions(name, data, {subject: subject for subject in counts}, counts)])
+            continue
+        rows = canonical.spread(canonical.read_instructions(data / "test.parquet"), config.limit)
+        turns = 2 if name == "mt_bench" else 1
+        prompt = round(turns * sum(len(turn["content"]) for row in rows for turn in row["prompt"]) / 4)
+        asked += Estimate(len(rows), prompt, turns * len(rows) * config.max_new_tokens)
+        if name in JUDGED:  # both turns are graded, or two replies compared in both orders
+            read, write = 2 * (prompt + 2 * len(rows) * config.max_new_tokens), LLMConfig.model_fields["max_tokens"].default
+            judged += Estimate(len(rows), read, 2 * len(rows) * write)
+    return asked, judged

@@ -1,26 +1,52 @@
 """Reward benches for anyone's reward model: Medical RewardBench, RewardBench with its sections, RewardBench 2's best of four."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pandas as pd
+from pydantic import Field
 
 from ultramed.annotate.judge import LLMConfig, pairwise
 from ultramed.annotate.pair_sets import pairs_from
 from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError
-from ultramed.core.schema import ScoringConfig
-from ultramed.core.store import Artifact
+from ultramed.core.schema import ScoringConfig, Strict
+from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import get
 from ultramed.data.public_pairs import PublicConfig, public_pairs
 from ultramed.data.sources import at_hand
 from ultramed.evaluate import stats
 from ultramed.evaluate.reward_bench import length_correlation, pair_scores, read_scores
+from ultramed.experiments.bench import Estimate
 from ultramed.lm import models
 
 REWARD_BENCHES = ("medical_rewardbench", "rewardbench", "rewardbench2")
 
 
-def reward_pairs(fetch: bool = False) -> tuple[dict[str, Artifact], list[str]]:
-    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand."""
+class FirstConfig(Strict):
+    prompts: int = Field(ge=1)  # of each subset
+
+
+@stage(version=1)
+def first_prompts(out: Path, config: FirstConfig, *, pairs: Artifact) -> dict:
+    """The pairs of the first prompts of each subset, for a quick look."""
+    rows, prompts = canonical.read_pairs(pairs / "pairs.parquet"), {}
+    for row in rows:
+        prompts.setdefault(row["subset"], {}).setdefault(prompt_id(row))
+    taken = {(subset, name) for subset, every in prompts.items() for name in list(every)[: config.prompts]}
+    canonical.write_rows(out / "pairs.parquet", [row for row in rows if (row["subset"], prompt_id(row)) in taken])
+    return {"prompts": len(taken)}
+
+
+def prompt_id(pair: dict) -> str:
+    """Of a canonical pair: pairs of one prompt belong together."""
+    return pair["meta"].get("prompt_id") or pair["id"]
+
+
+def reward_pairs(fetch: bool = False, limit: int = 0) -> tuple[dict[str, Artifact], list[str]]:
+    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand. limit: prompts
+    of each subset, 0 for all."""
     found, missing = {}, []
     for name in REWARD_BENCHES:
         if data := at_hand(name, fetch):
@@ -34,7 +60,23 @@ def reward_pairs(fetch: bool = False) -> tuple[dict[str, Artifact], list[str]]:
             missing.append(str(err))
     if not found:
         raise ConfigError("no reward bench is at hand: " + "; ".join(missing))
+    if limit:
+        found = {name: first_prompts(FirstConfig(prompts=limit), pairs=pairs) for name, pairs in found.items()}
     return found, missing
+
+
+def estimate(pairs: Mapping[str, Artifact], model: Artifact) -> Estimate:
+    """Four characters a token. A reward model reads the prompt with either reply; a judge all three, in both orders, and writes a
+    verdict each time."""
+    judged = models.card(model)["kind"] == "server"
+    count = prompts = sides = 0
+    for row in (row for artifact in pairs.values() for row in canonical.read_pairs(artifact / "pairs.parquet")):
+        count += 1
+        prompts += sum(len(turn["content"]) for turn in row["prompt"])
+        sides += sum(len(turn["content"]) for turn in (*row["chosen"], *row["rejected"]))
+    read = 2 * (prompts + sides) if judged else 2 * prompts + sides
+    written = 2 * count * LLMConfig.model_fields["max_tokens"].default if judged else 0
+    return Estimate(count, round(read / 4), written)
 
 
 def score_reward(
@@ -81,7 +123,7 @@ def _judged(model: Artifact, pairs: Artifact) -> tuple[pd.DataFrame, dict, Artif
     made = pairwise(LLMConfig(server=ServerConfig(url=card["url"], model=card["model"])), pairs=pairs)
     frame = pd.read_json(made / "verdicts.jsonl", lines=True, dtype={"id": str})
     tie = frame.verdict.isin(["tie", "inconsistent"])
-    prompts = {row["id"]: row["meta"].get("prompt_id", row["id"]) for row in canonical.read_pairs(pairs / "pairs.parquet")}
+    prompts = {row["id"]: prompt_id(row) for row in canonical.read_pairs(pairs / "pairs.parquet")}
     frame = frame.assign(
         tie=tie, concept=frame.id.map(prompts), credit=(frame.verdict == "chosen").astype(float).where(~tie, 0.5)
     )

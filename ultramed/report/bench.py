@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from markupsafe import Markup
 
 from ultramed.core.store import environment, write_json, write_text
 from ultramed.evaluate.arms import Answers, percent
@@ -62,11 +63,18 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return made.join(overall[["n", "unparsed"]]).reset_index()
 
 
-def page(out: Path, title: str, tables: dict[str, pd.DataFrame], figures: list[str], notes: list[str]) -> Path:
-    """`index.html` with every table and figure of the bench."""
+TITLES = {"medical": "Medical bench", "reward": "Reward bench", "general": "General abilities"}
+
+
+def page(out: Path, suite: str, tables: dict[str, pd.DataFrame], figures: list[str], notes: list[str]) -> Path:
+    """`<suite>.html` with every table and figure of a suite, and `index.html` with those of all suites that ran into `out`."""
     template = jinja2.Environment(autoescape=True).from_string(files("ultramed.report").joinpath("bench.html").read_text())
     shown_tables = [
         (caption, list(f.columns), f.astype(object).where(f.notna(), "").values.tolist()) for caption, f in tables.items()
     ]
-    write_text(out / "index.html", template.render(title=title, tables=shown_tables, figures=figures, notes=notes))
+    part = template.module.suite(TITLES[suite], shown_tables, figures, notes)
+    write_text(out / f"{suite}.html", template.render(parts=[part]))
+    others = [(out / f"{name}.html").read_text() for name in TITLES if (out / f"{name}.html").exists()]
+    parts = [text.partition("<main>")[2].rpartition("</main>")[0] for text in others]
+    write_text(out / "index.html", template.render(parts=map(Markup, parts)))
     return out / "index.html"
