@@ -60,6 +60,18 @@ def test_the_fast_paths_serve_what_they_fit(family):
     assert plain_length(ours) < 24 or plain_length(ours) > 4000 or name == "phi3_long"
 
 
+def test_reading_by_transformers_is_told_once(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(architecture, "_told", set())
+    caplog.set_level("INFO")
+    for name in ("llama", "phi3_long", "mamba2", "phi3_long"):
+        models.load(save(name, tmp_path), dtype=torch.float32)
+    told = [line for line in caplog.messages if "transformers' own code" in line]
+    assert told == [
+        "Phi3ForCausalLM: what is longer than 40 tokens is read by transformers' own code, more slowly",
+        "Mamba2ForCausalLM: it is read by transformers' own code, more slowly",
+    ]
+
+
 def test_a_model_that_is_misread_is_left_to_transformers(monkeypatch, tmp_path):
     art = save("llama", tmp_path)
     monkeypatch.setattr(architecture, "_probed", {})

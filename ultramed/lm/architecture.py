@@ -22,6 +22,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_BY_LENGTH = {"dynamic", "longrope"}  # rotary frequencies depend on the longest sequence of the batch
 UNLIMITED = 1 << 60
 _probed: dict[tuple, bool] = {}  # architecture -> whether a packed row was read right
+_told: set[tuple] = set()  # architectures of which the log has said that transformers reads them
 _misread = weakref.WeakSet()  # models of an architecture for which it was not
 
 
@@ -81,9 +82,13 @@ def probe(net) -> None:
     transformers from then on, which is told in a line of the log.
     """
     net = causal_lm(net)
-    if plain_length(net) < 32:
+    kind, plain = _identity(net), plain_length(net)
+    if plain < context_length(net) and kind not in _told:
+        _told.add(kind)
+        what = f"what is longer than {plain:,} tokens" if plain >= 32 else "it"
+        log.info("%s: %s is read by transformers' own code, more slowly", type(net).__name__, what)
+    if plain < 32:
         return
-    kind = _identity(net)
     if kind not in _probed:
         _probed[kind] = _packed_is_right(net)
     if not _probed[kind]:
