@@ -329,3 +329,18 @@ def test_tested_claims_carry_their_arms(places):
     assert len(shown) == 1, "only the claim whose two arms are there"
     assert shown.verdict[0] == "reproduced"
     scorecard.forget("smoke", book.name)
+
+
+def test_nothing_is_tested_at_the_floor_and_70b_has_its_own_claim(places):
+    """GSM8K at 4% cannot fall by 5 points; at 70B the pooled gain is the claim about 70B, too."""
+    from ultramed.book.notebook import Book, at_floor
+    from ultramed.core.config import load_profile
+    from ultramed.evaluate.arms import Arms
+
+    claim = next(claim for claim in claims() if claim.id == "ultramedical:general-falls-a-little")
+    assert at_floor(claim, answers([1] * 4 + [0] * 96))
+    assert not at_floor(claim, answers([1] * 30 + [0] * 70))
+    book = Book("22_ultramedical_main", load_profile("smoke", ["ultramedical.published_size=70B"]), "ultramed run 22")
+    shown = book.claims(Arms(xpo=answers([1] * 60 + [0] * 40), sft_of_xpo=answers([1] * 40 + [0] * 60)))
+    assert [text.startswith("At 70B") for text in shown.statement] == [False, True]
+    scorecard.forget(book.profile.name, book.name)

@@ -16,11 +16,11 @@ from ultramed.core.log import quiet_libraries
 from ultramed.core.profile import Profile
 from ultramed.core.store import Artifact
 from ultramed.data.sources import dataset, local_files
-from ultramed.evaluate.arms import Arms, artifacts_of, compare
+from ultramed.evaluate.arms import Answers, Arms, artifacts_of, compare
 from ultramed.experiments.medalpaca import MedAlpaca
 from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm.device import placement
-from ultramed.papers.claims import claims_of
+from ultramed.papers.claims import Claim, claims_of
 from ultramed.report import beside, figures, scorecard, tables
 
 PARAMETERS = {"profile", "overrides"}
@@ -92,10 +92,13 @@ class Book:
         """Test this notebook's claims whose two arms are there; record them, and write the table `NN_claims` and, for whoever
         wants to test otherwise, the arms' answers (`NN_questions.parquet`, `Arms.read`).
 
-        The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper.
+        The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper. A claim that something
+        falls by no more than a margin is left out where there is no more than that to lose.
         """
+        if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
+            arms = Arms(arms | {f"{name}_70b": answers for name, answers in arms.items()})  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        tested = [claim for claim in mine if claim.a in arms and claim.b in arms]
+        tested = [claim for claim in mine if claim.a in arms and claim.b in arms and not at_floor(claim, arms[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
         entries = [scorecard.claim_entry(c, compare(arms[c.a], arms[c.b]), self.protocol(more)) for c in tested]
@@ -142,6 +145,11 @@ class Book:
         caption = f"{beside.source(table)}, beside ours ({self.profile.models[0].label})"
         caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
         return self.table(f"{self.name[:2]}_beside", beside.beside(entries, labels), caption, *sources)
+
+
+def at_floor(claim: Claim, b: Answers) -> bool:
+    """Whether B has no more to lose than the claim's margin, so that A cannot be found worse."""
+    return claim.kind == "not_worse" and 100 * b.accuracy <= claim.margin
 
 
 def start(name: str, profile: str, overrides: list[str] = ()) -> Book:
