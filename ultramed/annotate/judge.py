@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from ultramed.annotate.feedback import join, with_scores
-from ultramed.core.client import Request, ServerConfig, ask
+from ultramed.core.client import Request, ServerConfig, ask, values
 from ultramed.core.ledger import write_lines
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, stage
@@ -104,8 +104,9 @@ def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "tra
         request(r["id"], COMPLEXITY, conversation(r["prompt"]) if "prompt" in r else question_text(r), config) for r in rows
     ]
     made = ask(config.server, asked, out / "requests.jsonl", schema=Complexity, desc="complexity")
-    write_lines(out / "scores.jsonl", ({"id": m["id"], "score": m["value"]["score"] if m["value"] else None} for m in made))
-    scores = [m["value"]["score"] for m in made if m["value"]]
+    given = values(made, "score")
+    write_lines(out / "scores.jsonl", ({"id": m["id"], "score": score} for m, score in zip(made, given, strict=True)))
+    scores = [score for score in given if score is not None]
     return {"rows": len(rows), "unparsed": len(made) - len(scores), "mean_score": sum(scores) / len(scores) if scores else None}
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from pydantic import BaseModel, Field
 
 from ultramed.annotate.judge import LLMConfig, pairwise, request
-from ultramed.core.client import Request, ask
+from ultramed.core.client import Request, ask, values
 from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import write_lines
 from ultramed.core.store import Artifact, sha256, stage
@@ -81,7 +81,7 @@ def kqa_labels(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
                 asked.append(_entails(name, question, row.reply, statement, config))
                 metadata.append({"question": row.id, "kind": kind, "statement": statement})
     made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="K-QA statements")
-    labels = [answer["value"]["label"] if answer["value"] else None for answer in made]
+    labels = values(made, "label")
     write_lines(
         out / "labels.jsonl",
         ({"id": m["id"], **what, "label": label} for m, what, label in zip(made, metadata, labels, strict=True)),
@@ -99,7 +99,7 @@ def correctness(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
         for r in rows
     ]
     made = ask(config.server, asked, out / "requests.jsonl", schema=Verdict, desc="correctness")
-    right = [m["value"]["correct"] if m["value"] else None for m in made]
+    right = values(made, "correct")
     write_lines(out / "verdicts.jsonl", ({"id": m["id"], "correct": c} for m, c in zip(made, right, strict=True)))
     return {"replies": len(right), "unread": right.count(None), "correct": right.count(True)}
 
@@ -115,7 +115,7 @@ def consistency(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
         for r in rows
     ]
     made = ask(config.server, asked, out / "requests.jsonl", schema=Consistent, desc="language consistency")
-    kept = [m["value"]["consistent"] if m["value"] else None for m in made]
+    kept = values(made, "consistent")
     write_lines(out / "verdicts.jsonl", ({"id": m["id"], "consistent": c} for m, c in zip(made, kept, strict=True)))
     return {"replies": len(kept), "unread": kept.count(None), "consistent": kept.count(True)}
 
@@ -148,7 +148,7 @@ def judge_labels(out: Path, config: LLMConfig) -> dict:
     frame = physicians()
     asked = [_entails(str(i), r.question, r.answer, r.statement, config) for i, r in enumerate(frame.itertuples())]
     made = ask(config.server, asked, out / "requests.jsonl", schema=Entails, desc="labels beside physicians'")
-    labels = [m["value"]["label"] if m["value"] else None for m in made]
+    labels = values(made, "label")
     both = pd.DataFrame({"judge": labels, "physicians": frame.label})
     write_lines(out / "labels.jsonl", both.to_dict("records"))
     read = both.dropna()
@@ -176,7 +176,7 @@ def grades(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
             asked.append(request(f"{row.id}#{number}", MT_BENCH.format(reference=told), talk, config))
             metadata.append({"question": row.id, "turn": number + 1, "category": row.meta.get("category", "all")})
     made = ask(config.server, asked, out / "requests.jsonl", schema=Grade, desc="grades")
-    given = [answer["value"]["score"] if answer["value"] else None for answer in made]
+    given = values(made, "score")
     write_lines(
         out / "grades.jsonl", ({"id": m["id"], **what, "score": s} for m, what, s in zip(made, metadata, given, strict=True))
     )

@@ -109,6 +109,11 @@ def ask(
         return [{**ledger.rows[key], "id": request.id} for key, request in zip(keys, requests, strict=True)]
 
 
+def values(rows: Iterable[dict], name: str) -> list:
+    """The value `name` of every row of `ask` with a schema; None where the reply could not be read."""
+    return [row["value"][name] if row["value"] else None for row in rows]
+
+
 def spent(rows: Iterable[dict]) -> dict[str, int]:
     """Requests and tokens that rows of a ledger cost; `completion_tokens` are those of the tokens that were written."""
     total = {"requests": 0, "tokens": 0, "completion_tokens": 0}

@@ -9,6 +9,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from scipy.cluster.hierarchy import DisjointSet
+
 HPO_ROOT = "HP:0000118"  # Phenotypic abnormality
 SIDES = (("test", 0.20), ("dev", 0.30), ("train", 1.01))  # upper edges of the split on a uniform hash
 
@@ -130,27 +132,17 @@ def knowledge() -> tuple[Ontology, ICD]:
 
 def concept_sides(hpo: Ontology, icd: ICD, seed: int) -> dict[str, str]:
     """Concept id -> train, dev or test. Concepts that share a normalised name or synonym stay together."""
-    root: dict[str, str] = {}
-
-    def find(x: str) -> str:
-        root.setdefault(x, x)
-        while root[x] != x:
-            root[x] = root[root[x]]
-            x = root[x]
-        return x
-
-    def join(a: str, b: str):
-        a, b = sorted((find(a), find(b)))
-        root[b] = a
-
-    for term in hpo.terms:
-        for name in hpo.names(term):
-            join(term, "name:" + normalise(name))
-    for code, category in icd.category.items():
-        for name in icd.names[code]:
-            join(category, "name:" + normalise(name))
+    named = [(term, name) for term in hpo.terms for name in hpo.names(term)]
+    named += [(category, name) for code, category in icd.category.items() for name in icd.names[code]]
+    together = DisjointSet()
+    for concept, name in named:
+        key = "name:" + normalise(name)
+        together.add(concept)
+        together.add(key)
+        together.merge(concept, key)
+    first = {member: min(part) for part in together.subsets() for member in part}
     sides = {}
     for concept in [*hpo.terms, *sorted(set(icd.category.values()))]:
-        u = uniform_hash("side", seed, find(concept))
+        u = uniform_hash("side", seed, first.get(concept, concept))
         sides[concept] = next(side for side, edge in SIDES if u < edge)
     return sides

@@ -305,7 +305,7 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
     quantize: None, '8bit' (LLM.int8) or '4bit' (NF4), for whole models only: an adapter is merged into a freshly loaded 16- or
     32-bit base, never into a quantised one.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     place = placement()
     dtype, spread = dtype or place.dtype, device is None and spreads(model, dtype or place.dtype, quantize)
@@ -313,11 +313,7 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
     if quantize is not None:
         if metadata["kind"] == "adapter":
             raise ConfigError("an adapter is evaluated merged into its 16-bit base; merging into 8 or 4 bits ruins it")
-        extra["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if quantize == "8bit"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        )
+        extra["quantization_config"] = in_bits(quantize, dtype)
     with quietly():
         net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=dtype, **extra)
     if metadata["kind"] == "adapter":
@@ -330,6 +326,15 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
     net = use_cpu_attention(net).eval()
     probe(net)
     return net
+
+
+def in_bits(quantize: str, dtype: torch.dtype):
+    """bitsandbytes' configuration of '8bit' (LLM.int8) or '4bit' (NF4 that computes in `dtype`)."""
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def merge_adapter(base, folder: Path, tolerance: float = 1e-3):

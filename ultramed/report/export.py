@@ -55,7 +55,9 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
         with quietly():
             write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")
     if metadata["kind"] != "reward":
-        _generation(tokenizer).save_pretrained(part)
+        how = models.generation(model, tokenizer)
+        how.max_new_tokens = 256
+        how.save_pretrained(part)
     results = results_of(model)
     write_json(part / "results.json", lm_eval_shape(model, results))
     write_json(part / "lineage.json", [{k: v for k, v in m.items() if k != "files"} for m in model.lineage()])
@@ -76,13 +78,6 @@ def _without_paths(folder: Path, model: Artifact) -> None:
             for whole in {str(path.resolve()), str(path.absolute())}:
                 text = text.replace(whole, path.resolve().name)
         file.write_text(text)
-
-
-def _generation(tokenizer):
-    from transformers import GenerationConfig
-
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(**ids, bos_token_id=tokenizer.bos_token_id, do_sample=False, max_new_tokens=256)
 
 
 def results_of(model: Artifact) -> list[dict]:

@@ -18,7 +18,7 @@ from ultramed.core.profile import Profile
 from ultramed.core.schema import Strict, TrainConfig
 from ultramed.core.store import Artifact, find, stage, write_json
 from ultramed.lm import models
-from ultramed.lm.device import free_memory, placement, quietly
+from ultramed.lm.device import free_memory, matrix_gflops, placement, quietly
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 from ultramed.train.training import trained_in_fp32
 from ultramed.train.weights import load_for_training
@@ -99,20 +99,6 @@ def cost(out: Path, config: CostConfig, *, model: Artifact) -> dict:
             ledger.add({"arm": left[0], "failed": "out of memory"})
 
 
-def best_flops(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product, the best of some."""
-    size, best = (8192 if device == "cuda" else 2048), 0.0
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    for _ in range(8):
-        clock = time.perf_counter()
-        c = a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - clock))
-    del c
-    return best
-
-
 def _resident(field: str) -> int:
     """VmRSS or VmHWM of this process, bytes (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -122,7 +108,7 @@ def _resident(field: str) -> int:
 def measure(config: CostConfig, model: Artifact, out: Path) -> None:
     """Append a line for each arm that `results.jsonl` lacks. In this process, which should have done nothing else."""
     place = placement()
-    peak_flops = best_flops(place.device, place.dtype)
+    peak_flops = 1e9 * matrix_gflops(8192 if place.device == "cuda" else 2048)
     small = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
     tiny, first = config.model_copy(update={"shape": small, "rows": 1, "length": 16}), next(iter(config.arms.values()))
     _train(tiny, first, random_model(small), out)  # loads all libraries

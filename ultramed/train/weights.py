@@ -10,7 +10,7 @@ from ultramed.core.store import Artifact
 from ultramed.lm.architecture import probe
 from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import placement, quietly
-from ultramed.lm.models import card, location, weights_of
+from ultramed.lm.models import card, in_bits, location, weights_of
 from ultramed.train import launch
 
 
@@ -49,7 +49,7 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
     `blank`; an adapter's base is always loaded.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     if card(model)["kind"] == "adapter":
         raise ConfigError("train on a whole model; merge the adapter first (`ultramed export KEY OUT --merge`)")
@@ -59,14 +59,8 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
             "NF4 training does nothing on a CPU: bitsandbytes passes no gradient to the adapters there (measured: 0 of "
             "60 lora_B tensors) and only warns. Use method lora or lora_8bit, or a GPU."
         )
-    extra = {
-        "lora_8bit": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-        "lora_4bit": {
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=place.dtype
-            )
-        },
-    }.get(method, {})
+    bits = {"lora_8bit": "8bit", "lora_4bit": "4bit"}.get(method)
+    extra = {"quantization_config": in_bits(bits, place.dtype)} if bits else {}
     with quietly():
         if method == "full":
             net = trainable(AutoModelForCausalLM, model, empty=empty)
