@@ -270,8 +270,9 @@ def user_file(
     return user_rows(Path(path).resolve(), kind=kind, side=side, limit=limit, columns=columns or {})
 
 
-@stage(version=4, also=lambda path: sha256(path))
+@stage(version=5, also=lambda path: sha256(path))
 def user_rows(out: Path, path: Path, *, kind: str, side: str, limit: int, columns: dict) -> dict:
+    """Canonical rows of anyone's file (data/recognise.py), as one side."""
     rows = recognise.read(path, "rows" if kind == "candidates" else kind, columns)[: limit or None]
     if kind != "candidates":
         canonical.write_rows(out / f"{side}.parquet", rows)
