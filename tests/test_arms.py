@@ -38,7 +38,8 @@ def test_compare_is_paired_and_takes_the_larger_p():
 
 
 def test_arms_that_never_differ_are_not_known_to_be_equal():
-    """No discordant concept among 30, of two questions each: the difference may still be as large as 3 / 30 (the rule of three)."""
+    """No discordant concept among 30, of two questions each: the difference may still be as large as 3 / 30 (the rule of
+    three)."""
     c = compare(answers([1, 0] * 30), answers([1, 0] * 30))
     assert (c.low, c.high) == pytest.approx((-0.1, 0.1))
     assert c.se > 0

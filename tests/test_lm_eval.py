@@ -19,7 +19,8 @@ LIMIT = 22  # questions of each of the nine tasks
 
 
 def as_the_harness_has_it(row: dict) -> tuple[str, dict]:
-    """(the harness' file for the row's task, under its tasks/; the row with the columns of the hub's copy that the file names)."""
+    """(the harness' file for the row's task, under its tasks/; the row with the columns of the hub's copy that the file
+    names)."""
     question, texts, gold = row["question"], list(row["options"].values()), list(row["options"]).index(row["gold"])
     if row["dataset"] == "medqa":
         return "medqa/medqa.yaml", {"sent1": question, **{f"ending{i}": text for i, text in enumerate(texts)}, "label": gold}

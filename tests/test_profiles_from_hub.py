@@ -1,5 +1,5 @@
-"""Every profile of the papers' scale, notebook by notebook, from a folder in the hub's layout, with a tiny model in place of the
-large one and a few rows of everything: what proves that the way from the hub to the last stage is open."""
+"""Every profile of the papers' scale, notebook by notebook, from a folder in the hub's layout, with a tiny model in place of
+the large one and a few rows of everything: what proves that the way from the hub to the last stage is open."""
 
 import json
 import os

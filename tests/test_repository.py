@@ -140,7 +140,8 @@ def prose(name: str) -> str:
 
 
 def test_what_the_results_say_stands_in_a_table_of_a_committed_run():
-    """Every interval of the prose is some table's, and every difference in whole points is one of a tested statement, rounded."""
+    """Every interval of the prose is some table's, and every difference in whole points is one of a tested statement,
+    rounded."""
     text = prose("RESULTS.md")
     made = committed_tables()
     intervals = re.findall(r"[+-]?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", text)

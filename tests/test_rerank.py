@@ -63,8 +63,8 @@ def test_curves_draw_samples_of_each_question_and_come_out_the_same_again():
 
 
 def test_how_often_the_reward_prefers_a_right_sample_by_hand():
-    """Right samples have 3 and 1, wrong ones 2 and 1: 3 beats both, 1 loses once and ties once, 2.5 of 4. The second question has no
-    right sample, the third no wrong one; in the fourth the right one is behind all."""
+    """Right samples have 3 and 1, wrong ones 2 and 1: 3 beats both, 1 loses once and ties once, 2.5 of 4. The second question
+    has no right sample, the third no wrong one; in the fourth the right one is behind all."""
     votes = rerank.Votes({})
     votes.letters = np.array([list("AABC"), list("BBCC"), list("AAAA"), ["A", "", "B", "D"]])
     votes.rewards = np.array([[3, 1, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3.0]])

@@ -111,8 +111,8 @@ def test_seeds_with_questions_of_their_own_by_hand():
 
 def test_questions_that_seeds_share_by_hand():
     """Two seeds, the same four questions: 1 1 1 0 and 0 0 1 0, means 3/4 and 1/4. Between the seeds: (1/2)^2 / 2 / 2 = 1/16.
-    Deviations 1/4 1/4 1/4 -3/4 and -1/4 -1/4 3/4 -1/4, each an eighth of the mean: their products come to 1/4, so the covariance
-    is 4/3 x 2 x 1/4 / 64 = 1/96, and twice as much is added, for the square of a mean of two is half covariance."""
+    Deviations 1/4 1/4 1/4 -3/4 and -1/4 -1/4 3/4 -1/4, each an eighth of the mean: their products come to 1/4, so the
+    covariance is 4/3 x 2 x 1/4 / 64 = 1/96, and twice as much is added, for the square of a mean of two is half covariance."""
     e = stats.over_seeds([1, 1, 1, 0, 0, 0, 1, 0], [0, 1, 2, 3] * 2, [0] * 4 + [1] * 4)
     assert e.value == 1 / 2
     assert e.errors[0][0] == pytest.approx((1 / 16 + 1 / 48) ** 0.5)
@@ -128,8 +128,9 @@ def test_seeds_that_agree_by_luck_make_no_interval_narrower_than_the_questions_d
 
 
 def test_seeds_that_agree_by_luck_make_no_p_smaller_than_seeds_can():
-    """Three seeds of 200 questions win 40, 42 and 44 and lose 20: the interval is that of the questions, but three means of 0.10,
-    0.11, 0.12 have a standard error of 0.00577, so t is 19.05 with 2 degrees of freedom, p 0.0027, where 599 would have 1e-6."""
+    """Three seeds of 200 questions win 40, 42 and 44 and lose 20: the interval is that of the questions, but three means of
+    0.10, 0.11, 0.12 have a standard error of 0.00577, so t is 19.05 with 2 degrees of freedom, p 0.0027, where 599 would have
+    1e-6."""
     won = (40, 42, 44)
     x = np.concatenate([[1] * w + [-1] * 20 + [0] * (180 - w) for w in won])
     e = stats.over_seeds(x, np.arange(600), np.repeat([0, 1, 2], 200))

@@ -66,7 +66,8 @@ def test_a_profile_names_the_mixtures_whose_policies_learn_from_pairs(experiment
 
 
 def test_a_judge_ranks_in_the_oracles_place(experiment):
-    """One that likes replies by a hash of theirs: pairs follow it, right or wrong, for the pool and for the policy's own samples."""
+    """One that likes replies by a hash of theirs: pairs follow it, right or wrong, for the pool and for the policy's own
+    samples."""
 
     def worth(text: str) -> int:
         return int(hashlib.md5(text.strip().encode()).hexdigest(), 16) % 10 + 1

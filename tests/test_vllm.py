@@ -1,4 +1,5 @@
-"""The engine that starts vLLM: here `transformers serve` stands behind the same command. And models that no one device holds."""
+"""The engine that starts vLLM: here `transformers serve` stands behind the same command. And models that no one device
+holds."""
 
 import json
 import os

@@ -126,6 +126,7 @@ def join(samples: dict[str, Artifact]) -> list[dict]:
 
 
 def with_scores(row: dict, scores: list[float | None]) -> dict:
+    """The row with a score and a rank (1 is best, equal scores share one) at each of its candidates."""
     marks = zip(row["candidates"], scores, ranks(scores), strict=True)
     return {**row, "candidates": [{**c, "score": s, "rank": r} for c, s, r in marks]}
 
@@ -150,8 +151,8 @@ def varied_prompt(ranked: Artifact, texts: int = 3) -> dict:
 
 
 def score_agreement(first: Artifact, second: Artifact) -> float:
-    """Krippendorff's alpha (interval) of two annotators' scores of the same candidates; 0 is chance. NaN of one with itself, which
-    would agree whatever it is worth."""
+    """Krippendorff's alpha (interval) of two annotators' scores of the same candidates; 0 is chance. NaN of one with itself,
+    which would agree whatever it is worth."""
     if first.key == second.key:
         return float("nan")
     both = [

@@ -44,7 +44,8 @@ def _paths(side: str) -> list[Path]:
 
 @stage(version=1, also=lambda config: [sha256(p) for p in _paths(config.side)])
 def human_feedback(out: Path, config: HumanConfig) -> dict:
-    """`feedback.jsonl`: a row a question, candidates with the expert's score. Scores, not ranks, decide: equal ones are ties."""
+    """`feedback.jsonl`: a row a question, candidates with the expert's score. Scores, not ranks, decide: equal ones are
+    ties."""
     frame = pd.concat([pd.read_parquet(p).assign(file=p.stem) for p in _paths(config.side)])
     groups = list(frame.groupby(["file", "QID"], sort=True))
     if len(groups) != QUESTIONS[config.side]:

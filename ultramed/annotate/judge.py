@@ -112,8 +112,8 @@ def complexity(out: Path, config: LLMConfig, *, data: Artifact, side: str = "tra
 
 @stage(version=2, also=wording)
 def llm_feedback(out: Path, config: LLMConfig, **samples: Artifact) -> dict:
-    """`feedback.jsonl` as `judge.feedback` writes it, with the model's scores; None for all candidates of a prompt whose
-    judgement could not be read. The candidates are shuffled with the seed before they are shown."""
+    """`feedback.jsonl` as `feedback` (annotate/feedback.py) writes it, with the model's scores; None for all candidates of a
+    prompt whose judgement could not be read. The candidates are shuffled with the seed before they are shown."""
     joined, asked, orders = join(samples), [], {}
     for row in joined:
         order = list(range(len(row["candidates"])))

@@ -106,9 +106,9 @@ def correctness(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
 
 @stage(version=1, also=wording)
 def consistency(out: Path, config: LLMConfig, *, replies: Artifact) -> dict:
-    """`verdicts.jsonl`: whether each reply is in the language of its question throughout and ends properly, None where the judge
-    could not be read. CURE-Med's definition (evaluating_language_of_generated_solutions.py, beside UltraMedical's replies,
-    which gpt-4o-mini judged); `meta.language` of a row names the language."""
+    """`verdicts.jsonl`: whether each reply is in the language of its question throughout and ends properly, None where the
+    judge could not be read. CURE-Med's definition (evaluating_language_of_generated_solutions.py, beside UltraMedical's
+    replies, which gpt-4o-mini judged); `meta.language` of a row names the language."""
     rows = list(read_replies(replies).itertuples())
     asked = [
         request(r.id, CONSISTENT.format(**r.meta), f"Question: {r.prompt[-1]['content']}\n\nReply: {r.reply}", config)
@@ -242,8 +242,8 @@ def outcomes(verdicts: Artifact, pairs: Artifact) -> pd.DataFrame:
 
 
 def win_rate(judged: pd.DataFrame, same: int = 0, lost: int = 0, won: int = 0) -> stats.Estimate:
-    """Share of prompts won: of the `judged` ones (`outcomes`), and of those that needed no judge (`as_pairs`); equal replies are
-    half a win."""
+    """Share of prompts won: of the `judged` ones (`outcomes`), and of those that needed no judge (`as_pairs`); equal replies
+    are half a win."""
     worth = [*judged.worth, *[0.5] * same, *[0.0] * lost, *[1.0] * won]
     return stats.clustered(worth, range(len(worth))).within(0, 1)
 

@@ -22,9 +22,9 @@ from ultramed.evaluate.sample import read_feedback
 class PairConfig(Strict):
     """`take`: feedback artifact -> prompts used of it (0: all).
 
-    rule: 'best_random' takes the best candidate against a random lower-ranked one; 'best_worst' against the worst;
-    'all' takes every ordered pair, the closest `max_per_prompt` of a prompt. Pairs whose scores differ by less than `margin`, or whose texts are equal, are ties
-    and give no pair.
+    rule: 'best_random' takes the best candidate against a random lower-ranked one; 'best_worst' against the worst; 'all' takes
+    every ordered pair, the closest `max_per_prompt` of a prompt. Pairs whose scores differ by less than `margin`, or whose
+    texts are equal, are ties and give no pair.
     """
 
     take: dict[str, int] = Field(min_length=1)

@@ -92,6 +92,8 @@ class EvolvedChoice(Instruction):
 
 
 class SynthesisConfig(Strict):
+    """The language model that writes questions and instructions, and how."""
+
     server: ServerConfig
     temperature: float = Field(0.7, ge=0)
     max_tokens: int = Field(1024, ge=1)

@@ -76,7 +76,7 @@ def submit(
     slurm: returns when the jobs are queued, or with `wait` when they have ended. True if nothing failed (as far as known).
     Raises ConfigError where SLURM is not at hand or refuses the job.
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     wrong = [o for o in options if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", o)]
     if wrong:
         raise ConfigError(f"sbatch options are given as name=value, such as partition=gpu; got {wrong}")

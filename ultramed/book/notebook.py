@@ -92,8 +92,8 @@ class Book:
         """Test this notebook's claims whose two arms are there; record them, and write the table `NN_claims` and, for whoever
         wants to test otherwise, the arms' answers (`NN_questions.parquet`, `Arms.read`).
 
-        The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper. A claim that something
-        falls by no more than a margin is left out where there is no more than that to lose.
+        The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper. A claim that
+        something falls by no more than a margin is left out where there is no more than that to lose.
         """
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
             arms = Arms(arms | {f"{name}_70b": answers for name, answers in arms.items()})  # as claims.csv calls them

@@ -1,7 +1,8 @@
 """What a profile would run before it runs: the experiments' own jobs, with rows, steps, memory and hours.
 
-An estimate of the larger part (dev examinations, likelihoods of the base and a few samples are left out) to plan hardware by, out of the model's shape and the profile's counts (train/estimate.py); what is not
-at hand is named. Nothing is started and nothing is fetched.
+An estimate of the larger part (dev examinations, likelihoods of the base and a few samples are left out) to plan hardware by,
+out of the model's shape and the profile's counts (train/estimate.py); what is not at hand is named. Nothing is started and
+nothing is fetched.
 """
 
 import os
@@ -30,7 +31,8 @@ DEVICE_GB = 80  # an H100
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job takes. rows: training rows (pairs, prompts' replies) or replies; hours: of one device; gib: for each process."""
+    """What a job takes. rows: training rows (pairs, prompts' replies) or replies; hours: of one device; gib: for each
+    process."""
 
     job: Job
     steps: int

@@ -57,8 +57,8 @@ class Job:
         return self.name.startswith(LAST)
 
     def key(self) -> str:
-        """Changes when the notebook, its profile's values, the package or the folder of data sets change; the scorecard's also with
-        what it reads."""
+        """Changes when the notebook, its profile's values, the package or the folder of data sets change; the scorecard's also
+        with what it reads."""
         entries = sorted((self.target.parents[1] / "entries").glob("*.json")) if self.last else []
         recorded = [path.read_text() for path in entries]
         data = [os.environ.get(name, "") for name in DATA]
@@ -72,7 +72,8 @@ class Job:
 
 
 def code_hash() -> str:
-    """Hash of the package, its tables included: executed notebooks are skipped only if nothing that they could read has changed."""
+    """Hash of the package, its tables included: executed notebooks are skipped only if nothing that they could read has
+    changed."""
     package = Path(__file__).parents[1]
     parts = [f"{p.relative_to(package)}:{p.read_text()}" for p in sorted(package.rglob("*")) if p.suffix in READ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -118,7 +119,7 @@ def run(
     With several `jobs` the longest begin first, so that none is left over at the end; two that need the same artifact wait for
     each other (core/store.py).
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     resolved = load_profile(profile, overrides)  # a typo should not cost a minute of start-up
     parameters = {"profile": profile, "overrides": list(overrides)}
     todo = []
@@ -284,7 +285,8 @@ def _run_one(job: Job, force: bool, stop: StopSignals, tick=lambda: None, thread
 
 
 def _interrupt(pid: int, kill: bool) -> None:
-    """Ctrl-C for the kernel under papermill's process `pid`, or, before there is one, for papermill; kill: an end to all of it."""
+    """Ctrl-C for the kernel under papermill's process `pid`, or, before there is one, for papermill; kill: an end to all of
+    it."""
     try:
         papermill = psutil.Process(pid)
         below = papermill.children(recursive=True)

@@ -101,7 +101,7 @@ def _ask_first(loads, found, yes, what="questions") -> None:
             )
         else:
             takes = f"at most about {duration(load.seconds(models.parameters(art), matrix_gflops()))} here"
-        console.print(f"{name}: {told}; {takes}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {told}; {takes}", highlight=False, markup=False, soft_wrap=True)
     if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm("start?", default=True):
         raise typer.Exit(1)
 
@@ -112,7 +112,7 @@ def _bill(name, artifacts) -> None:
 
     if took := paid(artifacts):
         cost = bill(took["tokens"], took["completion_tokens"])
-        console.print(f"{name}: {took['requests']:,} requests, {cost}", highlight=False)
+        console.print(f"{name}: {took['requests']:,} requests, {cost}", highlight=False, markup=False)
 
 
 def _medical(setting, found, out, yes) -> None:
@@ -156,7 +156,7 @@ def _medical(setting, found, out, yes) -> None:
         shown["The same questions with their options in other orders"] = pd.DataFrame(orders).round(4)
     for caption, frame in shown.items():
         if not caption.startswith("Beside"):
-            console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, soft_wrap=True)
+            console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
     notes = [
         f"Protocol: {protocol}. Unparsed replies count as wrong; `upper` in leaderboard.csv counts them as right.",
         *missing,
@@ -198,7 +198,7 @@ def _reward(setting, found, out, yes) -> None:
             write_json(folder / f"{bench_name}.json", result | dict(zip(table.subset, table.accuracy, strict=True)))
     report.merge(out, pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=setting.limit))
     for caption, frame in shown.items():
-        console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, soft_wrap=True)
+        console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
     report.page(out, "reward", shown, [], missing)
 
 
@@ -226,7 +226,7 @@ def _general(setting, found, out, yes) -> None:
         rows.append(table.assign(model=name, artifact=f"{art.stage}/{art.key}"))
     every = pd.concat(rows, ignore_index=True)
     report.merge(out, every.assign(suite="general", protocol=setting.protocol, limit=setting.limit))
-    console.print(every.drop(columns="artifact").to_string(index=False), highlight=False, soft_wrap=True)
+    console.print(every.drop(columns="artifact").to_string(index=False), highlight=False, markup=False, soft_wrap=True)
     report.page(out, "general", {"GSM8K, MMLU and what a judge marks (fractions)": every.round(4)}, [], missing)
 
 

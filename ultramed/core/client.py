@@ -92,11 +92,11 @@ def ask(
 ) -> list[dict]:
     """Ledger rows of all requests, in their order; those in the ledger `path` already are not asked again.
 
-    A row has key, id, model, status, text, value, finish_reason, completion_tokens, and the requests and tokens that it
-    cost. Status is 'ok', or 'too_long' for a conversation that the server says does not fit; with a `schema` also 'unparsed' (no JSON that fits it, after one request to mend it; `value` is
-    None then).
-    Raises ServerError if requests stay unanswered, BudgetError if the budget is used up, ConfigError for what no
-    further try can mend (a wrong key or model); finished answers are in the ledger in each case.
+    A row has key, id, model, status, text, value, finish_reason, completion_tokens, and the requests and tokens that it cost.
+    Status is 'ok', or 'too_long' for a conversation that the server says does not fit; with a `schema` also 'unparsed' (no JSON
+    that fits it, after one request to mend it; `value` is None then). Raises ServerError if requests stay unanswered,
+    BudgetError if the budget is used up, ConfigError for what no further try can mend (a wrong key or model); finished answers
+    are in the ledger in each case.
     """
     shape = schema.model_json_schema() if schema else None
     prices()  # a slip in them should show before anything is paid for

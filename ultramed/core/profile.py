@@ -101,8 +101,8 @@ class QuestionsSection(Strict):
 
 
 class SftSection(Strict):
-    """Supervised policies. `mixtures`: 'ultramed' (medical rows), 'ultramix' (general ones added), and what notebook 23 compares
-    them with, such as 'ultramed_longer' (as many more medical rows instead); `train`: changes to `train`.
+    """Supervised policies. `mixtures`: 'ultramed' (medical rows), 'ultramix' (general ones added), and what notebook 23
+    compares them with, such as 'ultramed_longer' (as many more medical rows instead); `train`: changes to `train`.
 
     `model`: what they start from, where it is not the model that tables call the base (the paper fine-tunes Llama-3-8B and
     compares with Llama-3-8B-Instruct).
@@ -132,8 +132,8 @@ class OnPolicy(Strict):
 
 
 class PreferenceSection(Strict):
-    """Preference learning. `source`: 'policy' (its own samples, `on_policy`), 'pool' (candidates of `candidates.pool`), or a data
-    set of pairs (UltraMedical-Preference at paper scale). `prompts`: source -> count of them ('pool': of each domain's
+    """Preference learning. `source`: 'policy' (its own samples, `on_policy`), 'pool' (candidates of `candidates.pool`), or a
+    data set of pairs (UltraMedical-Preference at paper scale). `prompts`: source -> count of them ('pool': of each domain's
     prompts; a data set: pairs), `first`: the first of them in the file. `mixtures`: whose SFT policies learn from pairs; none
     named: all of them, as in the paper. `controls`: policies trained on with the same prompts' reference answers, and with the
     pairs' chosen sides for as many steps; the paper has neither.
@@ -176,7 +176,8 @@ class RerankSection(Strict):
 
 
 class IterativeSection(Strict):
-    """Rounds of sample, rank with the reward model, train (the paper ran one). `control`: as many more vanilla steps instead."""
+    """Rounds of sample, rank with the reward model, train (the paper ran one). `control`: as many more vanilla steps
+    instead."""
 
     rounds: int = Field(1, ge=1)
     prompts: QuestionCounts  # fresh ones each round: source -> count
@@ -191,8 +192,8 @@ class IterativeSection(Strict):
 
 
 class AbilitiesSection(Strict):
-    """What notebook 23 asks besides medicine. Where a model is too small for it, the loss on held-out solutions is what is left:
-    `losses` rows of Alpaca and of GSM8K, where they are at hand."""
+    """What notebook 23 asks besides medicine. Where a model is too small for it, the loss on held-out solutions is what is
+    left: `losses` rows of Alpaca and of GSM8K, where they are at hand."""
 
     gsm8k: Rows | None = None  # problems, 0 for all; null: not asked
     shots: int = Field(0, ge=0)  # of GSM8K; the paper does not say
@@ -291,6 +292,8 @@ class BenchSection(Strict):
 
 
 class Profile(Strict):
+    """A file of `params/`, resolved (core/config.py): what both papers' notebooks train, ask and show."""
+
     name: str
     description: str
     hardware: str

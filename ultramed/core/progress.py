@@ -17,8 +17,8 @@ def stop_file(file: Path) -> Path:
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt if the runner that watches this process was asked to stop: a Ctrl-C that reaches a kernel between
-    two cells is lost."""
+    """Raises KeyboardInterrupt if the runner that watches this process was asked to stop: a Ctrl-C that reaches a kernel
+    between two cells is lost."""
     if FILE in os.environ and stop_file(Path(os.environ[FILE])).exists():
         raise KeyboardInterrupt
 

@@ -99,8 +99,9 @@ class OptimConfig(Strict):
 class TrainConfig(OptimConfig):
     """One supervised fine-tuning run.
 
-    With `held_out`, that fraction of the rows is not trained on: the loss on it is measured every `eval_steps` optimiser
-    steps, a checkpoint is saved each time, and the weights with the lowest loss are the result (MedAlpaca, train.py). With `packing`, `global_batch_size` counts packed rows.
+    With `held_out`, that fraction of the rows is not trained on: the loss on it is measured every `eval_steps` optimiser steps,
+    a checkpoint is saved each time, and the weights with the lowest loss are the result (MedAlpaca, train.py). With `packing`,
+    `global_batch_size` counts packed rows.
     """
 
     mixture: Counts = Field(min_length=1)  # source -> rows (int) or multiples of the source (float)
@@ -166,7 +167,9 @@ class SampleConfig(Strict):
 
 
 class ScoringConfig(Strict):
-    batch_tokens: int = Field(8192, ge=64)
+    """How a reward model reads replies."""
+
+    batch_tokens: int = Field(8192, ge=64)  # padded tokens, prompts and replies, of one batch
 
 
 class EvalConfig(Strict):

@@ -348,7 +348,8 @@ def artifacts() -> list[Artifact]:
 
 
 def find(prefix: str) -> Artifact:
-    """The one artifact whose key starts with `prefix` (or stage/prefix). Raises StoreError for none, several, or a damaged one."""
+    """The one artifact whose key starts with `prefix` (or stage/prefix). Raises StoreError for none, several, or a damaged
+    one."""
     stage_name, _, key = prefix.rpartition("/")
     hits = [a for a in artifacts() if a.key.startswith(key) and stage_name in ("", a.stage)]
     if len(hits) != 1:

@@ -91,7 +91,8 @@ def usmle(row: dict, i: int) -> dict:
 
 
 def alpaca_row(row: dict, i: int) -> dict:
-    """instruction / input / output (Alpaca, Medical Meadow): the instruction becomes the system turn where there is an input."""
+    """instruction / input / output (Alpaca, Medical Meadow): the instruction becomes the system turn where there is an
+    input."""
     given = (row.get("input") or "").strip()
     turns = [("system", row["instruction"].strip()), ("user", given)] if given else [("user", row["instruction"].strip())]
     return {"prompt": [{"role": r, "content": c} for r, c in turns], "completion": as_completion((row["output"] or "").strip())}

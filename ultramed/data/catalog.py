@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Source:
     """`files`: side -> (file under ULTRAMED_DATA/<folder or name>, rows). `hub`: side -> (hub id, config, split, rows
-    or None where their number was not at hand); for the rest see catalog.yaml. `was`: an older name, which still works and says so."""
+    or None where their number was not at hand); for the rest see catalog.yaml. `was`: an older name, which still works and says
+    so."""
 
     name: str
     kind: str  # questions, instructions, prompts or pairs

@@ -135,7 +135,7 @@ def closest_pairs(checked: Artifact, width: int = 220) -> str:
 
 
 def scores_of(data: dict[str, Artifact]) -> dict[tuple[str, str], float]:
-    """(source, row id) -> complexity, of the annotations among `data`: those named 'scores_<source>' (llm.complexity)."""
+    """(source, row id) -> complexity, of the annotations among `data`: those named 'scores_<source>' (`judge.complexity`)."""
     out = {}
     for name, art in data.items():
         if name.startswith(SCORES):

@@ -72,8 +72,8 @@ def pairs(rows: list, where: str) -> tuple[list[dict], str]:
 
 
 def _by_preference(columns: Columns, two: list[str]) -> list[dict]:
-    """AlpacaEval's pairs (1: the first output, 2: the second; 1.5 is a tie) or HelpSteer's (-3 to 3: below 0 the first); ties are
-    left out. Raises BadRow where numbers could mean either, or neither."""
+    """AlpacaEval's pairs (1: the first output, 2: the second; 1.5 is a tie) or HelpSteer's (-3 to 3: below 0 the first); ties
+    are left out. Raises BadRow where numbers could mean either, or neither."""
     mark = columns.find("preference", ("preference", "preference_strength", "label"))
     numbers = [float(row[mark]) for row in columns.rows]
     strength = min(numbers) < 0 or mark.lower() == "preference_strength"
@@ -123,7 +123,8 @@ def _pairs_of(row: dict, number: int, prompt: str | None, sides: list[str], name
 
 
 def _reply(value, asked: list[dict], side: str) -> tuple[list[dict], str]:
-    """(turns before it, text of the reply) of a text, a message, a list of messages with or without the prompt, a transcript."""
+    """(turns before it, text of the reply) of a text, a message, a list of messages with or without the prompt, a
+    transcript."""
     if isinstance(value, str) and not asked and "\n\nHuman:" in value:
         value = transcript(value)
     if isinstance(value, str):

@@ -1,6 +1,6 @@
 """Duplicates and contamination: which training rows hold a test question, exactly, nearly, or in other words.
 
-Four ways to look, from strict to loose:
+Ways to look, from strict to loose:
 
 - exact: the same words after normalisation;
 - ngram: a run of N words of the test question stands in the training row (GPT-3's and Llama's kind of check);

@@ -77,8 +77,8 @@ def _delimited(text: str, path: Path, mark: str, quoting: int) -> list[dict]:
 
 
 def _with_first(rows: list[dict], first: list[str]) -> list[dict]:
-    """The rows, and the first line among them where it is no header but one more question, as in MMLU's own files: the question,
-    its options, the letter of the right one."""
+    """The rows, and the first line among them where it is no header but one more question, as in MMLU's own files: the
+    question, its options, the letter of the right one."""
     lines = [first, *([value.strip() for value in row.values() if value is not None] for row in rows)]
     letters = "ABCDEFGHIJ"[: len(first) - 2]
     whole = all(len(line) == len(first) and line[-1] and line[-1] in letters for line in lines)

@@ -103,7 +103,8 @@ def questions(rows: list, where: str, given: dict[str, str] | None = None) -> tu
 
 
 def _flat(rows: list[dict]) -> list[dict]:
-    """Rows whose question stands in an object of its own (`data` on the hub, `question` in ARC) with its columns beside the others."""
+    """Rows whose question stands in an object of its own (`data` on the hub, `question` in ARC) with its columns beside the
+    others."""
     for name in ("data", "question"):
         if all(isinstance(row.get(name), dict) for row in rows):
             rows = [{k: v for k, v in row.items() if k != name} | row[name] for row in rows]
@@ -153,7 +154,8 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
 
 
 def _dealt(columns: Columns, right: str, wrong: list[str]) -> list[dict[str, str]]:
-    """Options of rows that keep the right one apart from the wrong ones, in an order that tells nothing and is always the same."""
+    """Options of rows that keep the right one apart from the wrong ones, in an order that tells nothing and is always the
+    same."""
     made = []
     for row in columns.rows:
         texts = [str(row[name]).strip() for name in (right, *map(columns.take, wrong)) if row.get(name) not in (None, "")]

@@ -117,8 +117,8 @@ def subset_sizes(path: Path) -> dict[str, int]:
 
 
 def slice_of_seed(available: int, count: int, place: int, skip: int = 0) -> list[int]:
-    """[start, stop] of the `count` questions of the seed at `place`, after the first `skip`: seeds have questions of their own, and
-    one for which too few are left has the first ones."""
+    """[start, stop] of the `count` questions of the seed at `place`, after the first `skip`: seeds have questions of their own,
+    and one for which too few are left has the first ones."""
     start = skip + place * count
     start = start if start + count <= available else skip
     return [start, start + count]

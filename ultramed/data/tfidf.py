@@ -1,4 +1,5 @@
-"""Character n-grams weighted by rarity: scikit-learn's vectors, made word by word, and a sieve in front of comparing them all."""
+"""Character n-grams weighted by rarity: scikit-learn's vectors, made word by word, and a sieve in front of comparing them
+all."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache

@@ -85,8 +85,8 @@ def select_rows(rows: list[dict], select: dict | None) -> list[dict]:
 
 
 def summary(result: list[dict]) -> dict:
-    """n, accuracy and outcome counts of ledger rows; `truncated` and `refused` are among the unparsed. `bounds`: accuracy if all
-    unparsed replies were wrong, and if all were right."""
+    """n, accuracy and outcome counts of ledger rows; `truncated` and `refused` are among the unparsed. `bounds`: accuracy if
+    all unparsed replies were wrong, and if all were right."""
     outcome = {"correct": 0, "wrong": 0, "unparsed": 0}
     long = sum(row["rule"] == TOO_LONG for row in result)
     result = [row for row in result if row["rule"] != TOO_LONG]

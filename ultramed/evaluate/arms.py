@@ -66,8 +66,8 @@ def artifacts_of(source) -> tuple[Artifact, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B, `errors`
-    what it is made from (stats.Estimate).
+    """Arm A against arm B on the questions both answered; values are fractions, `low` and `high` a 95% interval of A - B,
+    `errors` what it is made from (stats.Estimate).
 
     Where subsets differ in size, values are means of the subsets' means, and there is no McNemar test, which counts questions;
     nor is there one for several seeds, which it would take for fixed.
@@ -86,8 +86,8 @@ class Comparison:
 
     @property
     def p(self) -> float:
-        """Of no difference. Over several seeds that of the interval; of one the larger of McNemar's and the clustered one, because
-        questions about one concept are not independent, and McNemar's test takes them as such."""
+        """Of no difference. Over several seeds that of the interval; of one the larger of McNemar's and the clustered one,
+        because questions about one concept are not independent, and McNemar's test takes them as such."""
         return max(self.mcnemar or 0.0, self.clustered)
 
     @property

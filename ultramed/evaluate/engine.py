@@ -152,9 +152,9 @@ def open_engine(
     items: int = 1,
     ledger: Ledger | None = None,
 ) -> "Local | Server | OpenVino":
-    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`. tensor_parallel: GPUs that
-    share the model with engine vllm, 0 for all. items: how many it is about to be asked, by which it may be a crew; ledger:
-    where their results go (train/crew.py)."""
+    """A server where the model's card names one (its ledger goes to `out`/requests.jsonl), else `engine`. tensor_parallel: GPUs
+    that share the model with engine vllm, 0 for all. items: how many it is about to be asked, by which it may be a crew;
+    ledger: where their results go (train/crew.py)."""
     metadata = models.card(model)
     if metadata["kind"] == "server":
         if quantize:

@@ -24,7 +24,8 @@ CPU_TOKENS = 4096  # of one reading: the logits of more would not fit beside the
 
 class LossConfig(Strict):
     """`max_length`: tokens of prompt and completion, beyond which the completion is cut, as in training. `limit`: rows, drawn
-    evenly over the file; 0 for all. `batch_tokens`: of one reading; each of a completion's has logits of the whole vocabulary."""
+    evenly over the file; 0 for all. `batch_tokens`: of one reading; each of a completion's has logits of the whole
+    vocabulary."""
 
     max_length: int = Field(2048, ge=8)
     limit: int = Field(0, ge=0)

@@ -75,7 +75,8 @@ class LanguageProxy:
         return list(self.model.predict(texts))
 
     def consistent(self, text: str, language: str) -> bool:
-        """Whether nine letters in ten are in sentences that are told to be in the language. False for a text without letters."""
+        """Whether nine letters in ten are in sentences that are told to be in the language. False for a text without
+        letters."""
         parts = sentences(text)
         if not parts:
             return False

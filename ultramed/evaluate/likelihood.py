@@ -52,7 +52,7 @@ def score(
     budget: int = 8192,
     done: Callable[[list[int], list[list[float]]], None] | None = None,
 ) -> list[list[float]]:
-    """Summed log-probability of each continuation given its context.
+    """Summed log-probability (nats) of each continuation given its context.
 
     items: (context ids, [continuation ids, ...]); every context and continuation has at least one token. The context
     is run once; where a continuation has several tokens, its cache is shared by all continuations of the item. A single

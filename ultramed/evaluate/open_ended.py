@@ -42,7 +42,8 @@ class ReplyConfig(Strict):
 def replies(
     out: Path, config: ReplyConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
 ) -> dict:
-    """One reply to every prompt of `data` (prompt or instruction rows): `replies.jsonl` with id, prompt, reply, reference, meta.
+    """One reply to every prompt of `data` (prompt or instruction rows): `replies.jsonl` with id, prompt, reply, reference,
+    meta.
 
     With `turns` a row whose meta has several turns (MT-Bench) is asked all of them, each after the replies so far; the
     row then has `replies`, one a turn. What does not fit into the model's context has an empty reply and is counted in

@@ -210,8 +210,9 @@ def _record(row: dict, chosen: float, rejected: float) -> dict:
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by subset with a 95% interval over prompts and the seeds of several reward models (column `seed`); a tie counts as wrong. The last row is the mean of subsets,
-    of RewardBench's subsets that of its sections, which have rows of their own before it (`sections`)."""
+    """Accuracy by subset with a 95% interval over prompts and the seeds of several reward models (column `seed`); a tie counts
+    as wrong. The last row is the mean of subsets, of RewardBench's subsets that of its sections, which have rows of their own
+    before it (`sections`)."""
     rows = []
     for name, part in frame.groupby("subset", sort=False):
         e = stats.clustered(part.correct, part.concept, part.get("seed")).within(0, 1)
@@ -251,8 +252,8 @@ def _weighted(name: str, part: pd.DataFrame, share: pd.Series) -> dict:
 
 
 def by_section(answers: Answers) -> Answers:
-    """The same, `subset` being RewardBench's section where every subset is one of its; for comparisons that count sections alike
-    (within a section pairs count alike)."""
+    """The same, `subset` being RewardBench's section where every subset is one of its; for comparisons that count sections
+    alike (within a section pairs count alike)."""
     names = {subset: name for name, members in REWARDBENCH.items() for subset in members}
     found = answers.frame.subset.map(names)
     return answers if found.isna().any() else answers.assign(subset=found)

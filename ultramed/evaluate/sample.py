@@ -33,9 +33,9 @@ def samples(
 ) -> dict:
     """`config.n` replies to each question of `questions/<side>.parquet`; `samples.jsonl` has a row a question.
 
-    Reply k of a question depends on the seed, the question and k only: the first four of ten are the four of four.
-    An interrupted run goes on after the last finished reply (`replies.jsonl`). Questions that do not fit into the model's context get no
-    replies; `too_long` counts them.
+    Reply k of a question depends on the seed, the question and k only: the first four of ten are the four of four. An
+    interrupted run goes on after the last finished reply (`replies.jsonl`). Questions that do not fit into the model's context
+    get no replies; `too_long` counts them.
     """
     rows = select_rows(canonical.read_questions(questions / f"{side}.parquet"), select)
     place = placement(dtype)

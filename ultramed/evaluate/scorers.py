@@ -1,7 +1,7 @@
 """Stored replies scored again by other projects' rules: how much of a difference between two papers is the parser?
 
-Written from the descriptions of the projects' scorers; no model is asked. Each takes reply, options (letter -> text) and the gold
-letter, which only medmarks looks at, and says whether the reply counts as right.
+Written from the descriptions of the projects' scorers; no model is asked. Each takes reply, options (letter -> text) and the
+gold letter, which only medmarks looks at, and says whether the reply counts as right.
 """
 
 import functools
@@ -45,7 +45,8 @@ def harness_flexible(reply: str, options: dict[str, str], gold: str) -> bool:
 
 
 def inspect(reply: str, options: dict[str, str], gold: str) -> bool:
-    """Inspect's multiple_choice: the first 'ANSWER: B', in any case; more than one letter is wrong, and so is any other form."""
+    """Inspect's multiple_choice: the first 'ANSWER: B', in any case; more than one letter is wrong, and so is any other
+    form."""
     found = re.search(r"ANSWER\s*:\s*([A-Za-z ,]+)(?:\W|$)", reply, re.IGNORECASE)
     return found is not None and re.sub(r"[ ,]", "", found[1]).upper() == gold
 

@@ -100,9 +100,10 @@ def _times_drawn(rng: np.random.Generator, draws: int, count: int) -> np.ndarray
 
 
 def clustered(values, clusters, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:
-    """A (weighted) mean with its 95% interval: over clusters by `bootstrap_means` (percentiles), over fewer than FEW clusters by
-    Student's t, and by `over_seeds` where `seeds`, shape (n,), names several training seeds. Values that are all alike do
-    not show how they vary; see `unseen`. Raises ValueError for no values, and for some that are no numbers."""
+    """A (weighted) mean of values, shape (n,), with its 95% interval: over clusters (labels, shape (n,); weights likewise) by
+    `bootstrap_means` (percentiles), over fewer than FEW clusters by Student's t, and by `over_seeds` where `seeds`, shape (n,),
+    names several training seeds. Values that are all alike do not show how they vary; see `unseen`. Raises ValueError for no
+    values, and for some that are no numbers."""
     x = np.asarray(values, dtype=float)
     if not len(x) or np.isnan(x).any():
         raise ValueError(f"a mean is of numbers: {np.isnan(x).sum()} of {len(x)} values are none")
@@ -140,7 +141,8 @@ def _varies(variance: float) -> bool:
 
 
 def _of_clusters(deviation, weights, cluster) -> tuple[float, float]:
-    """The standard error, with its degrees of freedom, that clusters with these deviations (clusters,) show; `unseen` for none."""
+    """The standard error, with its degrees of freedom, that clusters with these deviations (clusters,) show; `unseen` for
+    none."""
     variance = _variance(deviation)
     return (variance**0.5, len(deviation) - 1) if _varies(variance) else unseen(weights, cluster)
 
@@ -157,12 +159,12 @@ def unseen(weights, cluster) -> tuple[float, float]:
 def over_seeds(values, clusters, seeds, weights=None) -> Estimate:
     """A (weighted) mean of training seeds' means, with an interval that covers other seeds as well as other questions.
 
-    values, clusters, seeds, weights: shape (n,); every seed counts the same, however many questions it answered. The seeds'
-    own means are the sample, as if each were one observation: k of them give a t interval with k - 1 degrees of freedom,
-    4.3 standard errors for three seeds and 2.8 for five. That holds where each seed has questions of its own. Questions
-    that several seeds answer move all of these alike, which the spread of the seeds does not show, so their covariance over
-    common clusters is added (Satterthwaite 1946 for the degrees of freedom). Seeds that agree by luck make no interval
-    narrower than the questions alone allow, and no p smaller than seeds allow: all errors are kept, and the most careful counts.
+    values, clusters, seeds, weights: shape (n,); every seed counts the same, however many questions it answered. The seeds' own
+    means are the sample, as if each were one observation: k of them give a t interval with k - 1 degrees of freedom, 4.3
+    standard errors for three seeds and 2.8 for five. That holds where each seed has questions of its own. Questions that
+    several seeds answer move all of these alike, which the spread of the seeds does not show, so their covariance over common
+    clusters is added (Satterthwaite 1946 for the degrees of freedom). Seeds that agree by luck make no interval narrower than
+    the questions alone allow, and no p smaller than seeds allow: all errors are kept, and the most careful counts.
     """
     x, seed, cluster = np.asarray(values, dtype=float), numbered(seeds), numbered(clusters)
     k, many, w = seed.max() + 1, cluster.max() + 1, _weights(weights, len(x))
@@ -178,7 +180,8 @@ def over_seeds(values, clusters, seeds, weights=None) -> Estimate:
 
 
 def difference(a, b, clusters=None, seeds=None, draws: int = 2000, seed: int = 0, weights=None) -> Estimate:
-    """Mean of a - b over pairs with the interval of `clustered`; n counts the pairs."""
+    """Mean of a - b over pairs, each shape (n,), with the interval of `clustered`, which the rest is for; n counts the
+    pairs."""
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return clustered(d, np.arange(len(d)) if clusters is None else clusters, seeds, draws=draws, seed=seed, weights=weights)
 
@@ -216,8 +219,8 @@ def sign_flip(a, b, clusters, draws: int = 20000, seed: int = 0, weights=None) -
 
 
 def not_zero(value: float, errors: Errors) -> float:
-    """Two-sided p of the null hypothesis that the mean is 0 (Student's t), the largest over its errors; NaN where one of them is
-    no positive number, which tests nothing."""
+    """Two-sided p of the null hypothesis that the mean is 0 (Student's t), the largest over its errors; NaN where one of them
+    is no positive number, which tests nothing."""
     return 2 * not_below(abs(value), errors, 0.0)
 
 

@@ -1,7 +1,7 @@
 """Anyone's model in the papers' tables: UltraMedical's nine medical tasks, reward benches, general abilities (notebook 40).
 
-What is at hand is run, the rest is named with where it is to be had. Every number comes out of a stage, so an interrupted bench goes
-on where it stopped.
+What is at hand is run, the rest is named with where it is to be had. Every number comes out of a stage, so an interrupted bench
+goes on where it stopped.
 """
 
 import json
@@ -133,8 +133,8 @@ def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -
 
 
 def by_task(answered: Mapping[str, Answers]) -> pd.DataFrame:
-    """A row a model and task, and a row 'mean of tasks': accuracy with its 95% interval, n, and the unparsed (truncated and refused
-    replies are among them), which count as wrong; `upper` is the accuracy if all of them were right."""
+    """A row a model and task, and a row 'mean of tasks': accuracy with its 95% interval, n, and the unparsed (truncated and
+    refused replies are among them), which count as wrong; `upper` is the accuracy if all of them were right."""
     rows = []
     for name, made in answered.items():
         parts = []
@@ -160,8 +160,9 @@ def _row(e: stats.Estimate) -> dict:
 
 
 def over_tasks(values: pd.Series, tasks: pd.Series) -> stats.Estimate:
-    """The mean over tasks, as Table 2 averages, of a value a question, with a normal interval from the tasks' own errors: how many
-    questions a task has is no chance. Where a task's values are all alike, its error is the rule of three's (stats.unseen)."""
+    """The mean over tasks, as Table 2 averages, of a value a question, with a normal interval from the tasks' own errors: how
+    many questions a task has is no chance. Where a task's values are all alike, its error is the rule of three's
+    (stats.unseen)."""
     parts = [part for _, part in values.groupby(tasks)]
     errors = [part.sem() if part.nunique() > 1 else stats.unseen(np.ones(len(part)), np.arange(len(part)))[0] for part in parts]
     value, se = np.mean([part.mean() for part in parts]), np.sqrt(np.square(errors).sum()) / len(parts)

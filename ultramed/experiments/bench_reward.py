@@ -1,4 +1,5 @@
-"""Reward benches for anyone's reward model: Medical RewardBench, RewardBench with its sections, RewardBench 2's best of four."""
+"""Reward benches for anyone's reward model: Medical RewardBench, RewardBench with its sections, RewardBench 2's best of
+four."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,8 +46,8 @@ def prompt_id(pair: dict) -> str:
 
 
 def reward_pairs(fetch: bool = False, limit: int = 0) -> tuple[dict[str, Artifact], list[str]]:
-    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand. limit: prompts
-    of each subset, 0 for all."""
+    """(bench -> pairs at hand, what is missing). Public preference data stands in where RewardBench is not at hand. limit:
+    prompts of each subset, 0 for all."""
     found, missing = {}, []
     for name in REWARD_BENCHES:
         if data := at_hand(name, fetch):
@@ -66,8 +67,8 @@ def reward_pairs(fetch: bool = False, limit: int = 0) -> tuple[dict[str, Artifac
 
 
 def estimate(pairs: Mapping[str, Artifact], model: Artifact) -> Estimate:
-    """Four characters a token. A reward model reads the prompt with either reply; a judge all three, in both orders, and writes a
-    verdict each time."""
+    """Four characters a token. A reward model reads the prompt with either reply; a judge all three, in both orders, and writes
+    a verdict each time."""
     judged = models.card(model)["kind"] == "server"
     count = prompts = sides = 0
     for row in (row for artifact in pairs.values() for row in canonical.read_pairs(artifact / "pairs.parquet")):

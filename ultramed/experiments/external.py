@@ -125,8 +125,8 @@ def learn_languages(data: Artifact) -> LanguageProxy:
 def measure_language(
     profile: Profile, policies: Mapping[str, Artifact], data: Artifact, proxy: LanguageProxy, judge: LLMConfig | None
 ) -> Measured:
-    """CURE-Med's consistency, in per cent: replies that the judge finds in the question's language throughout, with a proper end.
-    Without a judge the proxy stands in for it. With one also the share that is right; an unread verdict counts as a no."""
+    """CURE-Med's consistency, in per cent: replies that the judge finds in the question's language throughout, with a proper
+    end. Without a judge the proxy stands in for it. With one also the share that is right; an unread verdict counts as a no."""
     config = ReplyConfig(limit=profile.open_rows, max_new_tokens=profile.open_tokens, **CURE_MED)
     rows, values, artifacts, asked = [], [], [data], in_language(None, data=data)
     for name, policy in policies.items():

@@ -105,8 +105,8 @@ def mmlu(model: Artifact, data: Artifact, *, per_subject: int = 0, config: EvalC
 def held_out_losses(
     models: Mapping[str, Artifact], data: Mapping[str, Artifact], config: LossConfig, against: str = "base"
 ) -> tuple[pd.DataFrame, list[Artifact]]:
-    """Loss of every model on the test side of every data set of instructions, or on the rows of a mixture, in nats a token, with
-    95% intervals over rows.
+    """Loss of every model on the test side of every data set of instructions, or on the rows of a mixture, in nats a token,
+    with 95% intervals over rows.
 
     A row a model and data set: arm, subset (the data set), value, low, high, n, tokens, and `more` with `more_low` and
     `more_high`, by how much it is above that of `against` on the same rows (NaN for that model itself). Also the artifacts.

@@ -72,7 +72,8 @@ class Iteration:
         return joined(rounds[-1].answers for rounds in self.train(arm))
 
     def answers_by_round(self, rounds: dict[str, list[list[Round]]]) -> dict[str, Answers]:
-        """arm -> the rounds of each seed, as arms 'dpo_round_0', 'dpo_last' and, where the profile has the control, 'dpo_longer'."""
+        """arm -> the rounds of each seed, as arms 'dpo_round_0', 'dpo_last' and, where the profile has the control,
+        'dpo_longer'."""
         made = {}
         for arm, seeds in rounds.items():
             for number in range(max(map(len, seeds))):
@@ -113,8 +114,8 @@ class Iteration:
 
 
 def rounds_table(rounds: dict[str, list[list[Round]]]) -> pd.DataFrame:
-    """arm, round, accuracy, low, high, n, reward, stop: a row a round of every arm; `rounds`: arm -> seed's rounds. The seeds that
-    ran a round are taken together: the mean reward, and how many stopped after it."""
+    """arm, round, accuracy, low, high, n, reward, stop: a row a round of every arm; `rounds`: arm -> seed's rounds. The seeds
+    that ran a round are taken together: the mean reward, and how many stopped after it."""
     rows = []
     for arm, seeds in rounds.items():
         for number in range(max(map(len, seeds))):

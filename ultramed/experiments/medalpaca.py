@@ -155,9 +155,9 @@ class MedAlpaca:
         return config.model_copy(update={"mixture": part})
 
     def tune_rates(self, arms: Iterable[str] = ()) -> "Tuning":
-        """Train arms (`tuned_arms`, if none is named) at every learning rate of their grid and ask them the dev questions, as they
-        are asked the test questions; the loss of the right dev answers stands beside. An arm without a grid keeps the rate that
-        the profile sets."""
+        """Train arms (`tuned_arms`, if none is named) at every learning rate of their grid and ask them the dev questions, as
+        they are asked the test questions; the loss of the right dev answers stands beside. An arm without a grid keeps the rate
+        that the profile sets."""
         rows, artifacts, fixed = [], [], {}
         for arm in arms or self.tuned_arms:
             if not self.grid(arm):
@@ -218,7 +218,8 @@ class MedAlpaca:
         return can_count(self.settings.questions, arm_config(self.profile, self.method_arms[0]).mixture)
 
     def examine_words(self, sees: str) -> Answers:
-        """The yardstick of words (evaluate/words.py) on the questions of all seeds; of each seed's training rows, as the arms."""
+        """The yardstick of words (evaluate/words.py) on the questions of all seeds; of each seed's training rows, as the
+        arms."""
         parts = []
         for seed in self.settings.seeds:
             rows = self.training_rows(arm_config(self.profile, self.method_arms[0], seed=seed))
@@ -280,7 +281,8 @@ class MedAlpaca:
     # ----------------------------------------------------------------------------------------------------------- plan
 
     def jobs(self) -> list[Job]:
-        """The training runs of notebook 11 and the examinations of what they made, with the configurations that the verbs above give the stages."""
+        """The training runs of notebook 11 and the examinations of what they made, with the configurations that the verbs above
+        give the stages."""
         profile, settings, jobs = self.profile, self.settings, []
 
         def train(arm: str, what: str, *, questions: dict[str, int] = settings.questions, config: TrainConfig) -> None:
@@ -305,7 +307,8 @@ class MedAlpaca:
 
 
 def _slices(name: str, data: Artifact, counts: dict, side: str, place: int, limit: int, skip: int) -> dict[str, list[int]]:
-    """subset -> [start, stop] of the questions of the seed at `place`, after `skip`; one for which too few are left has the first."""
+    """subset -> [start, stop] of the questions of the seed at `place`, after `skip`; one for which too few are left has the
+    first."""
     available, out = canonical.subset_sizes(data / f"{side}.parquet"), {}
     for source, count in counts.items():
         dataset_name, _, subset = source.partition(":")
@@ -327,7 +330,8 @@ class Tuning:
 
     @property
     def best(self) -> dict[str, float]:
-        """Learning rate with most dev questions right of every arm (of equals the lower loss), or the one that the profile sets."""
+        """Learning rate with most dev questions right of every arm (of equals the lower loss), or the one that the profile
+        sets."""
         ranked = self.frame.sort_values(["accuracy", "dev_loss"], ascending=[False, True], kind="stable")
         best = ranked.drop_duplicates("arm").sort_index()
         return dict(zip(best.arm, best.learning_rate, strict=True)) | self.fixed

@@ -40,8 +40,8 @@ CONTROLS = {"same_prompts": "reference answers of the same prompts", "same_steps
 
 @dataclass(frozen=True)
 class UltraMedical:
-    """One base model of a profile with its policies. A `seed` is one of `seeds`: it decides a policy's rows, its own samples and
-    pairs, and the test questions that it is examined on."""
+    """One base model of a profile with its policies. A `seed` is one of `seeds`: it decides a policy's rows, its own samples
+    and pairs, and the test questions that it is examined on."""
 
     profile: Profile
     config: ModelConfig
@@ -158,7 +158,8 @@ class UltraMedical:
         return config.model_copy(update={"mixture": {"chosen": 1.0}, **how})
 
     def train_control(self, mix: str, control: str, seed: int = 0) -> Artifact:
-        """What preference learning should beat to be worth its pairs: SFT of the same policy, at SFT's rate, on one of CONTROLS."""
+        """What preference learning should beat to be worth its pairs: SFT of the same policy, at SFT's rate, on one of
+        CONTROLS."""
         config = self.control_config(mix, control, seed)
         if control == "same_prompts":
             data = self._mixture(config)
@@ -210,8 +211,8 @@ class UltraMedical:
         return feedback(OracleConfig(), **samples)
 
     def preference_pairs(self, mix: str, seed: int = 0) -> Artifact:
-        """The pairs that preference learning from the SFT policy `mix` uses: the best candidate against a random lower one. General
-        prompts are UltraMix's only."""
+        """The pairs that preference learning from the SFT policy `mix` uses: the best candidate against a random lower one.
+        General prompts are UltraMix's only."""
         section = self.settings.preference
         domains = [d for d in DOMAINS if section.prompts.get(d) and (d == "medical" or mix == "ultramix")]
         if section.source == "policy":
@@ -235,8 +236,8 @@ class UltraMedical:
     # -------------------------------------------------------------------------------------------------- reward models
 
     def reward_pairs(self, arm: str) -> Artifact:
-        """Every ordered pair of candidates of the arm's prompts, the closest `pairs_per_prompt` of a prompt; or the pairs of the
-        data sets that the profile names."""
+        """Every ordered pair of candidates of the arm's prompts, the closest `pairs_per_prompt` of a prompt; or the pairs of
+        the data sets that the profile names."""
         section = self.settings.reward
         known(arm, section.arms, f"profile {self.profile.name!r}, ultramedical.reward.arms")
         if section.sources:
@@ -272,8 +273,8 @@ class UltraMedical:
         return reward_feedback(ScoringConfig(), reward=model, **sampled)
 
     def make_bench(self, domain: str = "medical") -> Artifact:
-        """Pairs of right and wrong candidates of held-out prompts, by category (medical) or section (general); or the test side of
-        the data set that the profile names."""
+        """Pairs of right and wrong candidates of held-out prompts, by category (medical) or section (general); or the test side
+        of the data set that the profile names."""
         if name := self.settings.reward.benches.get(domain):
             return pairs_from(dataset(self.profile, name), side="test")
         return bench(BenchConfig(domain=domain, seed=self.seeds[0]), feedback=self.rank_candidates(domain, held=True))
@@ -291,7 +292,8 @@ class UltraMedical:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def test_prompts(self, domain: str, seed: int = 0) -> Iterator[dict]:
-        """Where a stage finds a seed's test questions: questions, side, select. A seed for which too few are left has the first."""
+        """Where a stage finds a seed's test questions: questions, side, select. A seed for which too few are left has the
+        first."""
         skip, place = self.settings.test.skip, self.seeds.index(seed)
         for where in self.prompts(self.settings.test.questions[domain]):
             side = where["side"].replace("train", "test")
@@ -301,8 +303,8 @@ class UltraMedical:
             yield {**where, "side": side, "select": select}
 
     def examine(self, model: Artifact, seed: int = 0, domain: str = "medical", dev: bool = False, **changes) -> Answers:
-        """Answers to the domain's test questions of a seed; `changes` are to the profile's `eval`. dev: the held-out dev questions
-        instead, to choose by; they are the same for every seed."""
+        """Answers to the domain's test questions of a seed; `changes` are to the profile's `eval`. dev: the held-out dev
+        questions instead, to choose by; they are the same for every seed."""
         config, parts = self.asking.model_copy(update=changes), []
         held = self.settings.candidates.held_prompts[domain]
         for where in self.prompts(held, held=True) if dev else self.test_prompts(domain, seed):
@@ -321,8 +323,9 @@ class UltraMedical:
         return self.each_seed(lambda seed: self.examine(self.train_control(mix, control, seed), seed))
 
     def examine_base(self, domain: str = "medical") -> tuple[Answers, str]:
-        """The base model's answers to the questions of all seeds, and how it was asked: by the profile's own protocol, or by the
-        likelihood of the letters or of the option texts, whichever dev questions favour; it was never told the asked form."""
+        """The base model's answers to the questions of all seeds, and how it was asked: by the profile's own protocol, or by
+        the likelihood of the letters or of the option texts, whichever dev questions favour; it was never told the asked
+        form."""
         ways = {"as asked": {}, **{f"likelihood of {target}s": by_likelihood(target) for target in ("letter", "text")}}
         dev = Arms({way: self.examine(self.base, self.seeds[0], domain, dev=True, **how) for way, how in ways.items()})
         best = better(dev)
@@ -330,8 +333,8 @@ class UltraMedical:
         return Answers(found.frame, (*found.artifacts, *dev.artifacts)), best
 
     def examine_closed_book(self, mix: str = "") -> Answers:
-        """General questions without their options, asked of the base or of a mixture's SFT policies: the option whose text is most
-        likely after the bare question. Subsets are sums and cities."""
+        """General questions without their options, asked of the base or of a mixture's SFT policies: the option whose text is
+        most likely after the bare question. Subsets are sums and cities."""
         how = {"likelihood_prompt": "cloze", "domain": "general", **by_likelihood("text")}
         policy = (lambda seed: self.train_sft(mix, seed)) if mix else (lambda _: self.base)
         answered = self.each_seed(lambda seed: self.examine(policy(seed), seed, **how))

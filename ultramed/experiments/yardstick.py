@@ -7,8 +7,8 @@ from ultramed.experiments.ultramedical import UltraMedical
 
 
 def by_words(profile: Profile) -> Arms:
-    """The yardstick on the questions and rows of notebooks 11 and 22, once seeing the options only. A notebook whose questions are
-    of other data sets than its training rows has none: nothing could be counted."""
+    """The yardstick on the questions and rows of notebooks 11 and 22, once seeing the options only. A notebook whose questions
+    are of other data sets than its training rows has none: nothing could be counted."""
     studies = {"11": MedAlpaca.of(profile)} if profile.usmle else {}
     studies |= {"22": UltraMedical.of(profile)} if profile.ultramedical else {}
     arms = Arms()

@@ -200,8 +200,8 @@ def location(model: Artifact) -> dict:
 
 
 def _unchanged(metadata: dict) -> None:
-    """Raises StoreError if a folder that is used in place no longer holds what it held when it became a base: an adapter would be
-    merged into other weights than it was trained on. Files are read only where their times have changed."""
+    """Raises StoreError if a folder that is used in place no longer holds what it held when it became a base: an adapter would
+    be merged into other weights than it was trained on. Files are read only where their times have changed."""
     folder = Path(metadata["name"])
     if "content" not in metadata or not folder.is_dir() or [list(t) for t in _times(folder)] == metadata["times"]:
         return
@@ -275,7 +275,8 @@ def weight_bytes(model: Artifact, dtype: torch.dtype, quantize: str | None = Non
 
 
 def exceeds(size: int, memory: int) -> bool:
-    """Whether weights of `size` bytes, with some room for caches and activations, are too large for a device of `memory` bytes."""
+    """Whether weights of `size` bytes, with some room for caches and activations, are too large for a device of `memory`
+    bytes."""
     return size * ROOM > memory
 
 

@@ -2,8 +2,9 @@
 *unparsed*, never a guess.
 
 A statement of the answer is believed before a mere mention of an option ('Warfarin (C) is contraindicated'), and of several
-statements the last one counts, so that a change of mind does. What a reasoning model thinks first is not read. Negations ("not B") and enumerations ("A or B") are no statements. `strict` marks a
-reply in exactly the form that was asked for; the share of such replies is the format compliance.
+statements the last one counts, so that a change of mind does. What a reasoning model thinks first is not read. Negations ("not
+B") and enumerations ("A or B") are no statements. `strict` marks a reply in exactly the form that was asked for; the share of
+such replies is the format compliance.
 """
 
 import re
@@ -45,7 +46,8 @@ def accepted(text: str) -> bool:
 
 
 def without_thought(text: str) -> str:
-    """What comes after a reasoning model's `</think>`; nothing where the thought was cut off. Templates often write `<think>`."""
+    """What comes after a reasoning model's `</think>`; nothing where the thought was cut off. Templates often write
+    `<think>`."""
     if "<think>" in text and "</think>" not in text:
         return ""
     return text.rpartition("</think>")[2]

@@ -1,4 +1,5 @@
-"""What a bench leaves behind: a leaderboard that grows, results in the shapes of lm-evaluation-harness and RewardBench, a page."""
+"""What a bench leaves behind: a leaderboard that grows, results in the shapes of lm-evaluation-harness and RewardBench, a
+page."""
 
 import json
 from datetime import UTC, datetime

@@ -190,7 +190,8 @@ def diagnostics(log: pd.DataFrame):
 
 
 def rounds(frame: pd.DataFrame):
-    """Test accuracy (95% interval) and mean reward by round, a colour an arm. frame: arm, round, accuracy, low, high, reward."""
+    """Test accuracy (95% interval) and mean reward by round, a colour an arm. frame: arm, round, accuracy, low, high,
+    reward."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.6))
     for (arm, part), color in zip(frame.groupby("arm", sort=False), sns.color_palette("colorblind", 10), strict=False):
         error = [100 * (part.accuracy - part.low), 100 * (part.high - part.accuracy)]

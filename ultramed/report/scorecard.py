@@ -31,8 +31,8 @@ class Entry(Strict):
     """One line of the scorecard. `ours`, `interval`, `difference`, `se` and `detectable` are in the unit of `published`;
     a claim's are of the difference A - B.
 
-    p: raw, of the claim's own test; p_holm: corrected over the paper's tested claims that A beats B. detectable: the smallest true
-    difference that this run would have found in four of five cases. holds_published: whether the interval holds the
+    p: raw, of the claim's own test; p_holm: corrected over the paper's tested claims that A beats B. detectable: the smallest
+    true difference that this run would have found in four of five cases. holds_published: whether the interval holds the
     published difference.
     """
 

@@ -154,8 +154,8 @@ def score_rows(
     budget: int = 8192,
     done: Callable[[list[int], list[float]], None] | None = None,
 ) -> list[float]:
-    """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut. `done(indices, rewards)` is called
-    after every batch. net: a reward model, or a crew that holds it (train/crew.py).
+    """Rewards of rows with `prompt` and `completion` messages, in their order; nothing is cut. `done(indices, rewards)` is
+    called after every batch. net: a reward model, or a crew that holds it (train/crew.py).
 
     Raises ConfigError for rows that do not fit into the model's context.
     """

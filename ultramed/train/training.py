@@ -130,8 +130,8 @@ def run(trainer, steps: int, desc: str) -> dict:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole; those whose writing was cut off are deleted. The trainer writes the state's file last,
-    and deletes older checkpoints only then."""
+    """The newest checkpoint that is whole; those whose writing was cut off are deleted. The trainer writes the state's file
+    last, and deletes older checkpoints only then."""
     from transformers.trainer_utils import get_last_checkpoint
 
     if launch.main_worker():
