@@ -194,7 +194,7 @@ def test_limit_caps_every_count_and_nothing_else():
     assert {n for counts in small.ultramedical.sft.mixtures.values() for n in counts.values()} == {10}
     assert {n for spec in small.ultramedical.test.questions.values() for n in spec.values()} == {10}
     assert {n for spec in small.ultramedical.candidates.prompts.values() for n in spec.values()} == {10}
-    assert small.ultramedical.iterative.prompts == {"medqa:medqa": 10}
+    assert small.ultramedical.iterative.prompts == {"medqa:medqa": 10, "medmcqa:medmcqa": 10}
     assert set(small.usmle.arms["alpaca"]["mixture"].values()) == {10}
     assert (small.usmle.tuning_questions, small.usmle.tries_limit, small.open_rows) == (10, 10, 10)
     assert small.ultramedical.reward.public_pairs == 10, "a default, too"

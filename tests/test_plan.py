@@ -129,8 +129,8 @@ def test_every_model_to_fetch_is_named_once():
 
 
 def test_what_does_not_fit_is_said():
-    assert not any("memory for" in m for m in plan(load_profile("paper-8b"), Hardware(gpus=8)).missing)
-    tight = [m for m in plan(load_profile("medalpaca-13b"), Hardware(gpus=2)).missing if m.startswith("memory for full")]
+    assert not any("memory for" in m for m in plan(load_profile("paper-8b"), Hardware(gpus=8)).wrong)
+    tight = [m for m in plan(load_profile("medalpaca-13b"), Hardware(gpus=2)).wrong if m.startswith("memory for full")]
     assert len(tight) == 1, "once, however many runs it is"
 
 
@@ -141,11 +141,11 @@ def test_replies_of_a_model_larger_than_a_device(monkeypatch):
     asked = [cost for cost in made.costs if not cost.job.trains]
     assert {cost.job.engine for cost in asked} == {"vllm"}
     assert {round(cost.gib, 1) for cost in asked} == {16.4}
-    assert [m for m in made.missing if m.startswith("engine vllm: there is no program")]
+    assert [m for m in made.wrong if m.startswith("engine vllm: there is no program")]
     monkeypatch.setenv("ULTRAMED_VLLM_ENV", sys.executable)
     four = plan(load_profile("paper-70b", ["ultramedical.sample.tensor_parallel=4"]), Hardware(gpus=8))
     assert {round(c.gib, 1) for c in four.costs if not c.job.trains} == {16.4, 32.9}
-    assert not [m for m in four.missing if "vllm" in m]
+    assert not [m for m in four.wrong if "vllm" in m]
     alone = [c for c in plan(load_profile("paper-8b"), Hardware(gpus=8)).costs if not c.job.trains]
     assert {round(c.gib) for c in alone} == {15}, "a whole one on each"
 
