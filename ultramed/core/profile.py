@@ -151,7 +151,7 @@ class PreferenceSection(Strict):
 
 class RewardSection(Strict):
     """Reward models. `arms`: arm -> domain -> prompts whose pairs it sees (0: all); the paper's sees both domains. `sources`:
-    domain -> data sets of pairs, instead of the pool's."""
+    domain -> data sets of pairs and how many prompts of each, instead of the pool's."""
 
     train: RewardConfig
     arms: Annotated[dict[str, dict[Domain, Rows]], Merging(replaced=True)]
@@ -238,8 +238,6 @@ class UltraMedicalConfig(Strict):
         ):
             if wanted - have:
                 raise ValueError(f"{name}: {sorted(wanted - have)} not among {sorted(have)}")
-        if self.reward.sources and any(count for domains in self.reward.arms.values() for count in domains.values()):
-            raise ValueError("reward.arms: with reward.sources, which count prompts themselves, every domain's count is 0")
         return self
 
 
