@@ -18,8 +18,8 @@ from ultramed.data.dedupe import (
     ngram_hits,
     normalise,
     shingles,
-    tfidf_encoder,
 )
+from ultramed.data.tfidf import Tfidf
 
 QUESTION = "A 45-year-old man comes to the clinic with chest pain that began two hours ago while he was shovelling snow"
 OTHER = "Which of the following enzymes is deficient in a newborn who has vomiting and a musty smell of the urine"
@@ -78,7 +78,7 @@ def test_near_duplicates_point_to_the_first_of_their_kind():
 
 def test_embeddings_find_edits_and_ultramedicals_rule_needs_like_lengths():
     train = [QUESTION.replace("45", "46"), OTHER, f"{QUESTION} " * 2]
-    encode = tfidf_encoder([QUESTION, OTHER])
+    encode = Tfidf([QUESTION, OTHER])
     assert {(h.train, h.test) for h in embedding_hits(train, [QUESTION], encode, cosine=0.9)} == {(0, 0), (2, 0)}
     ruled = embedding_hits(train, [QUESTION], encode, rules=["ultramedical"])
     assert [(h.train, h.test) for h in ruled] == [(0, 0)]

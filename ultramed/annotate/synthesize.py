@@ -18,8 +18,9 @@ from ultramed.core.ledger import write_lines
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
-from ultramed.data.dedupe import jaccard, normalise, shingles, tfidf_encoder
+from ultramed.data.dedupe import jaccard, normalise, shingles
 from ultramed.data.messages import as_completion, question_text
+from ultramed.data.tfidf import Tfidf
 from ultramed.lm.parsing import parse
 
 LETTERS = "ABCD"
@@ -253,7 +254,7 @@ def solved(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
     dynamic few-shot), up to `tries` times in all.
     """
     rows, rejects, made = canonical.read_questions(data / f"{side}.parquet"), _Rejects(out), {}
-    encode = tfidf_encoder([r["question"] for r in rows])
+    encode = Tfidf([r["question"] for r in rows])
     vectors, left = encode([r["question"] for r in rows]), list(range(len(rows)))
     reasons: dict[int, str] = {}
     for attempt in range(config.tries):

@@ -24,6 +24,7 @@ from ultramed.data.catalog import SOURCES, get
 from ultramed.data.messages import as_instruction, question_text
 from ultramed.data.mixture import source_rows
 from ultramed.data.sources import dataset, hub_root, local_files
+from ultramed.data.tfidf import Tfidf
 
 SCORES = "scores_"
 
@@ -52,7 +53,7 @@ def find_hits(train: list[str], test: list[str], config: CheckConfig) -> list[de
     if "minhash" in config.how:
         hits += dedupe.minhash_hits(train, test, config.jaccard)
     if rules := [how for how in config.how if how in ("cosine", "ultramedical")]:
-        encode = dedupe.minilm_encoder() if config.encoder == "minilm" else dedupe.tfidf_encoder(test)
+        encode = dedupe.minilm_encoder() if config.encoder == "minilm" else Tfidf(test)
         hits += dedupe.embedding_hits(train, test, encode, config.cosine, rules)
     return hits
 

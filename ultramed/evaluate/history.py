@@ -17,8 +17,9 @@ from ultramed.core.ledger import Ledger, write_lines
 from ultramed.core.schema import Strict
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
-from ultramed.data.dedupe import jaccard, normalise, tfidf_encoder
+from ultramed.data.dedupe import jaccard, normalise
 from ultramed.data.messages import as_completion
+from ultramed.data.tfidf import Tfidf
 from ultramed.evaluate import stats
 from ultramed.evaluate.engine import asking
 from ultramed.evaluate.generate import Sampling
@@ -68,7 +69,7 @@ class Script:
 
     def __init__(self, cases: list[dict], near: float):
         self.facts = {c["id"]: facts(c["meta"]) for c in cases}
-        self.encode = tfidf_encoder([f for statements in self.facts.values() for f in statements])
+        self.encode = Tfidf([f for statements in self.facts.values() for f in statements])
         self.vectors = {name: self.encode(statements) for name, statements in self.facts.items()}
         self.near = near
 

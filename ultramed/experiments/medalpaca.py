@@ -27,6 +27,7 @@ from ultramed.experiments.jobs import Job
 from ultramed.lm.models import base_model
 from ultramed.papers import published
 from ultramed.train.sft import sft
+from ultramed.train.training import training_log
 
 PUBLISHED_ROWS = {  # arm -> row of MedAlpaca's main table
     "base": "LLaMA {size} / {size} / pretrained",
@@ -179,8 +180,7 @@ class MedAlpaca:
         for seed in seeds or self.seeds(arm):
             model = self.train_arm(arm, seed, learning_rate=rate)
             parts.append(self.examine(model, seed))
-            log = pd.read_json(model / "log.jsonl", lines=True).dropna(subset="loss")
-            curves.append(log[["step", "loss"]].assign(arm=arm, seed=seed))
+            curves.append(training_log(model)[["step", "loss"]].assign(arm=arm, seed=seed))
         return joined(parts), pd.concat(curves)
 
     def train_and_examine_all(self, tuning: "Tuning") -> Arms:
