@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import ultramed  # noqa: F401 (sets what libraries read once, before a test module loads one of them)
 
 REPO = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub is a wrong test
+settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing on shared cores
+settings.load_profile("any machine")
 if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # the cores are shared out among the processes
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // count))
 # Modules that start processes, books, servers or real models, the longest first: they begin, so that no process of

@@ -351,6 +351,26 @@ def test_a_letter_in_brackets_in_the_middle_of_a_sentence_is_no_answer(text, let
     assert parse(text, DRUGS, form).letter == letter
 
 
+@pytest.mark.parametrize("form", ["letter_first", "content_first", "reasoned"])
+@pytest.mark.parametrize(
+    ("rest", "letter"),
+    [
+        ("", None),
+        ("\nThe answer is C.", "C"),
+        ("\n\nB) heparin", "B"),
+        ("\nAnswer: aspirin (A)", "A"),
+        (" Which one is it?", None),
+    ],
+)
+def test_a_repetition_of_all_options_chooses_none(form, rest, letter):
+    for template in ("{}) {}", "{}. {}", "({}) {},", "**{}.** {}", "{}: {};"):
+        listed = [template.format(*item) for item in DRUGS.items()]
+        for between in ("\n", " "):
+            assert parse(between.join(listed) + rest, DRUGS, form).letter == letter
+    said = "A: aspirin\n" + "\n".join(f"{letter}: {text} is wrong" for letter, text in list(DRUGS.items())[1:])
+    assert parse(said, DRUGS, "letter_first").letter == "A"
+
+
 @pytest.mark.parametrize("form", ["letter_first", "content_first", "medalpaca", "reasoned"])
 def test_an_options_text_that_begins_like_a_letter_and_numbers_that_go_on(form):
     options = {"A": "Cofactor", "B": "A catalyst", "C": "D-dimer", "D": "Substrate"}

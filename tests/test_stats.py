@@ -69,7 +69,7 @@ def test_bootstrap_agrees_with_wilson():
     assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=0.01)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     adjusted = stats.holm(p)

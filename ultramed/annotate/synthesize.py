@@ -246,7 +246,7 @@ def _evolved(row: dict, answer: dict, number: int, seed: int) -> dict | None:
     return {**{k: row[k] for k in ("dataset", "subset")}, "source": "evolved", **fresh}
 
 
-@stage(version=3, also=wording)
+@stage(version=4, also=wording)
 def solved(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Answers by chain of thought to questions, kept only if they reach the gold option: `train.parquet`, instruction rows.
 

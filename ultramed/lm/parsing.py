@@ -71,12 +71,23 @@ def parse(text: str, options: dict[str, str], answer_form: str = "letter_first")
     for letter, option in options.items():  # an option text that stands twice names no letter
         by_text[squeeze(option)] = None if squeeze(option) in by_text else letter
     text = without_thought(text)
+    if answer_form != "medalpaca":  # whose evaluation takes the first letter
+        text = without_options(text, options)
     plain = re.sub(r"[*`]+", "", text).strip()
     for rule in RULES[answer_form]:
         found = rule(text if rule in ON_MARKUP else plain, letters, by_text)
         if found is not None:
             return Parsed(found.letter, found.rule, found.strict and rule is RULES[answer_form][0])
     return UNPARSED
+
+
+def without_options(text: str, options: dict[str, str]) -> str:
+    """A reply without a repetition of all options in their order ('A) aspirin B) warfarin ...'), which chooses none."""
+    if len(options) < 2:
+        return text
+    listed = (rf"[*(]*{letter}[*).:]+\s*{re.escape(option)}" for letter, option in options.items())
+    between = r"[\s*.,;]*"
+    return re.sub(r"(?<!\w)" + between.join(listed) + rf"(?!\w){between}", "", text)
 
 
 def unread(text: str, finished: bool) -> str:
