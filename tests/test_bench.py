@@ -21,7 +21,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
 from ultramed.data.rows import read_rows
 from ultramed.evaluate.arms import Answers
-from ultramed.experiments import bench, bench_reward
+from ultramed.experiments import bench, bench_general, bench_reward
 from ultramed.lm import models
 from ultramed.report import bench as report
 
@@ -223,18 +223,18 @@ def test_mt_bench_is_graded_by_a_judge(data, medalpaca, monkeypatch, fresh_store
     ) as server:
         where = server.config()
         config = BenchSection(limit=2, max_new_tokens=4, judge=f"{where.url}#{where.model}")
-        row, _ = bench.mt_bench(config, models.base_model(medalpaca.config), bench.at_hand("mt_bench"))
+        row, _ = bench_general.mt_bench(config, models.base_model(medalpaca.config), bench_general.at_hand("mt_bench"))
     assert (row["task"], row["accuracy"], row["n"], row["unparsed"]) == ("mt_bench, of 10", 0.4, 4, 0)
 
 
 def test_alpaca_eval_is_judged_in_both_orders_against_the_baseline(data, medalpaca, monkeypatch, fresh_store):
     """The judge likes short replies; one of ours is empty, which no judge need see to be lost."""
     monkeypatch.setenv("ULTRAMED_DATA", str(data))
-    baseline = bench.at_hand("alpaca_eval")
+    baseline = bench_general.at_hand("alpaca_eval")
     texts = ("No.", "Ask.", "")
     first = read_rows(baseline / "test.parquet")[: len(texts)]
     said = [{**row, "reply": text, "replies": [text]} for row, text in zip(first, texts, strict=True)]
-    monkeypatch.setattr(bench, "replies", lambda *_, **__: lines(rows=said, name="replies.jsonl"))
+    monkeypatch.setattr(bench_general, "replies", lambda *_, **__: lines(rows=said, name="replies.jsonl"))
     seen = []
 
     def answer(body):
@@ -245,7 +245,7 @@ def test_alpaca_eval_is_judged_in_both_orders_against_the_baseline(data, medalpa
     with Faulty(answer=answer) as server:
         where = server.config()
         config = BenchSection(judge=f"{where.url}#{where.model}")
-        row, _ = bench.alpaca_eval(config, models.base_model(medalpaca.config), baseline)
+        row, _ = bench_general.alpaca_eval(config, models.base_model(medalpaca.config), baseline)
     assert row["task"].startswith("alpaca_eval, length-controlled (plain 66.7)")
     assert (row["n"], len(seen)) == (3, 4)
     assert "medical" not in seen[0][0]["content"]

@@ -205,7 +205,7 @@ def _reward(setting, found, out, yes) -> None:
 def _general(setting, found, out, yes) -> None:
     import pandas as pd
 
-    from ultramed.experiments import bench as benches
+    from ultramed.experiments import bench_general as benches
     from ultramed.lm import models
     from ultramed.report import bench as report
 
