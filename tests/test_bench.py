@@ -48,6 +48,11 @@ def test_the_mean_of_tasks_counts_every_task_alike():
     assert (mean.n, mean.unparsed, mean.upper) == (120, 52, 1.0)
 
 
+def test_questions_that_were_not_asked_are_counted():
+    asked = [bench.Questions("x", None, {"s": "long", "u": "whole"}, {"s": 5, "u": 2})]
+    assert bench.too_long(answered(("long", 3, 1.0), ("whole", 2, 0.5)), asked) == {"long": 2}
+
+
 def test_few_questions_that_are_all_alike_leave_doubt():
     def table(share):
         return (

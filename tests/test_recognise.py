@@ -414,3 +414,14 @@ def test_columns_named_like_the_letters_of_a_list(tmp_path):
     path = tmp_path / "questions.csv"
     path.write_text("question,A),B),answer\nWhich organ filters blood?,eye,kidney,B\n")
     assert read(path, "questions")[0]["options"] == {"A": "eye", "B": "kidney"}
+
+
+def test_columns_of_pairs_can_be_named(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("asked,winner,loser\nWhy?,Because.,No.\n")
+    with pytest.raises(BadRow, match="name it with --map chosen=COLUMN"):
+        read(path, "pairs")
+    (row,) = read(path, "pairs", parse_map(["prompt=asked", "chosen=winner", "rejected=loser"], "pairs"))
+    assert [row[side][0]["content"] for side in ("prompt", "chosen", "rejected")] == ["Why?", "Because.", "No."]
+    with pytest.raises(ConfigError, match="one of prompt, chosen, rejected, id"):
+        parse_map(["gold=winner"], "pairs")

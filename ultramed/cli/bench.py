@@ -127,8 +127,12 @@ def _medical(setting, found, out, yes) -> None:
     _tell(missing)
     _ask_first(dict.fromkeys(found, benches.estimate(setting, questions)), found, yes)
     answered = {name: benches.ask(setting, art, questions) for name, art in found.items()}
+    unasked = []
     for name, made in answered.items():
         _bill(name, made.artifacts)
+        for task, count in benches.too_long(made, questions).items():
+            unasked.append(f"{name}, {task}: {count} questions do not fit into the model's context; not asked, not counted")
+            console.print(f"too long      {unasked[-1]}", highlight=False, markup=False, soft_wrap=True)
     table = benches.by_task(answered)
     protocol = setting.protocol + (f", {setting.samples} samples" if setting.samples else "")
     out.mkdir(parents=True, exist_ok=True)
@@ -159,6 +163,7 @@ def _medical(setting, found, out, yes) -> None:
             console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
     notes = [
         f"Protocol: {protocol}. Unparsed replies count as wrong; `upper` in leaderboard.csv counts them as right.",
+        *unasked,
         *missing,
     ]
     charts = ["timeline.png"] if (out / "timeline.png").exists() else []

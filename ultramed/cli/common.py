@@ -32,6 +32,14 @@ MapOption = Annotated[
 ]
 
 
+PairMapOption = Annotated[
+    list[str],
+    typer.Option(
+        "--map", help="What is in which column, where its name does not tell: --map chosen=winner, --map rejected=loser."
+    ),
+]
+
+
 EngineOption = Annotated[
     str, typer.Option(help="Who writes the replies: transformers, openvino, or vllm (ULTRAMED_VLLM_ENV; replies only).")
 ]

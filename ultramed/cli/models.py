@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from ultramed.cli.common import EngineOption, MapOption, ProcessesOption, console
+from ultramed.cli.common import EngineOption, MapOption, PairMapOption, ProcessesOption, console
 from ultramed.core import config, schema, store
 from ultramed.core.errors import ConfigError
 
@@ -145,17 +145,19 @@ def reward(
     ],
     out: Annotated[Path, typer.Option(help="Folder for scores.jsonl and results.json (RewardBench's shape).")],
     template: Annotated[str, typer.Option(help="chat, alpaca or medalpaca; the model's own if not given.")] = "",
+    columns: PairMapOption = [],  # noqa: B006
     processes: ProcessesOption = 0,
 ) -> None:
     """Score pairs with a reward model. Ctrl-C and run again: scored pairs are not scored twice."""
     from ultramed.core.log import quiet_libraries
     from ultramed.data import recognise
+    from ultramed.data.columns import parse_map
     from ultramed.evaluate import reward_bench
     from ultramed.lm import models
 
     quiet_libraries()
     given_template = _template(template)
-    rows, found = recognise.read(pairs, "pairs"), models.resolve(model)
+    rows, found = recognise.read(pairs, "pairs", parse_map(columns, "pairs")), models.resolve(model)
     given = {"model": f"{found.stage}/{found.key}", "pairs": store.sha256(pairs), **given_template}
     out.mkdir(parents=True, exist_ok=True)
     if (out / "given.json").exists() and json.loads((out / "given.json").read_text()) != given:

@@ -8,16 +8,20 @@ from ultramed.core.errors import ConfigError
 from ultramed.data.formats import BadRow
 
 IDS = ("id", "qid", "question_id", "pmid", "pubid", "realidx", "uid", "idx", "index")
-MAPPABLE = ("question", "context", "options", "gold", "id", "subset", "base")
+MAPPABLE = {
+    "questions": ("question", "context", "options", "gold", "id", "subset", "base"),
+    "pairs": ("prompt", "chosen", "rejected", "id"),
+}
 
 
-def parse_map(given: Iterable[str]) -> dict[str, str]:
+def parse_map(given: Iterable[str], kind: str = "questions") -> dict[str, str]:
     """['gold=label', 'base=1'] as a dictionary. Raises ConfigError for a name that cannot be mapped."""
     found = {}
     for text in given:
         name, sign, column = text.partition("=")
-        if not sign or name not in MAPPABLE:
-            raise ConfigError(f"--map {text!r}: wanted NAME=COLUMN with NAME one of {', '.join(MAPPABLE)} (base=0 or base=1)")
+        if not sign or name not in MAPPABLE[kind]:
+            more = " (base=0 or base=1)" if kind == "questions" else ""
+            raise ConfigError(f"--map {text!r}: wanted NAME=COLUMN with NAME one of {', '.join(MAPPABLE[kind])}{more}")
         found[name] = column
     return found
 

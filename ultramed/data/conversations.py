@@ -41,9 +41,9 @@ def transcript(text: str) -> list[dict]:
     return [{"role": roles[who], "content": words.strip()} for who, words in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def pairs(rows: list, where: str) -> tuple[list[dict], str]:
+def pairs(rows: list, where: str, given: dict[str, str] | None = None) -> tuple[list[dict], str]:
     """(canonical pair rows, what was understood). A list of chosen or rejected replies gives a pair for each two of them."""
-    columns = Columns(where, objects(rows, where))
+    columns = Columns(where, objects(rows, where), given or {})
     prompt = columns.find(
         "prompt", ("prompt", "instruction", "conversations", "messages", "question", "query", "input", "history")
     )
@@ -53,7 +53,8 @@ def pairs(rows: list, where: str) -> tuple[list[dict], str]:
         rows, sides = _by_preference(columns, two), ["chosen", "rejected"]
     if None in sides:
         lacks = "chosen" if sides[0] is None else "rejected"
-        raise BadRow(f"{where}, row 1: {lacks}: no such column among {', '.join(columns.names)}")
+        names = ", ".join(columns.names)
+        raise BadRow(f"{where}, row 1: {lacks}: no such column among {names}; name it with --map {lacks}=COLUMN")
     made, name, torn = [], columns.find("id", IDS), 0
     for number, row in enumerate(rows, 1):
         try:

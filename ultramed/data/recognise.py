@@ -311,7 +311,7 @@ def read(path: Path, kind: str, given: dict[str, str] | None = None) -> list[dic
     if kind == "questions":
         made, told = questions(rows, where, given)
     else:
-        made, told = pairs(rows, where) if kind == "pairs" else instructions(rows, where)
+        made, told = pairs(rows, where, given) if kind == "pairs" else instructions(rows, where)
     unit = kind if kind != "instructions" else "rows"
     log.info("read %d %s from %s: %s", len(made), unit, Path(path).name, told)
     return made

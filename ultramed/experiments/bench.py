@@ -124,6 +124,16 @@ def ask(config: BenchSection, model: Artifact, questions: Sequence[Questions]) -
     return Answers(frame.assign(id=frame.task + ":" + frame.id.astype(str)), tuple(dict.fromkeys(artifacts)))
 
 
+def too_long(answered: Answers, questions: Sequence[Questions]) -> dict[str, int]:
+    """Task -> questions that did not fit into the model's context: not asked, and not among the n."""
+    left = {
+        part.tasks[subset]: n - (answered.frame.task == part.tasks[subset]).sum()
+        for part in questions
+        for subset, n in part.counts.items()
+    }
+    return {task: int(n) for task, n in left.items() if n}
+
+
 # ------------------------------------------------------------------------------------------------------------ summaries
 
 
