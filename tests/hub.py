@@ -179,8 +179,15 @@ def steps(folder: Path, count: int) -> None:
     (folder / "question_with_images.json").write_text(json.dumps({"step1": [2]}))
 
 
+MANY = {
+    ("tatsu-lab/alpaca", "train"): 4600,
+    ("GBaker/MedQA-USMLE-4-options", "train"): 1400,
+    ("openlifescienceai/medmcqa", "train"): 1400,
+}
+
+
 def build(root: Path, count: int = 42) -> Path:
-    """Every repository that the catalogue names, with `count` rows a split; Alpaca with more, of which profiles name slices."""
+    """Every repository that the catalogue names, with `count` rows a split, and more where profiles name slices (MANY)."""
     (root / "SAMPLE").touch()
     wanted: dict[str, set] = {}
     for spec in SOURCES.values():
@@ -192,14 +199,14 @@ def build(root: Path, count: int = 42) -> Path:
         if any(split == "steps" for _, split in splits):
             steps(folder, count)
             continue
-        make, rows = ROWS.get(hub_id, alpaca), 4600 if hub_id == "tatsu-lab/alpaca" else count
+        make = ROWS.get(hub_id, alpaca)
         card = ["---", "configs:"]
         for config in sorted({c or "default" for c, _ in splits}):
             card += [f"- config_name: {config}", "  data_files:"]
             for split in sorted(s for c, s in splits if (c or "default") == config):
                 file = f"{config}/{split}-00000-of-00001.parquet"
                 (folder / config).mkdir(exist_ok=True)
-                pq.write_table(pa.Table.from_pylist([make(n, split) for n in range(rows)]), folder / file)
+                pq.write_table(pa.Table.from_pylist([make(n, split) for n in range(MANY.get((hub_id, split), count))]), folder / file)
                 card += [f"  - split: {split}", f"    path: {file}"]
         (folder / "README.md").write_text("\n".join([*card, "---", ""]))
     return root

@@ -61,7 +61,7 @@ def test_medqa_holds_its_dev_side_out_of_train():
     art = source(SourceConfig(name="medqa", prefer="hub"))
     sides = {side: {row["question"] for row in read_questions(art / f"{side}.parquet")} for side in ("train", "dev", "test")}
     assert not sides["train"] & sides["dev"]
-    assert (len(sides["train"]), len(sides["dev"])) == (34, 8)
+    assert (len(sides["train"]), len(sides["dev"])) == (1120, 280)
 
 
 def test_golds_are_counted_from_where_each_copy_counts(mirror):

@@ -24,6 +24,8 @@ TINY = {
     "eval.engine": "transformers",  # paper-70b asks vLLM
     "ultramedical.sample.engine": "transformers",
     "usmle.seeds": "[0]",
+    "ultramedical.seeds": "[0]",
+    "ultramedical.reward.seeds": 1,
     "usmle.tuning_fraction": 1.0,
     "usmle.further_arms": "[full]",
     "ultramedical.sample.max_new_tokens": 4,
@@ -84,7 +86,7 @@ def test_a_dry_run_opens_every_data_set(environment, profile):
     done = run(environment, "--profile", profile, "--dry-run")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
     dev = "medmcqa" if profile.startswith("medalpaca") else "medqa"  # MedQA's train rows are in Medical Meadow
-    assert f"data {dev}: dev 8, train 34, test 42" in done.stdout
+    assert f"data {dev}: dev 280, train 1,120, test 42" in done.stdout
 
 
 def test_a_dry_run_names_what_is_missing(environment, tmp_path):
@@ -93,7 +95,7 @@ def test_a_dry_run_names_what_is_missing(environment, tmp_path):
     assert "wrong  data ultramedical: data set 'ultramedical': cannot fetch TsinghuaC3I/UltraMedical" in done.stdout
     done = run(environment, "--profile", "gpu", "--dry-run", limit=0)
     assert done.returncode == 1
-    assert "wrong  data medqa: 1000 rows asked of its train side, it has 34" in done.stdout
+    assert "wrong  data pubmedqa: 500 rows asked of its train side, it has 21" in done.stdout
 
 
 def runs_to_its_end(environment, profile):
