@@ -206,7 +206,9 @@ def build(root: Path, count: int = 42) -> Path:
             for split in sorted(s for c, s in splits if (c or "default") == config):
                 file = f"{config}/{split}-00000-of-00001.parquet"
                 (folder / config).mkdir(exist_ok=True)
-                pq.write_table(pa.Table.from_pylist([make(n, split) for n in range(MANY.get((hub_id, split), count))]), folder / file)
+                pq.write_table(
+                    pa.Table.from_pylist([make(n, split) for n in range(MANY.get((hub_id, split), count))]), folder / file
+                )
                 card += [f"  - split: {split}", f"    path: {file}"]
         (folder / "README.md").write_text("\n".join([*card, "---", ""]))
     return root

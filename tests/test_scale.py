@@ -28,9 +28,9 @@ from ultramed.data.dedupe import (
     normalise,
     perturb,
     shingles,
-    tfidf_encoder,
 )
 from ultramed.data.hashing import BLOCK, Bands, Index, words
+from ultramed.data.tfidf import Tfidf
 
 WORDS = [
     "heart",
@@ -169,7 +169,7 @@ def test_vectors_are_scikit_learns(texts):
     plain = TfidfVectorizer(
         analyzer="char_wb", ngram_range=(3, 5), max_features=200_000, sublinear_tf=True, dtype=np.float32
     ).fit(map(normalise, test))
-    ours, theirs = tfidf_encoder(test)(train), plain.transform(map(normalise, train))
+    ours, theirs = Tfidf(test)(train), plain.transform(map(normalise, train))
     for part in ("indptr", "indices", "data"):
         assert np.array_equal(getattr(ours, part), getattr(theirs, part))
 
@@ -177,7 +177,7 @@ def test_vectors_are_scikit_learns(texts):
 @pytest.mark.parametrize("cosine", [0.3, 0.6, 0.9])
 def test_the_sieve_loses_no_pair_and_changes_no_score(texts, cosine):
     train, test = texts
-    encode = tfidf_encoder(test)
+    encode = Tfidf(test)
     rules = ["cosine", "ultramedical"]
     every = embedding_hits(train, test, lambda rows: encode(rows), cosine, rules)  # a plain function has no sieve
     assert embedding_hits(train, test, encode, cosine, rules) == every
@@ -187,7 +187,7 @@ def test_the_sieve_loses_no_pair_and_changes_no_score(texts, cosine):
 def test_nothing_and_texts_without_a_word_have_no_hits():
     for train, test in (([], ["a heart"]), (["a heart"], []), (["", "?"], ["a heart"])):
         assert ngram_hits(train, test) == minhash_hits(train, test) == []
-    assert embedding_hits(["", "?"], ["a heart"], tfidf_encoder(["a heart"])) == []
+    assert embedding_hits(["", "?"], ["a heart"], Tfidf(["a heart"])) == []
     assert near_duplicates([]) == duplicates([]) == []
 
 
