@@ -276,6 +276,7 @@ class BenchSection(Strict):
     limit: Rows = Field(0, ge=0)  # questions of each task; 0: all
     samples: int = Field(0, ge=0)  # with protocol ultramedical: the majority of so many samples; 0: the greedy reply
     shuffle: int = Field(0, ge=0)  # other orders of the options
+    general: bool = False  # notebook 40 asks the general suite, too
     judge: str = ""  # url#model that grades MT-Bench in the general suite
     fetch: bool = False  # take tasks from the hub that are not in ULTRAMED_DATA
     max_new_tokens: int = Field(1024, ge=1)  # of a reasoned reply
