@@ -95,13 +95,14 @@ class Book:
         The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper. A claim that
         something falls by no more than a margin is left out where there is no more than that to lose.
         """
+        at = dict(arms)
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
-            arms = Arms(arms | {f"{name}_70b": answers for name, answers in arms.items()})  # as claims.csv calls them
+            at |= {f"{name}_70b": answers for name, answers in arms.items()}  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        tested = [claim for claim in mine if claim.a in arms and claim.b in arms and not at_floor(claim, arms[claim.b])]
+        tested = [claim for claim in mine if claim.a in at and claim.b in at and not at_floor(claim, at[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
-        entries = [scorecard.claim_entry(c, compare(arms[c.a], arms[c.b]), self.protocol(more)) for c in tested]
+        entries = [scorecard.claim_entry(c, compare(at[c.a], at[c.b]), self.protocol(more)) for c in tested]
         return self._record(
             entries, "claims", "Claims on the same questions: A minus B in points, raw p, verdict before correction.", arms
         )

@@ -185,6 +185,8 @@ def _reward(setting, found, out, yes) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shown, rows = {}, []
     for name, art in found.items():
+        judged = models.card(art)["kind"] == "server"
+        kind = {"model_type": "Generative"} if judged else {"model_type": "Seq. Classifier", "chat_template": "tokenizer"}
         for bench_name, data in pairs.items():
             table, biases, scored = benches.score_reward(art, data, setting.batch_tokens, best_of=bench_name == "rewardbench2")
             _bill(f"{name} on {bench_name}", [scored])
@@ -197,10 +199,9 @@ def _reward(setting, found, out, yes) -> None:
             caption = f"{name} on {bench_name}: " + ", ".join(f"{k} {v:.3g}" for k, v in biases.items())
             shown[caption] = made.drop(columns=["model", "artifact"]).round(4)
             folder = out / report.folder_name(name)
-            judged = models.card(art)["kind"] == "server"
-            kind = {"model_type": "Generative"} if judged else {"model_type": "Seq. Classifier", "chat_template": "tokenizer"}
-            result = {"model": name, **kind}
-            write_json(folder / f"{bench_name}.json", result | dict(zip(table.subset, table.accuracy, strict=True)))
+            write_json(
+                folder / f"{bench_name}.json", {"model": name, **kind} | dict(zip(table.subset, table.accuracy, strict=True))
+            )
     report.merge(out, pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=setting.limit))
     for caption, frame in shown.items():
         console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
@@ -219,8 +220,7 @@ def _general(setting, found, out, yes) -> None:
     asked, judged = benches.general_estimate(setting, tasks)
     loads, who = dict.fromkeys(found, asked), dict(found)
     if judged.questions:
-        times = len(found)
-        loads["judge"] = sum((judged for _ in range(times - 1)), judged)
+        loads["judge"] = sum([judged] * len(found), benches.Estimate(0, 0, 0))
         who["judge"] = models.resolve(setting.judge)
     _ask_first(loads, who, yes)
     out.mkdir(parents=True, exist_ok=True)

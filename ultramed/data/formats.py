@@ -79,10 +79,11 @@ def _delimited(text: str, path: Path, mark: str, quoting: int) -> list[dict]:
 def _with_first(rows: list[dict], first: list[str]) -> list[dict]:
     """The rows, and the first line among them where it is no header but one more question, as in MMLU's own files: the
     question, its options, the letter of the right one."""
+    letters = "ABCDEFGHIJ"[: max(0, len(first) - 2)]
+    if len(letters) < 2 or " " not in first[0] or not (first[-1] and first[-1] in letters):  # a header, as nearly always
+        return rows
     lines = [first, *([value.strip() for value in row.values() if value is not None] for row in rows)]
-    letters = "ABCDEFGHIJ"[: len(first) - 2]
-    whole = all(len(line) == len(first) and line[-1] and line[-1] in letters for line in lines)
-    if len(letters) < 2 or " " not in first[0] or not whole:
+    if not all(len(line) == len(first) and line[-1] and line[-1] in letters for line in lines):
         return rows
     return [dict(zip(("question", *letters, "answer"), line, strict=True)) for line in lines]
 

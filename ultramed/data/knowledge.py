@@ -9,8 +9,6 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from scipy.cluster.hierarchy import DisjointSet
-
 HPO_ROOT = "HP:0000118"  # Phenotypic abnormality
 SIDES = (("test", 0.20), ("dev", 0.30), ("train", 1.01))  # upper edges of the split on a uniform hash
 
@@ -132,6 +130,8 @@ def knowledge() -> tuple[Ontology, ICD]:
 
 def concept_sides(hpo: Ontology, icd: ICD, seed: int) -> dict[str, str]:
     """Concept id -> train, dev or test. Concepts that share a normalised name or synonym stay together."""
+    from scipy.cluster.hierarchy import DisjointSet
+
     named = [(term, name) for term in hpo.terms for name in hpo.names(term)]
     named += [(category, name) for code, category in icd.category.items() for name in icd.names[code]]
     together = DisjointSet()

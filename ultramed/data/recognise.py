@@ -6,6 +6,7 @@ agree on every row. Everything else is kept as `meta`.
 """
 
 import ast
+import functools
 import json
 import logging
 import re
@@ -156,10 +157,10 @@ def _options(columns: Columns) -> tuple[list[dict[str, str]] | None, str]:
 def _dealt(columns: Columns, right: str, wrong: list[str]) -> list[dict[str, str]]:
     """Options of rows that keep the right one apart from the wrong ones, in an order that tells nothing and is always the
     same."""
-    made = []
+    names, made = [right, *map(columns.take, wrong)], []
     for row in columns.rows:
-        texts = [str(row[name]).strip() for name in (right, *map(columns.take, wrong)) if row.get(name) not in (None, "")]
-        texts.sort(key=lambda text: uniform_hash("options", *sorted(texts), text))
+        texts = sorted(str(row[name]).strip() for name in names if row.get(name) not in (None, ""))
+        texts = sorted(texts, key=functools.partial(uniform_hash, "options", *texts))
         made.append(dict(zip(LETTERS, texts, strict=False)))
     return made
 

@@ -152,6 +152,11 @@ def read_pairs(path: Path) -> list[dict]:
     return check_rows(Pair, used_up(read_table(path)), str(path))
 
 
+def prompt_id(pair: dict) -> str:
+    """Of a canonical pair: pairs of one prompt belong together."""
+    return (pair.get("meta") or {}).get("prompt_id") or pair["id"]
+
+
 def spread(rows: list, limit: int) -> list:
     """`limit` rows, evenly over the whole; all of them if it is 0."""
     return [rows[i * len(rows) // limit] for i in range(limit)] if 0 < limit < len(rows) else rows

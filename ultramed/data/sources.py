@@ -254,9 +254,10 @@ def _say_what_stands_for_more(name: str, prefer: str) -> None:
 
 def stands_for(name: str, prefer: str = "local") -> dict[str, tuple[int, int]]:
     """side -> (rows of the local file, rows on the hub), of those sides that are read from fewer rows than the hub has."""
-    spec, local = get(name), _local(SourceConfig(name=name, prefer=prefer))
+    spec = get(name)
+    here = {side: spec.files[side][1] or 0 for side in _local(SourceConfig(name=name, prefer=prefer))}
     whole = {side: rows for side, (*_, rows) in spec.hub.items() if rows}
-    return {side: (spec.files[side][1] or 0, whole[side]) for side in local if (spec.files[side][1] or 0) < whole.get(side, 0)}
+    return {side: (rows, whole[side]) for side, rows in here.items() if rows < whole.get(side, 0)}
 
 
 def user_file(
@@ -270,7 +271,7 @@ def user_file(
     return user_rows(Path(path).resolve(), kind=kind, side=side, limit=limit, columns=columns or {})
 
 
-@stage(version=5, also=lambda path: sha256(path))
+@stage(version=6, also=lambda path: sha256(path))
 def user_rows(out: Path, path: Path, *, kind: str, side: str, limit: int, columns: dict) -> dict:
     """Canonical rows of anyone's file (data/recognise.py), as one side."""
     rows = recognise.read(path, "rows" if kind == "candidates" else kind, columns)[: limit or None]

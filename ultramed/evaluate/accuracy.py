@@ -18,7 +18,7 @@ from ultramed.evaluate.stats import wilson
 from ultramed.evaluate.vllm import checks
 from ultramed.lm import models
 from ultramed.lm.device import placement
-from ultramed.lm.parsing import accepted, parse, unread
+from ultramed.lm.parsing import accepted, parse, unread_by_reason
 from ultramed.lm.templates import wording
 from ultramed.train.launch import clear
 
@@ -93,8 +93,7 @@ def summary(result: list[dict]) -> dict:
     for row in result:
         outcome["unparsed" if row["letter"] is None else "correct" if row["correct"] else "wrong"] += 1
     n = len(result)
-    ways = [unread(row["reply"], row["finished"]) for row in result if row["letter"] is None and "reply" in row]
-    why = {name: ways.count(name) for name in ("truncated", "refused")}
+    why = unread_by_reason((row["reply"], row["finished"]) for row in result if row["letter"] is None and "reply" in row)
     bounds = [outcome["correct"] / n, (outcome["correct"] + outcome["unparsed"]) / n] if n else None
     strict = sum(r["strict"] for r in result)
     return {

@@ -204,7 +204,7 @@ def fits(sides: list[dict], net, tokenizer, template) -> bool:
 
 def _record(row: dict, chosen: float, rejected: float) -> dict:
     lengths = {f"{side}_characters": len(row[side][0]["content"]) for side in ("chosen", "rejected")}
-    cluster = row["meta"].get("prompt_id", row["id"])
+    cluster = canonical.prompt_id(row)
     scores = {"chosen_score": round(chosen, 6), "rejected_score": round(rejected, 6), "correct": chosen > rejected}
     return {"id": row["id"], "subset": row["subset"], "concept": cluster, **scores, **lengths}
 

@@ -31,7 +31,7 @@ from ultramed.evaluate.generate import item_rng
 from ultramed.evaluate.rerank import Votes
 from ultramed.evaluate.sample import samples
 from ultramed.evaluate.scorers import sensitivity
-from ultramed.lm.parsing import unread
+from ultramed.lm.parsing import unread_by_reason
 from ultramed.papers import published
 
 TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
@@ -155,9 +155,8 @@ def by_task(answered: Mapping[str, Answers]) -> pd.DataFrame:
 def outcomes_of(frame: pd.DataFrame) -> dict:
     """What became of replies without an answer; votes and likelihoods have no reply to look at."""
     left = frame[frame.letter.isna()]
-    why = [unread(row.reply, row.finished) for row in left.itertuples()] if {"reply", "finished"} <= {*frame} else []
-    reasons = {name: why.count(name) for name in ("truncated", "refused")}
-    return {"unparsed": len(left), **reasons, "upper": float((frame.correct | frame.letter.isna()).mean())}
+    told = zip(left.reply, left.finished, strict=True) if {"reply", "finished"} <= {*frame} else ()
+    return {"unparsed": len(left), **unread_by_reason(told), "upper": float((frame.correct | frame.letter.isna()).mean())}
 
 
 def numbers(e: stats.Estimate) -> dict:

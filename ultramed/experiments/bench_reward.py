@@ -34,15 +34,10 @@ def first_prompts(out: Path, config: FirstConfig, *, pairs: Artifact) -> dict:
     """The pairs of the first prompts of each subset, for a quick look."""
     rows, prompts = canonical.read_pairs(pairs / "pairs.parquet"), {}
     for row in rows:
-        prompts.setdefault(row["subset"], {}).setdefault(prompt_id(row))
+        prompts.setdefault(row["subset"], {}).setdefault(canonical.prompt_id(row))
     taken = {(subset, name) for subset, every in prompts.items() for name in list(every)[: config.prompts]}
-    canonical.write_rows(out / "pairs.parquet", [row for row in rows if (row["subset"], prompt_id(row)) in taken])
+    canonical.write_rows(out / "pairs.parquet", [row for row in rows if (row["subset"], canonical.prompt_id(row)) in taken])
     return {"prompts": len(taken)}
-
-
-def prompt_id(pair: dict) -> str:
-    """Of a canonical pair: pairs of one prompt belong together."""
-    return pair["meta"].get("prompt_id") or pair["id"]
 
 
 def reward_pairs(fetch: bool = False, limit: int = 0) -> tuple[dict[str, Artifact], list[str]]:
@@ -124,7 +119,7 @@ def _judged(model: Artifact, pairs: Artifact) -> tuple[pd.DataFrame, dict, Artif
     made = pairwise(LLMConfig(server=ServerConfig(url=card["url"], model=card["model"])), pairs=pairs)
     frame = pd.read_json(made / "verdicts.jsonl", lines=True, dtype={"id": str})
     tie = frame.verdict.isin(["tie", "inconsistent"])
-    prompts = {row["id"]: prompt_id(row) for row in canonical.read_pairs(pairs / "pairs.parquet")}
+    prompts = {row["id"]: canonical.prompt_id(row) for row in canonical.read_pairs(pairs / "pairs.parquet")}
     frame = frame.assign(
         tie=tie, concept=frame.id.map(prompts), credit=(frame.verdict == "chosen").astype(float).where(~tie, 0.5)
     )

@@ -8,6 +8,7 @@ such replies is the format compliance.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ultramed.data.messages import FINAL
@@ -83,7 +84,7 @@ def parse(text: str, options: dict[str, str], answer_form: str = "letter_first")
 
 def without_options(text: str, options: dict[str, str]) -> str:
     """A reply without a repetition of all options in their order ('A) aspirin B) warfarin ...'), which chooses none."""
-    if len(options) < 2:
+    if len(options) < 2 or not all(option in text for option in options.values()):  # cheaper than a pattern for each question
         return text
     listed = (rf"[*(]*{letter}[*).:]+\s*{re.escape(option)}" for letter, option in options.items())
     between = r"[\s*.,;]*"
@@ -95,6 +96,12 @@ def unread(text: str, finished: bool) -> str:
     if not finished:
         return "truncated"
     return "refused" if REFUSAL.search(text) else "unparsed"
+
+
+def unread_by_reason(replies: Iterable[tuple[str, bool]]) -> dict[str, int]:
+    """How many of the replies (text, finished) that no rule read were truncated, and how many refused."""
+    ways = [unread(*reply) for reply in replies]
+    return {name: ways.count(name) for name in ("truncated", "refused")}
 
 
 # ---------------------------------------------------------------------------------------------------------- asked forms

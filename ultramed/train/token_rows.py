@@ -14,6 +14,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import TokenConfig
 from ultramed.core.store import Artifact, find, stage
+from ultramed.data import rows as canonical
 from ultramed.lm import models
 from ultramed.lm.device import cores
 from ultramed.lm.templates import RELEASED, TEMPLATES, Template, wording
@@ -166,7 +167,7 @@ def encode_pairs(rows: list[dict], tokenizer, template: Template, max_length: in
         ids = {"prompt_ids": chosen["input_ids"][:start], "chosen_ids": chosen["input_ids"][start:]}
         ids["rejected_ids"] = rejected["input_ids"][start:]
         longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
-        out.append({"prompt_id": (row.get("meta") or {}).get("prompt_id") or row["id"], **ids, "length": longest})
+        out.append({"prompt_id": canonical.prompt_id(row), **ids, "length": longest})
     return out
 
 
