@@ -259,6 +259,12 @@ def weights_of(model: Artifact) -> dict:
     return {**where, "use_safetensors": True} | ({"attn_implementation": "eager"} if eager else {})
 
 
+def straight_to_gpu() -> dict:
+    """Arguments of `from_pretrained` that put weights on the only GPU of this process as they are read, in their dtype: main
+    memory need not hold them (108 GB of a 27B model in fp32), nor be copied from."""
+    return {"device_map": {"": torch.cuda.current_device()}} if placement().device == "cuda" else {}
+
+
 def parameters(model: Artifact) -> int:
     """How many parameters the whole model has, from its configuration: no weights are read."""
     from accelerate import init_empty_weights
@@ -310,7 +316,9 @@ def load(model: Artifact, *, dtype: torch.dtype | None = None, quantize: str | N
 
     place = placement()
     dtype, spread = dtype or place.dtype, device is None and spreads(model, dtype or place.dtype, quantize)
-    metadata, extra = card(model), {"device_map": "auto"} if spread else {}
+    metadata = card(model)
+    direct = device is None and metadata["kind"] != "adapter"  # adapters are merged in fp32, for which there may be no room
+    extra = {"device_map": "auto"} if spread else straight_to_gpu() if direct else {}
     if quantize is not None:
         if metadata["kind"] == "adapter":
             raise ConfigError("an adapter is evaluated merged into its 16-bit base; merging into 8 or 4 bits ruins it")

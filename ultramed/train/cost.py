@@ -65,13 +65,14 @@ def cost_config(profile: Profile) -> CostConfig:
 
 @stage(version=1)
 def random_model(out: Path, config: Shape) -> dict:
-    """Weights drawn with seed 0, in bf16."""
+    """Weights drawn with seed 0, in bf16; on a GPU where there is one, since a CPU draws billions of them in minutes."""
     from transformers import LlamaForCausalLM
 
     from ultramed.lm.weights import tiny_llama
 
     torch.manual_seed(0)
-    net = LlamaForCausalLM(config.config()).to(torch.bfloat16)
+    with torch.device(placement().device):
+        net = LlamaForCausalLM(config.config()).to(torch.bfloat16)
     with quietly():
         net.save_pretrained(out)
     tiny_llama()[1].save_pretrained(out)

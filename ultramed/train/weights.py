@@ -10,7 +10,7 @@ from ultramed.core.store import Artifact
 from ultramed.lm.architecture import probe
 from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import placement, quietly
-from ultramed.lm.models import card, in_bits, location, weights_of
+from ultramed.lm.models import card, in_bits, location, straight_to_gpu, weights_of
 from ultramed.train import launch
 
 
@@ -18,8 +18,14 @@ def trainable(kind: type, model: Artifact, *, empty: bool = False, **options):
     """Weights in fp32, to be trained in full. kind: a class of transformers' AutoModels. empty: see `blank`."""
     if empty:
         return blank(kind, model, torch.float32, **options)
-    net = kind.from_pretrained(**weights_of(model), dtype=torch.float32, **options)
+    net = kind.from_pretrained(**weights_of(model), dtype=torch.float32, **_place(), **options)
     return _with_attention(net)
+
+
+def _place() -> dict:
+    """Where weights are read to: straight to the GPU by a process that trains alone. (One of several does not know its own
+    device yet, and one that shards has no room for all of them there.)"""
+    return {} if launch.worker() else straight_to_gpu()
 
 
 def blank(kind: type, model: Artifact, dtype: torch.dtype, **options):
@@ -38,7 +44,7 @@ def blank(kind: type, model: Artifact, dtype: torch.dtype, **options):
 
 
 def _with_attention(net):
-    """Our attention where training runs on CPUs (weights are made on them everywhere, so their place tells nothing)."""
+    """Our attention where training runs on CPUs (weights are often made on one: their place tells nothing)."""
     return use_cpu_attention(net) if placement().device == "cpu" else net
 
 
@@ -68,7 +74,7 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
             if not launch.sharded():
                 probe(net)
             return net
-        net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=place.dtype, **extra)
+        net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=place.dtype, **(extra or _place()))
         net = _with_attention(net)
         net.config.use_cache = False
         if not launch.sharded():
