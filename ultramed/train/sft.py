@@ -38,7 +38,7 @@ class Collator:
         def fill(lists, value):
             return torch.tensor([ids + [value] * (width - len(ids)) for ids in lists])
 
-        position = torch.arange(width).expand(len(rows), width)
+        position = torch.arange(width).repeat(len(rows), 1)  # an expanded tensor cannot be pinned
         wanted = [labels(r["input_ids"], r["prompt_length"], self.train_on_inputs) for r in rows]
         ids = fill([r["input_ids"] for r in rows], self.pad)
         made = {"input_ids": ids, "labels": fill(wanted, LABEL_IGNORED), "position_ids": position}
