@@ -55,6 +55,7 @@ def test_batch_plan_keeps_the_global_batch():
 def test_parts_hold_every_row_once_and_nothing_but_padding_is_cut(lengths, budget, least):
     rows = [{"input_ids": [i] * n, "prompt_length": n // 2} for i, n in enumerate(lengths)]
     batch = Collator(0)(rows)
+    assert all(tensor.is_contiguous() for tensor in batch.values()), "a GPU's loader cannot pin an expanded tensor"
     made = split_by_tokens(batch, budget, min(least, len(rows)))
     assert len(made) >= min(least, len(rows))
     seen = [i for part in made for i in part["labels"].amax(1).tolist()]

@@ -93,13 +93,13 @@ def sampling(shape, n: int = 10, length: int = 200, new: int = 128) -> dict:
         made = generate(net, tokenizer, repeated, asked, budget=n * args.prompts * (length + new), rngs=rngs)
         return sum(reply.tokens for reply in made)
 
+    drawn = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.95, "pad_token_id": 2}
+
     def theirs():
         for prompt in prompts[:PEER_PROMPTS]:
             ids = torch.tensor([prompt], device=net.device)
-            net.generate(
-                ids, attention_mask=torch.ones_like(ids), num_return_sequences=n, do_sample=True, temperature=0.7, top_k=0,
-                top_p=0.95, min_new_tokens=new, max_new_tokens=new, pad_token_id=2,
-            )  # fmt: skip
+            lengths = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new, "max_new_tokens": new}
+            net.generate(ids, num_return_sequences=n, **lengths, **drawn)
 
     peer = n * PEER_PROMPTS * new / timed(theirs)
     own = len(repeated) * new / timed(ours)

@@ -143,7 +143,7 @@ class Book:
             return pd.DataFrame()
         scorecard.record(self.profile.name, self.name, entries, self.command)
         labels = {row: arm for arm, row in names.items()}
-        caption = f"{beside.source(table)}, beside ours ({self.profile.models[0].label})"
+        caption = f"{beside.source(table)}, beside ours ({more or self.profile.models[0].label})"
         caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
         return self.table(f"{self.name[:2]}_beside", beside.beside(entries, labels), caption, *sources)
 
