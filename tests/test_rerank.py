@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ultramed.core.errors import ConfigError
 from ultramed.evaluate import rerank
+from ultramed.evaluate.arms import Answers
 
 LETTERS = np.array([list("ABBA"), ["", "C", "", ""], ["", "", "", ""], list("DDDA")])
 REWARDS = np.array([[0, 1, 2, 9], [5, 1, 0, 0], [1, 2, 3, 4], [0, 0, 0, 5.0]])
@@ -76,6 +77,46 @@ def test_how_often_the_reward_prefers_a_right_sample_by_hand():
     votes.rewards = None
     assert votes.prefers_right() is None
     assert votes.summary() == "4 questions, 4 samples each: 43.8% right, 6.2% unparsed"
+
+
+@pytest.fixture
+def greedy():
+    """Four questions in two subsets, the first and the third right."""
+    about = {"id": list("pqrs"), "seed": 0, "subset": ["one", "one", "two", "two"], "concept": list("wxyz")}
+    return Answers(pd.DataFrame({**about, "correct": [True, False, True, False]}))
+
+
+def votes_on(greedy, letters, rewards=None):
+    votes = rerank.Votes({})
+    votes.letters, votes.gold, votes.rewards = np.array(letters), np.array(list("AAAA")), rewards
+    for name in ("id", "seed", "subset", "concept"):
+        setattr(votes, name, greedy.frame[name].to_numpy())
+    return votes
+
+
+def test_several_reward_models_on_the_same_samples_by_hand(greedy):
+    """The vote is right in two of four, one model chooses a right sample in all and the other in none."""
+    letters = [list("AAB"), list("AAB"), list("ABB"), list("ABB")]
+    good, bad = np.array([[1, 0, 0.0]] * 4), np.array([[0, 0, 1.0]] * 4)
+    made = rerank.by_reward_model({3: votes_on(greedy, letters, good), 5: votes_on(greedy, letters, bad)}, greedy)
+    assert made["reward model"].tolist() == ["seed 3", "seed 5"]
+    assert [cell.split()[0] for cell in made["best of N"]] == ["100.0", "0.0"]
+    assert [cell.split()[0] for cell in made["minus the vote"]] == ["+50.0", "-50.0"]
+    assert [cell.split()[0] for cell in made["minus greedy"]] == ["+50.0", "-50.0"]
+    assert [cell.split()[0] for cell in made["prefers a right sample"]] == ["87.5", "12.5"]
+
+
+def test_the_temperature_curve_by_hand(greedy):
+    """Cold: half of the questions wholly right. Hot: two of three samples right everywhere, so the vote is right everywhere."""
+    cold, hot = [list("AAA"), list("BBB")] * 2, [list("AAB")] * 4
+    made = rerank.temperature_curve({0.4: votes_on(greedy, cold), 1.0: votes_on(greedy, hot)})
+    found = made.set_index(["temperature", "samples"]).accuracy
+    assert found.to_dict() == {
+        (0.4, "one sample"): pytest.approx(0.5),
+        (0.4, "3 samples"): pytest.approx(0.5),
+        (1.0, "one sample"): pytest.approx(2 / 3, abs=0.1),  # of 50 draws
+        (1.0, "3 samples"): pytest.approx(1.0),
+    }
 
 
 def test_pass_at_n_by_hand_and_beside_chance():

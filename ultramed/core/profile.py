@@ -165,14 +165,22 @@ class RewardSection(Strict):
 
 class RerankSection(Strict):
     """Re-ranking and the ensemble: samples of every test question, the arm of `reward.arms` that scores them, and the mixture
-    whose SFT policy is sampled."""
+    whose SFT policy is sampled. `temperatures`: at which as many samples of `dev_questions` are drawn, for a curve."""
 
     n: int = Field(10, ge=2)
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field([])
+    dev_questions: QuestionCounts = Field({})
     reward_arm: str = "medical"
     mixture: str = "ultramix"
     seeds: int = Field(100, ge=1)  # how many of the seeds are re-ranked: no two trained policies are compared
     ensemble: bool = True  # of the best UltraMix arm on dev questions, in notebook 22
     control: bool = True  # a policy fine-tuned on the reward model's questions, too
+
+    @model_validator(mode="after")
+    def _asked(self):
+        if self.temperatures and not self.dev_questions:
+            raise ValueError("temperatures are compared on dev_questions, of which there are none")
+        return self
 
 
 class IterativeSection(Strict):

@@ -95,6 +95,9 @@ class Comparison:
         """The standard error with which the interval is made."""
         return stats.widest(self.errors)[0]
 
+    def __str__(self):
+        return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
     def row(self) -> dict:
         """As tables show it."""
         names = ("a", "b", "difference", "low", "high", "n", "mcnemar", "clustered", "p")

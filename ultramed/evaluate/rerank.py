@@ -10,7 +10,7 @@ import pandas as pd
 
 from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
-from ultramed.evaluate.arms import Answers, Arms, artifacts_of
+from ultramed.evaluate.arms import Answers, Arms, artifacts_of, compare, percent
 from ultramed.evaluate.sample import read_feedback, read_samples
 from ultramed.evaluate.stats import Estimate, clustered, task_weights
 
@@ -145,6 +145,36 @@ class Votes:
         """pass@N (mean of tasks) beside what guessing among four options reaches."""
         found = {n: pass_at(self.letters, self.gold, n, self.weights) for n in self.sizes}
         return pd.DataFrame([{"N": n, "pass@N": rate, "pass@N of guessing": chance_at(n)} for n, rate in found.items()])
+
+
+def by_reward_model(votes: Mapping[int, Votes], like: Answers) -> pd.DataFrame:
+    """The same samples re-ranked by several reward models, a row each: best-of-N in per cent, how far it is ahead of the vote
+    and of the greedy answers `like` (points, with 95% intervals), and how often it prefers a right sample."""
+    rows = []
+    for seed, scored in votes.items():
+        best = scored.select("best_of_n", like)
+        found = Arms({"best": best}).accuracy().query("subset == 'all'")
+        rows.append(
+            {
+                "reward model": f"seed {seed}",
+                "best of N": percent(found).item(),
+                "minus the vote": str(compare(best, scored.select("self_consistency", like))),
+                "minus greedy": str(compare(best, like)),
+                "prefers a right sample": str(scored.prefers_right() or ""),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def temperature_curve(votes: Mapping[float, Votes]) -> pd.DataFrame:
+    """Accuracy of one sample and of the vote of all, by temperature: the columns of `curves` with temperature and samples."""
+    parts = []
+    for temperature, drawn in votes.items():
+        ends = drawn.curves().query(f"selection == 'self_consistency' and n in (1, {drawn.sizes[-1]})")
+        parts.append(
+            ends.assign(temperature=temperature, samples=[f"{'one' if n == 1 else n} sample{'s' * (n > 1)}" for n in ends.n])
+        )
+    return pd.concat(parts, ignore_index=True)
 
 
 def pass_at(letters: np.ndarray, gold: np.ndarray, n: int, weights: np.ndarray | None = None) -> float:

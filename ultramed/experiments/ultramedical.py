@@ -267,9 +267,9 @@ class UltraMedical:
         start = self.base if section.start == "base" else self.train_sft(section.start, seed)
         return reward(self.reward_config(seed, **changes), model=start, pairs=data)
 
-    def score(self, sampled: dict[str, Artifact]) -> Artifact:
-        """Feedback on samples by the reward model that re-ranks."""
-        model = self.train_reward_model(self.settings.rerank.reward_arm)
+    def score(self, sampled: dict[str, Artifact], seed: int | None = None) -> Artifact:
+        """Feedback on samples by the reward model that re-ranks, or by another one of `reward_seeds`."""
+        model = self.train_reward_model(self.settings.rerank.reward_arm, seed)
         return reward_feedback(ScoringConfig(), reward=model, **sampled)
 
     def make_bench(self, domain: str = "medical") -> Artifact:
@@ -357,6 +357,12 @@ class UltraMedical:
             config = self.sampling(n=self.settings.rerank.n, seed=seed)
             made[seed] = drawn(config, policy(seed), self.test_prompts("medical", seed), "test")
         return made
+
+    def sample_dev(self, policy: Artifact, temperature: float) -> dict[str, Artifact]:
+        """`rerank.n` samples of `rerank.dev_questions` at a temperature."""
+        section = self.settings.rerank
+        config = self.sampling(n=section.n, temperature=temperature, seed=self.seeds[0])
+        return drawn(config, policy, self.prompts(section.dev_questions, held=True), "dev")
 
     def choose_policy(self, mix: str = "ultramix") -> tuple[str, Arms]:
         """(the arm of `mix` that is best on dev questions, dev answers of all arms). Never chosen on the test questions."""

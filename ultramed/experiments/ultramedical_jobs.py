@@ -41,6 +41,9 @@ def jobs_of(study: UltraMedical) -> list[Job]:
             made.append(Job.reward("24", f"reward model, {arm}, seed {seed}", study.reward_config(seed), count, replies))
     many = len(study.rerank_seeds) * asked
     made.append(Job.replies("25", "samples of every test question", many, sample, settings.rerank.n))
+    for temperature in settings.rerank.temperatures:
+        count = prompts_of(settings.rerank.dev_questions)
+        made.append(Job.replies("25", f"dev samples at T {temperature}", count, sample, settings.rerank.n))
     if study.has_ensemble:
         made.append(Job.replies("22", "samples of the best policy", many, sample, settings.rerank.n))
     for seed in study.rerank_seeds if settings.rerank.control else ():
