@@ -7,11 +7,13 @@ from handmade import given
 
 from ultramed.data.rows import read_instructions
 from ultramed.data.sources import SourceConfig, source
-from ultramed.evaluate.arms import Arms, compare
+from ultramed.evaluate.arms import Answers, Arms, compare
 from ultramed.evaluate.held_out import LossConfig, held_out_loss, read_losses
 from ultramed.evaluate.likelihood import lm_eval_prompt
 from ultramed.experiments import general
+from ultramed.experiments.ultramedical_tables import PUBLISHED_GSM8K, general_cells
 from ultramed.lm import models
+from ultramed.report.beside import cell_entries
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,21 @@ def test_gsm8k_with_and_without_shots(both):
         for turns in shown
     )
     assert made.artifacts[0] == model
+
+
+def test_gsm8k_fills_the_papers_cells_in_per_cent():
+    """Three of four right is 75, beside the paper's 79.6 of the base and 75.9 of UltraMix."""
+    about = {"id": list("abcd"), "seed": 0, "subset": "gsm8k", "concept": list("abcd"), "letter": "1", "strict": True}
+    arms = Arms(
+        {
+            name: Answers(pd.DataFrame({**about, "correct": right}))
+            for name, right in (("base_gsm8k", [True] * 3 + [False]), ("ultramix_gsm8k", [True] * 4), ("base_mmlu", [True] * 4))
+        }
+    )
+    how = {"same_scale": True, "protocol": "p", "size": "8B"}
+    made = cell_entries("ultramedical_general", general_cells(arms), PUBLISHED_GSM8K, **how)
+    assert [(e["published"], e["ours"], e["n"]) for e in made] == [(79.6, 75.0, 4), (75.9, 100.0, 4)]
+    assert made[0]["interval"][0] < 75 < made[0]["interval"][1]
 
 
 def test_mmlu_is_asked_as_the_harness_asks():

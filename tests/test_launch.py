@@ -122,7 +122,7 @@ def test_errors_of_the_workers_are_errors_here(profile, monkeypatch):
 def started(tmp_path, *more):
     """The command line at work with two processes, and a function that waits until it has made some steps."""
     rows = "train.mixture={'exam:step1': 60, 'exam:step2': 60, 'exam:step3': 60}"
-    over = [a for o in [*FP32, rows, "train.epochs=8", "train.save_steps=20"] for a in ("--set", o)]
+    over = [a for o in [*FP32, rows, "train.epochs=3", "train.save_steps=20"] for a in ("--set", o)]
     env = {**os.environ, "ULTRAMED_PROGRESS_FILE": str(tmp_path / "progress")}
     command = [sys.executable, "-m", "ultramed", "train", "sft", "--profile", "smoke", "--processes", "2", *over, *more]
     child = subprocess.Popen(

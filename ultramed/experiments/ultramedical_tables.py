@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ultramed.core.store import Artifact
+from ultramed.evaluate.arms import Arms
 from ultramed.experiments.bench import TASKS
 from ultramed.experiments.ultramedical import UltraMedical
 
@@ -12,6 +13,10 @@ PUBLISHED_SELECTIONS = {  # arm -> row of the paper's re-ranking
     "greedy": "Llama-3-8B UltraMix SFT / greedy",
     "self_consistency": "Llama-3-8B UltraMix SFT / self-consistency",
     "best_of_n": "Llama-3-8B UltraMix SFT / reward-model sorting",
+}
+PUBLISHED_GSM8K = {  # arm of notebook 23 -> row of the paper's general-domain table
+    "base_gsm8k": "Llama-3-8B-Instruct / GSM8K / accuracy",
+    "ultramix_gsm8k": "Llama-3-8B UltraMedical / GSM8K / accuracy",
 }
 TABLE2_COLUMNS = {"all": "avg", **{subset: task for task, (_, subset) in TASKS.items()}}  # subset -> column
 
@@ -26,6 +31,13 @@ def mixtures_table(experiment: UltraMedical, names: Iterable[str]) -> tuple[pd.D
             rows.append({"mixture": name, "source": source, "rows": part["rows"], "of": part["of"], **trained})
         artifacts += [data, policy]
     return pd.DataFrame(rows), artifacts
+
+
+def general_cells(arms: Arms) -> pd.DataFrame:
+    """Accuracies as cells of the general-domain table, which has GSM8K's in per cent and other benchmarks' otherwise."""
+    found = arms.accuracy().query("subset == 'all'")
+    per_cent = {"value": 100 * found.accuracy, "low": 100 * found.low, "high": 100 * found.high}
+    return found[["arm", "n"]].assign(subset="value", **per_cent)
 
 
 def published_rows(size: str) -> dict[str, str]:
