@@ -23,8 +23,8 @@ def trainable(kind: type, model: Artifact, *, empty: bool = False, **options):
 
 
 def _place() -> dict:
-    """Where weights are read to: straight to the GPU by a process that trains alone. (One of several does not know its own
-    device yet, and one that shards has no room for all of them there.)"""
+    """Where weights are read to: straight to the GPU by a process that trains alone; workers' are placed, or sharded, by
+    accelerate."""
     return {} if launch.worker() else straight_to_gpu()
 
 
