@@ -110,12 +110,12 @@ def test_the_temperature_curve_by_hand(greedy):
     """Cold: half of the questions wholly right. Hot: two of three samples right everywhere, so the vote is right everywhere."""
     cold, hot = [list("AAA"), list("BBB")] * 2, [list("AAB")] * 4
     made = rerank.temperature_curve({0.4: votes_on(greedy, cold), 1.0: votes_on(greedy, hot)})
-    found = made.set_index(["temperature", "samples"]).accuracy
+    found = made.set_index(["temperature", "answer"]).accuracy
     assert found.to_dict() == {
         (0.4, "one sample"): pytest.approx(0.5),
-        (0.4, "3 samples"): pytest.approx(0.5),
+        (0.4, "vote of 3"): pytest.approx(0.5),
         (1.0, "one sample"): pytest.approx(2 / 3, abs=0.1),  # of 50 draws
-        (1.0, "3 samples"): pytest.approx(1.0),
+        (1.0, "vote of 3"): pytest.approx(1.0),
     }
 
 

@@ -167,13 +167,11 @@ def by_reward_model(votes: Mapping[int, Votes], like: Answers) -> pd.DataFrame:
 
 
 def temperature_curve(votes: Mapping[float, Votes]) -> pd.DataFrame:
-    """Accuracy of one sample and of the vote of all, by temperature: the columns of `curves` with temperature and samples."""
+    """Accuracy of one sample and of the vote of all, by temperature: the columns of `curves` with temperature and answer."""
     parts = []
     for temperature, drawn in votes.items():
         ends = drawn.curves().query(f"selection == 'self_consistency' and n in (1, {drawn.sizes[-1]})")
-        parts.append(
-            ends.assign(temperature=temperature, samples=[f"{'one' if n == 1 else n} sample{'s' * (n > 1)}" for n in ends.n])
-        )
+        parts.append(ends.assign(temperature=temperature, answer=["one sample" if n == 1 else f"vote of {n}" for n in ends.n]))
     return pd.concat(parts, ignore_index=True)
 
 
