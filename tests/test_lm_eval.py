@@ -15,7 +15,7 @@ from ultramed.evaluate.likelihood import lm_eval_prompt
 from ultramed.experiments.bench import TASKS, medical_questions, setting
 from ultramed.lm import models
 
-LIMIT = 4  # questions of each of the nine tasks
+LIMIT = 10  # questions of each of the nine tasks
 
 
 def as_the_harness_has_it(row: dict) -> tuple[str, dict]:

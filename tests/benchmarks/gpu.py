@@ -1,7 +1,7 @@
 """What one GPU does at the papers' shapes, with random weights: training cost, sampling and reward scoring; one JSON file.
 
     python tests/benchmarks/gpu.py [--out figures/gpu/speed.json] [--parts cost sampling scoring]
-    python tests/benchmarks/gpu.py --shapes small tiny:llama --out /tmp/speed.json      # a try on a CPU
+    python tests/benchmarks/gpu.py --shapes small tiny:llama --out speed.json      # a try on a CPU
 
 Shapes: MedAlpaca's first (rows of 256 tokens, four and one at a time), then UltraMedical's (one row of 2,048). Sampling: ten
 replies a prompt, beside transformers' `generate` with `num_return_sequences`; scoring: eight replies a prompt, beside padded
@@ -11,9 +11,7 @@ rows. Random weights hardly ever end a reply, so all are of full length. Every p
 import argparse
 import json
 import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,12 +20,12 @@ import torch
 
 from ultramed.core.config import load_profile
 from ultramed.core.log import quiet_libraries
-from ultramed.core.store import write_json
+from ultramed.core.store import environment, write_json
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.lm import models
 from ultramed.lm.batches import right_pad
-from ultramed.lm.device import free_memory, matrix_gflops, placement
-from ultramed.train.cost import CostConfig, cost, cost_config, random_model, table
+from ultramed.lm.device import free_memory, placement
+from ultramed.train.cost import CostConfig, best_gflops, cost, cost_config, random_model, table
 from ultramed.train.estimate import shape_of
 from ultramed.train.reward import rewards
 from ultramed.train.trl_adapter import score_last_tokens
@@ -40,26 +38,22 @@ parser.add_argument("--out", type=Path, default=Path("figures/gpu/speed.json"))
 args = parser.parse_args()
 quiet_libraries()
 medalpaca, ultramedical = map(shape_of, args.shapes)
+SINGLE = ("LoRA", "8-bit LoRA", "full, 8-bit Adam, checkpointing")  # arms of which a row at a time is measured, too
 PEER_PROMPTS = 4  # of `generate`, prompt by prompt: its speed does not depend on how many there are
 result = {
     "device": str(placement()),
-    "matrix_gflops": round(matrix_gflops(8192 if placement().device == "cuda" else 2048)),
-    "python": platform.python_version(),
-    "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+    "matrix_gflops": round(best_gflops()),
     "date": time.strftime("%Y-%m-%d"),
     "shapes": args.shapes,
+    **environment(),
 }
 
 
 def timed(run) -> float:
     """Seconds, the second of two runs: the first one compiles and fills caches."""
     for _ in range(2):
-        if placement().device == "cuda":
-            torch.cuda.synchronize()
         clock = time.perf_counter()
-        run()
-        if placement().device == "cuda":
-            torch.cuda.synchronize()
+        run()  # which reads what it made, so that a device has finished
     return time.perf_counter() - clock
 
 
@@ -90,8 +84,7 @@ def sampling(shape, n: int = 10, length: int = 200, new: int = 128) -> dict:
 
     def ours():
         rngs = [item_rng(0, i) for i in range(len(repeated))]
-        made = generate(net, tokenizer, repeated, asked, budget=n * args.prompts * (length + new), rngs=rngs)
-        return sum(reply.tokens for reply in made)
+        generate(net, tokenizer, repeated, asked, budget=n * args.prompts * (length + new), rngs=rngs)
 
     drawn = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.95, "pad_token_id": 2}
 
@@ -99,7 +92,7 @@ def sampling(shape, n: int = 10, length: int = 200, new: int = 128) -> dict:
         for prompt in prompts[:PEER_PROMPTS]:
             ids = torch.tensor([prompt], device=net.device)
             lengths = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new, "max_new_tokens": new}
-            net.generate(ids, num_return_sequences=n, **lengths, **drawn)
+            net.generate(ids, num_return_sequences=n, **lengths, **drawn).tolist()
 
     peer = n * PEER_PROMPTS * new / timed(theirs)
     own = len(repeated) * new / timed(ours)
@@ -142,10 +135,8 @@ if "cost" in args.parts:
     profile = load_profile("gpu")
     given = cost_config(profile).model_copy(update={"shape": medalpaca})  # notebook 12's: LLaMA-7B, four rows of 256 tokens
     keep("cost, rows of 256 tokens, four at a time", training(given))
-    one = {name: given.arms[name] for name in ("LoRA", "8-bit LoRA", "full, 8-bit Adam, checkpointing")}
-    keep("cost, rows of 256 tokens, one at a time", training(given.model_copy(update={"rows": 1, "arms": one})))
-    long = {name: given.arms[name] for name in ("LoRA", "8-bit LoRA", "full, 8-bit Adam, checkpointing")}
-    for name in ("LoRA", "8-bit LoRA"):
-        long[f"{name}, checkpointing"] = given.arms[name].model_copy(update={"gradient_checkpointing": True})
-    larger = {"shape": ultramedical, "rows": 1, "length": 2048, "arms": long}
-    keep("cost, one row of 2,048 tokens", training(given.model_copy(update=larger)))
+    single = given.model_copy(update={"rows": 1, "arms": {name: given.arms[name] for name in SINGLE}})
+    keep("cost, rows of 256 tokens, one at a time", training(single))
+    longer = {name: given.arms[name] for name in (*SINGLE, "LoRA, checkpointing", "8-bit LoRA, checkpointing")}
+    larger = {"shape": ultramedical, "length": 2048, "arms": longer}
+    keep("cost, one row of 2,048 tokens", training(single.model_copy(update=larger)))

@@ -3,7 +3,7 @@
 A selection takes `letters` (Q, N) of option letters ('' if unparsed) and `rewards` (Q, N), and returns (Q,) letters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -131,10 +131,11 @@ class Votes:
                 concepts.append(concept)
         return clustered(shares, concepts).within(0, 1) if shares else None
 
-    def curves(self) -> pd.DataFrame:
-        """Accuracy against N by selection, a mean of tasks as everywhere else; see `curves`."""
+    def curves(self, sizes: Iterable[int] = ()) -> pd.DataFrame:
+        """Accuracy against N (of all `sizes`, or the given ones) by selection, a mean of tasks as everywhere else; see
+        `curves`."""
         how = {"weights": self.weights, "clusters": self.concept, "seeds": self.seed}
-        return curves(self.letters, self.rewards, self.gold, self.sizes, **how)
+        return curves(self.letters, self.rewards, self.gold, list(sizes) or self.sizes, **how)
 
     @property
     def weights(self) -> np.ndarray:
@@ -170,7 +171,7 @@ def temperature_curve(votes: Mapping[float, Votes]) -> pd.DataFrame:
     """Accuracy of one sample and of the vote of all, by temperature: the columns of `curves` with temperature and answer."""
     parts = []
     for temperature, drawn in votes.items():
-        ends = drawn.curves().query(f"selection == 'self_consistency' and n in (1, {drawn.sizes[-1]})")
+        ends = drawn.curves((1, drawn.sizes[-1])).query("selection == 'self_consistency'")
         parts.append(ends.assign(temperature=temperature, answer=["one sample" if n == 1 else f"vote of {n}" for n in ends.n]))
     return pd.concat(parts, ignore_index=True)
 

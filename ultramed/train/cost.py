@@ -106,10 +106,15 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def best_gflops() -> float:
+    """GFLOP/s of this device's best matrix product, at a size that fills it."""
+    return matrix_gflops(8192 if placement().device == "cuda" else 2048)
+
+
 def measure(config: CostConfig, model: Artifact, out: Path) -> None:
     """Append a line for each arm that `results.jsonl` lacks. In this process, which should have done nothing else."""
     place = placement()
-    peak_flops = 1e9 * matrix_gflops(8192 if place.device == "cuda" else 2048)
+    peak_flops = 1e9 * best_gflops()
     small = Shape(hidden=64, intermediate=128, layers=1, heads=2, kv_heads=2, words=2048)
     tiny, first = config.model_copy(update={"shape": small, "rows": 1, "length": 16}), next(iter(config.arms.values()))
     _train(tiny, first, random_model(small), out)  # loads all libraries

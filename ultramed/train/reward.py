@@ -135,7 +135,7 @@ def load_reward(model: Artifact, dtype: torch.dtype | None = None):
     if metadata["kind"] not in ("reward", "reference"):
         raise ConfigError(f"{model.stage}/{model.key} is not a reward model but {metadata['kind']}; train one with `reward`")
     with quietly():
-        given = {**models.weights_of(model), "dtype": dtype or place.dtype}
+        given = {**models.weights_of(model), **models.straight_to_gpu(), "dtype": dtype or place.dtype}
         net = AutoModelForSequenceClassification.from_pretrained(**given)
     net, tokenizer = use_cpu_attention(net.to(place.device)).eval(), models.load_tokenizer(model)
     if net.config.num_labels != 1:
