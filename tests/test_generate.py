@@ -1,5 +1,6 @@
 """Generation and likelihood against plain reference computations."""
 
+import itertools
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from ultramed.evaluate.generate import NUCLEUS, PREFIX, Sampling, _pick, batches, decode, generate, item_rng, prefill
 from ultramed.evaluate.likelihood import encode_pair, score
 from ultramed.lm import models
+from ultramed.lm.cache import ROOM, with_room
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,39 @@ def test_finished_replies_leave_the_batch_and_the_others_do_not_notice(net, toke
             assert (reply.tokens, reply.finished) == (full.index(end) + 1, True)
         else:
             assert reply == whole
+
+
+def test_a_cache_with_room_holds_what_transformers_own_holds():
+    from transformers import DynamicCache
+
+    def states(batch: int, tokens: int):
+        return torch.rand(batch, 2, tokens, 8), torch.rand(batch, 2, tokens, 4)  # values may be narrower than keys
+
+    theirs, ours = DynamicCache(), DynamicCache()
+    for cache, read in itertools.product((theirs, ours), [states(5, 7)]):
+        cache.update(*read, 0)
+    ours = with_room(ours)
+    moved = 0
+    for step in range(2 * ROOM + 3):
+        if step == ROOM // 2:
+            for cache in (theirs, ours):
+                cache.batch_select_indices(torch.tensor([0, 2, 3]))
+        new, before = states(5 if step < ROOM // 2 else 3, 1), ours.layers[0].keys.data_ptr()
+        for made, wanted in zip(ours.update(*new, 0), theirs.update(*new, 0), strict=True):
+            assert torch.equal(made, wanted)
+        moved += ours.layers[0].keys.data_ptr() != before
+        assert ours.get_seq_length() == theirs.get_seq_length() == 8 + step
+    assert moved <= 4, "it is copied when there is no room, not at every token"
+
+
+def test_layers_with_a_window_keep_their_own_ways():
+    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = Cache(layers=[DynamicSlidingWindowLayer(4), DynamicLayer()])
+    for layer in (0, 1):
+        cache.update(torch.rand(1, 2, 6, 8), torch.rand(1, 2, 6, 8), layer)
+    assert type(with_room(cache).layers[0]) is DynamicSlidingWindowLayer
+    assert type(cache.layers[1]).__name__ == "RoomyLayer"
 
 
 def test_a_sampled_reply_depends_on_its_seed_not_on_its_batch(net, tokenizer):

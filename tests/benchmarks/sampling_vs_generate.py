@@ -19,6 +19,7 @@ from ultramed.core.config import load_profile
 from ultramed.core.log import quiet_libraries
 from ultramed.data.messages import question_prompt
 from ultramed.data.rows import read_questions
+from ultramed.evaluate.accuracy import select_rows
 from ultramed.evaluate.generate import Sampling, generate, item_rng
 from ultramed.evaluate.stats import clustered
 from ultramed.experiments.ultramedical import UltraMedical
@@ -37,8 +38,8 @@ profile = load_profile("laptop")
 experiment = UltraMedical.of(profile)
 model = models.resolve(args.model) if args.model else experiment.train_sft("ultramed")
 rows = []
-for questions, side, select in experiment.test_prompts("medical"):
-    rows += [r for r in read_questions(questions / f"{side}.parquet") if r["subset"] in select]
+for where in experiment.test_prompts("medical"):
+    rows += select_rows(read_questions(where["questions"] / f"{where['side']}.parquet"), where["select"])
 rows = rows[:: max(1, len(rows) // args.questions)][: args.questions]
 tokenizer, net, own = models.load_tokenizer(model), models.load(model), profile.ultramedical.sample
 template = TEMPLATES[profile.models[0].template]

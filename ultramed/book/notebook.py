@@ -93,13 +93,15 @@ class Book:
         wants to test otherwise, the arms' answers (`NN_questions.parquet`, `Arms.read`).
 
         The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper. A claim that
-        something falls by no more than a margin is left out where there is no more than that to lose.
+        something falls by no more than a margin is left out where there is no more than that to lose, and any claim whose A
+        has fewer seeds than B (`preference.seeds`): such an arm is shown, not compared.
         """
         at = dict(arms)
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
             at |= {f"{name}_70b": answers for name, answers in arms.items()}  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        tested = [claim for claim in mine if claim.a in at and claim.b in at and not at_floor(claim, at[claim.b])]
+        there = [claim for claim in mine if claim.a in at and claim.b in at and has_seeds_of(at[claim.a], at[claim.b])]
+        tested = [claim for claim in there if not at_floor(claim, at[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
         entries = [scorecard.claim_entry(c, compare(at[c.a], at[c.b]), self.protocol(more)) for c in tested]
@@ -108,10 +110,12 @@ class Book:
         )
 
     def diagnostics(self, arms: Arms, statements: dict[tuple[str, str], str], more: str = "") -> pd.DataFrame:
-        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict."""
+        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict; left out where A has
+        fewer seeds than B, as in `claims`."""
         entries = [
             scorecard.diagnostic_entry(f"{self.name[:2]}:{a}-{b}", statement, compare(arms[a], arms[b]), self.protocol(more))
             for (a, b), statement in statements.items()
+            if has_seeds_of(arms[a], arms[b])
         ]
         return self._record(entries, "diagnostics", "Comparisons of our own: A minus B in points, raw p.", arms)
 
@@ -146,6 +150,11 @@ class Book:
         caption = f"{beside.source(table)}, beside ours ({more or self.profile.models[0].label})"
         caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
         return self.table(f"{self.name[:2]}_beside", beside.beside(entries, labels), caption, *sources)
+
+
+def has_seeds_of(a: Answers, b: Answers) -> bool:
+    """Whether A was made with every seed that B was made with."""
+    return set(a.frame.seed) >= set(b.frame.seed)
 
 
 def at_floor(claim: Claim, b: Answers) -> bool:

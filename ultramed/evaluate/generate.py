@@ -14,6 +14,7 @@ import torch
 
 from ultramed.lm.architecture import logits_only_at, plain_length, rope_limit
 from ultramed.lm.batches import batches, common_prefix, right_pad
+from ultramed.lm.cache import with_room
 from ultramed.lm.tokens import end_tokens
 from ultramed.train.crew import each
 
@@ -91,6 +92,7 @@ def decode(
     if len(unique) < len(prompts):
         logits, mask = logits[source], mask[source]
         cache.batch_select_indices(source)
+    cache = with_room(cache)
     position = mask.sum(1, keepdim=True)
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
@@ -197,8 +199,8 @@ def _pick(logits: torch.Tensor, sampling: Sampling, rngs) -> list[int]:
     if sampling.top_p == 1:  # nothing is cut, so nothing needs an order
         return torch.searchsorted(scaled.softmax(-1).cumsum(-1), u).clamp(max=whole - 1)[:, 0].tolist()
     # Sorting the vocabulary would take longer than the model: the likeliest few nearly always hold the nucleus.
-    values, tokens = scaled.topk(min(NUCLEUS, whole))
-    p = (values - scaled.logsumexp(-1, keepdim=True)).exp()
+    tokens = scaled.topk(min(NUCLEUS, whole)).indices
+    p = scaled.softmax(-1).gather(-1, tokens)
     chosen = _nucleus(p, tokens, sampling.top_p, u)
     flat = p.sum(-1) < sampling.top_p
     if flat.any():
