@@ -59,9 +59,11 @@ def smoke(places):
 def medalpaca(smoke):
     """The tiny model of the smoke profile."""
     from ultramed.core.log import quiet_libraries
+    from ultramed.core.memory import settle
     from ultramed.experiments.medalpaca import MedAlpaca
 
     quiet_libraries()
+    settle()
     return MedAlpaca.of(smoke)
 
 

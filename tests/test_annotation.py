@@ -206,7 +206,7 @@ def test_answers_are_checked_and_tried_again_with_solved_examples():
         if "much" in body["messages"][-1]["content"]:
             with_examples.append(shown)
             return "Thinking.\nAnswer: B" if shown else "Answer: A"
-        return "It pumps.\nAnswer: B"
+        return "A. Lungs breathe.\nB. Hearts pump.\nAnswer: B"
 
     with Faulty(answer=answer) as server:
         made = solved(SynthesisConfig(server=server.config(), tries=2), data=given(rows=rows))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import hub
 import numpy as np
@@ -19,7 +20,9 @@ from test_cli import ultramed
 from ultramed.core.config import load_profile
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
-from ultramed.data.rows import read_rows
+from ultramed.core.store import Artifact
+from ultramed.data import adapters
+from ultramed.data.rows import read_rows, write_rows
 from ultramed.evaluate.arms import Answers
 from ultramed.experiments import bench, bench_general, bench_reward
 from ultramed.lm import models
@@ -99,10 +102,61 @@ def test_the_leaderboard_replaces_its_own_rows_and_keeps_the_others(tmp_path):
             "task": "medqa",
         } | {"accuracy": accuracy}
 
-    report.merge(tmp_path, pd.DataFrame([row("a", 0.1), row("b", 0.2)]))
-    made = report.merge(tmp_path, pd.DataFrame([row("a", 0.3), row("a", 0.4, limit=5)]))
+    report.merge(tmp_path / "leaderboard.csv", pd.DataFrame([row("a", 0.1), row("b", 0.2)]))
+    made = report.merge(tmp_path / "leaderboard.csv", pd.DataFrame([row("a", 0.3), row("a", 0.4, limit=5)]))
     assert made.set_index(["model", "limit"]).accuracy.to_dict() == {("a", "0"): 0.3, ("a", "5"): 0.4, ("b", "0"): 0.2}
     assert len(pd.read_csv(tmp_path / "leaderboard.csv")) == 3
+
+
+def test_two_models_cannot_take_each_others_place(medalpaca):
+    key = f"base_model/{medalpaca.base.key}"
+    assert list(bench.models_named([f"m={key}", f"n={key}"])) == ["m", "n"]
+    for second in ("m", "m "):
+        with pytest.raises(ConfigError, match="a name of its own"):
+            bench.models_named([f"m={key}", f"{second}={key}"])
+    with pytest.raises(ConfigError, match="a name of its own"):
+        bench.models_named([f"my model={key}", f"my_model={key}"])
+
+
+def test_the_leaderboard_tells_ways_of_asking_apart():
+    assert bench.told(BenchSection(), "medical") == "likelihood"
+    assert bench.told(BenchSection(protocol="ultramedical", samples=3), "medical") == (
+        "ultramedical, 3 samples, at most 1024 tokens"
+    )
+    judged = BenchSection(judge="http://a/v1#j", max_new_tokens=32)
+    assert bench.told(judged, "general") == "likelihood, at most 32 tokens, judge http://a/v1#j"
+
+
+def test_best_of_four_is_won_against_all_three_or_left_out(monkeypatch, tmp_path):
+    """Prompt c has a pair that is too long for the model, d three."""
+    given = {"a": [True] * 3, "b": [True, False, True], "c": [True, True]}
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows = [
+        {"id": f"{name}#{n}", "subset": "Math", "prompt": [{"role": "user", "content": name}], "meta": {"prompt_id": name}}
+        | sides
+        for name in "abcd"
+        for n in range(3)
+    ]
+    write_rows(tmp_path / "pairs.parquet", rows)
+    scores = [
+        {"id": f"{name}#{n}", "subset": "Math", "concept": name, "chosen_score": float(right), "rejected_score": 0.5}
+        | {"correct": right, "chosen_words": n, "rejected_words": 1}
+        for name, rights in given.items()
+        for n, right in enumerate(rights)
+    ]
+    made = SimpleNamespace(path=tmp_path, metrics={"too_long": 4})
+    monkeypatch.setattr(bench_reward.models, "card", lambda _: {"kind": "reward"})
+    monkeypatch.setattr(bench_reward, "pair_scores", lambda *_, **__: made)
+    monkeypatch.setattr(bench_reward, "read_scores", lambda _: pd.DataFrame(scores))
+    monkeypatch.setattr(bench_reward, "length_correlation", lambda _: 0.0)
+    table, biases, _ = bench_reward.score_reward("rewardbench2", None, Artifact("pairs", "0", tmp_path))
+    assert (table.accuracy.item(), table.n.item(), biases["prompts left out"]) == (0.5, 2, 2)
+
+
+def test_ties_of_rewardbench_2_make_no_pairs():
+    row = {"id": "1", "subset": "Ties", "prompt": "A colour of the rainbow?", "chosen": ["red", "green"], "rejected": ["pink"]}
+    assert adapters.rewardbench2(row, 0) == []
+    assert len(adapters.rewardbench2({**row, "chosen": ["red"]}, 0)) == 1
 
 
 def test_names_prices_and_protocols():
@@ -213,10 +267,12 @@ def test_a_judge_behind_a_url_is_asked_in_both_orders(from_hub, fresh_store):
         where = server.config()
         model = models.resolve(f"{where.url}#{where.model}")
         found, _ = bench_reward.reward_pairs()
-        table, biases, _ = bench_reward.score_reward(model, found["rewardbench"])
+        table, biases, _ = bench_reward.score_reward("rewardbench", model, found["rewardbench"])
+        assert "biomedical" not in server.bodies[-1]["messages"][0]["content"]
         assert (table.accuracy == 1).all()
         assert (biases["orders agree"], biases["ties"]) == (1.0, 0)
-        table, biases, _ = bench_reward.score_reward(model, found["medical_rewardbench"])
+        table, biases, _ = bench_reward.score_reward("medical_rewardbench", model, found["medical_rewardbench"])
+        assert "biomedical" in server.bodies[-1]["messages"][0]["content"]
     assert (table.accuracy == 0.5).all(), "first place decides: no order agrees with the other"
     assert (biases["orders agree"], biases["ties"]) == (0.0, 42)
 
@@ -251,7 +307,7 @@ def test_alpaca_eval_is_judged_in_both_orders_against_the_baseline(data, medalpa
         where = server.config()
         config = BenchSection(judge=f"{where.url}#{where.model}")
         row, _ = bench_general.alpaca_eval(config, models.base_model(medalpaca.config), baseline)
-    assert row["task"].startswith("alpaca_eval, length-controlled (plain 66.7)")
+    assert (row["task"], row["plain win rate"]) == ("alpaca_eval, length-controlled", pytest.approx(2 / 3))
     assert (row["n"], len(seen)) == (3, 4)
     assert "medical" not in seen[0][0]["content"]
     assert "reference" not in seen[0][0]["content"], "the baseline's reply is no reference"

@@ -1,9 +1,11 @@
 """What works on many rows at once gives what the plain way gives, row by row."""
 
+import gc
 import json
 import random
 import re
 import unicodedata
+import weakref
 from collections import defaultdict
 
 import numpy as np
@@ -16,6 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from xxhash import xxh32_intdigest
 
 from ultramed.annotate.pairs import PairConfig, ordered_pairs, pairs
+from ultramed.core.memory import settle
 from ultramed.core.store import digest
 from ultramed.data import rows as canonical
 from ultramed.data.dedupe import (
@@ -228,3 +231,17 @@ def test_pairs_by_column_are_the_rows_one_by_one(tmp_path, places, rule):
     assert (made / "pairs.parquet").read_bytes() == (tmp_path / "want.parquet").read_bytes()
     assert made.metrics["row_ids"] == digest([row["id"] for row in want])
     assert json.loads((made / "manifest.json").read_text())["metrics"]["pairs"] == len(want)
+
+
+def test_what_has_settled_is_not_looked_at_again_and_new_garbage_is_still_found():
+    class Ring:
+        def __init__(self):
+            self.me = self
+
+    settle()
+    settled, gone = gc.get_freeze_count(), []
+    assert settled > 10_000
+    weakref.finalize(Ring(), gone.append, True)
+    gc.collect()
+    assert gone == [True]
+    assert gc.get_freeze_count() == settled

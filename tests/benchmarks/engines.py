@@ -35,7 +35,7 @@ def main():
     given = parser.parse_args()
     quiet_libraries()
     profile = config.load_profile("laptop")
-    policy, exam = MedAlpaca.of(profile).train("full", seed=0), dataset(profile, "exam")
+    policy, exam = MedAlpaca.of(profile).train_arm("full", 0), dataset(profile, "exam")
     about = {"model": policy, "questions": exam}
     each = given.questions // 3
     sample = profile.ultramedical.sample.model_copy(update={"n": given.samples})

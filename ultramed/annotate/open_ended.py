@@ -273,26 +273,28 @@ class Judged:
     """One policy's answers through the judge: K-QA statements (by question: complete and contradicting shares), MT-Bench."""
 
     row: dict
-    scores: dict[str, stats.Estimate]  # kqa_scores
+    scores: dict[str, stats.Estimate]  # kqa_scores, and mt_bench from 1 to 10
     kqa: Answers
     contradicts: Answers
     replies: Artifact
 
 
-def judge_policy(judge: LLMConfig, name: str, policy: Artifact, kqa: Artifact, talks: Artifact, limit: int) -> Judged:
+def judge_policy(
+    judge: LLMConfig, name: str, policy: Artifact, kqa: Artifact, talks: Artifact, limit: int, max_new_tokens: int
+) -> Judged:
     """K-QA's statements and MT-Bench's turns of a policy, through the judge."""
-    answered = replies(ReplyConfig(limit=limit), model=policy, data=kqa)
-    labels = kqa_labels(judge, replies=answered)
-    marks = grades(judge, replies=replies(ReplyConfig(limit=limit, turns=True), model=policy, data=talks))
+    asked = ReplyConfig(limit=limit, max_new_tokens=max_new_tokens)
+    answered = replies(asked, model=policy, data=kqa)
+    talked = replies(asked.model_copy(update={"turns": True}), model=policy, data=talks)
+    labels, marks = kqa_labels(judge, replies=answered), grades(judge, replies=talked)
     frame = pd.read_json(labels / "labels.jsonl", lines=True)
     scores = kqa_scores(frame)
-    row = {
-        "answers by": name,
-        **kqa_row(frame, scores),
-        "unread": int(frame.label.isna().sum()),
-        "MT-Bench": marks.metrics["mean"],
-        "turns": marks.metrics["turns"],
-    }
+    row = {"answers by": name, **kqa_row(frame, scores), "unread": int(frame.label.isna().sum())}
+    row |= {"MT-Bench": marks.metrics["mean"], "turns": marks.metrics["turns"]}
+    row["cut off"] = answered.metrics["cut_off"] + talked.metrics["cut_off"]
+    graded = pd.read_json(marks / "grades.jsonl", lines=True).dropna(subset="score")
+    if len(graded):
+        scores["mt_bench"] = stats.clustered(graded.score, graded.question).within(1, 10)
     artifacts = (policy, answered, labels, marks)
     must = frame[frame.kind == "must_have"]
     return Judged(
@@ -325,9 +327,8 @@ PUBLISHED_ROWS = {  # policy and measure -> row of the paper's general-domain ta
 
 
 def as_cells(judged: Mapping[str, Judged]) -> pd.DataFrame:
-    """Results of `judge_policy` as cells: arm, subset, value (K-QA's by question, as it defines them)."""
-    rows = []
-    for name, result in judged.items():
-        values = {**{name: score.value for name, score in result.scores.items()}, "mt_bench": result.row["MT-Bench"]}
-        rows += [{"arm": f"{name}/{measure}", "subset": "value", "value": value} for measure, value in values.items()]
-    return pd.DataFrame(rows)
+    """Results of `judge_policy` as cells: arm, subset, value, low, high, n (K-QA's by question, as it defines them)."""
+    found = [(f"{name}/{measure}", e) for name, result in judged.items() for measure, e in result.scores.items()]
+    return pd.DataFrame(
+        [{"arm": arm, "subset": "value", "value": e.value, "low": e.low, "high": e.high, "n": e.n} for arm, e in found]
+    )

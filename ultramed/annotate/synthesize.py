@@ -246,7 +246,7 @@ def _evolved(row: dict, answer: dict, number: int, seed: int) -> dict | None:
     return {**{k: row[k] for k in ("dataset", "subset")}, "source": "evolved", **fresh}
 
 
-@stage(version=4, also=wording)
+@stage(version=5, also=wording)
 def solved(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "train") -> dict:
     """Answers by chain of thought to questions, kept only if they reach the gold option: `train.parquet`, instruction rows.
 
@@ -262,7 +262,7 @@ def solved(out: Path, config: SynthesisConfig, *, data: Artifact, side: str = "t
         asked = [_solve(rows[i], [made[j] for j in shots[i]], config, attempt) for i in left]
         answers = ask(config.server, asked, out / f"requests-{attempt}.jsonl", desc=f"answers, try {attempt + 1}")
         for i, answer in zip(list(left), answers, strict=True):
-            found = parse(answer["text"], rows[i]["options"], "letter_first")
+            found = parse(answer["text"], rows[i]["options"], "reasoned")
             if found.letter == rows[i]["gold"]:
                 made[i] = _instruction_row(rows[i], answer["text"], attempt)
                 left.remove(i)

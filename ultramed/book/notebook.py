@@ -13,6 +13,7 @@ from ultramed.core import config
 from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError
 from ultramed.core.log import quiet_libraries
+from ultramed.core.memory import settle
 from ultramed.core.profile import Profile
 from ultramed.core.store import Artifact
 from ultramed.data.sources import dataset, local_files
@@ -169,6 +170,7 @@ def start(name: str, profile: str, overrides: list[str] = ()) -> Book:
     double underscores is an override: `-p train__epochs 2` is `train.epochs=2`.
     """
     quiet_libraries()
+    settle()
     extra = []
     for parameter, value in injected().items():
         if "__" in parameter:

@@ -74,7 +74,7 @@ def bench(
         known_prices()  # a slip should show before anything is paid for
     if suite != "medical" and (samples or shuffle):
         raise ConfigError(f"--samples and --shuffle belong to suite medical; suite {suite} has neither")
-    found = {label: models.resolve(name) for label, name in map(benches.named, model)}
+    found = benches.models_named(model)
     servers = [label for label, art in found.items() if models.card(art)["kind"] == "server"]
     if suite != "reward" and setting.protocol == "likelihood" and servers:
         raise ConfigError(f"{servers[0]}: a server gives no likelihoods; ask it with --protocol ultramedical or greedy")
@@ -134,16 +134,17 @@ def _medical(setting, found, out, yes) -> None:
             unasked.append(f"{name}, {task}: {count} questions do not fit into the model's context; not asked, not counted")
             console.print(f"too long      {unasked[-1]}", highlight=False, markup=False, soft_wrap=True)
     table = benches.by_task(answered)
-    protocol = setting.protocol + (f", {setting.samples} samples" if setting.samples else "")
+    protocol = benches.told(setting, "medical")
     out.mkdir(parents=True, exist_ok=True)
     keyed = table.assign(artifact=table.model.map({n: f"{a.stage}/{a.key}" for n, a in found.items()}))
-    report.merge(out, keyed.assign(suite="medical", protocol=protocol, limit=setting.limit))
+    report.merge(out / report.LEADERBOARD, keyed.assign(suite="medical", protocol=protocol, limit=setting.limit))
     for name, made in answered.items():
         report.write_harness(out, name, *report.harness_results(table, made, name, setting.model_dump()))
     shown = {"Accuracy by task, per cent with 95% intervals": report.shown(table)}
     if len(found) > 1:
         pairs = benches.compare_models(answered)
-        pairs.to_csv(out / "comparisons.csv", index=False)
+        apart = ["A", "B", "protocol", "limit"]
+        report.merge(out / "comparisons.csv", pairs.assign(protocol=protocol, limit=setting.limit), apart)
         shown["Every two models on the same questions, each task counting alike (fractions)"] = pairs.round(4)
         shown["Row less column in points; * is p < 0.05 after Holm"] = benches.win_matrix(pairs)
     if "medqa" in set(table.task):
@@ -166,7 +167,7 @@ def _medical(setting, found, out, yes) -> None:
         *unasked,
         *missing,
     ]
-    charts = ["timeline.png"] if (out / "timeline.png").exists() else []
+    charts = ["timeline.png"] if "medqa" in set(table.task) else []
     report.page(out, "medical", shown, charts, notes)
 
 
@@ -188,7 +189,7 @@ def _reward(setting, found, out, yes) -> None:
         judged = models.card(art)["kind"] == "server"
         kind = {"model_type": "Generative"} if judged else {"model_type": "Seq. Classifier", "chat_template": "tokenizer"}
         for bench_name, data in pairs.items():
-            table, biases, scored = benches.score_reward(art, data, setting.batch_tokens, best_of=bench_name == "rewardbench2")
+            table, biases, scored = benches.score_reward(bench_name, art, data, setting.batch_tokens)
             _bill(f"{name} on {bench_name}", [scored])
             parts = [table.rename(columns={"subset": "task"}).assign(task=lambda t, b=bench_name: f"{b}: " + t.task)]
             if bench_name == "rewardbench":
@@ -202,7 +203,8 @@ def _reward(setting, found, out, yes) -> None:
             write_json(
                 folder / f"{bench_name}.json", {"model": name, **kind} | dict(zip(table.subset, table.accuracy, strict=True))
             )
-    report.merge(out, pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=setting.limit))
+    every = pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=setting.limit)
+    report.merge(out / report.LEADERBOARD, every)
     for caption, frame in shown.items():
         console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
     report.page(out, "reward", shown, [], missing)
@@ -212,6 +214,7 @@ def _general(setting, found, out, yes) -> None:
     import pandas as pd
 
     from ultramed.experiments import bench_general as benches
+    from ultramed.experiments.bench import told
     from ultramed.lm import models
     from ultramed.report import bench as report
 
@@ -230,7 +233,8 @@ def _general(setting, found, out, yes) -> None:
         _bill(name, made)
         rows.append(table.assign(model=name, artifact=f"{art.stage}/{art.key}"))
     every = pd.concat(rows, ignore_index=True)
-    report.merge(out, every.assign(suite="general", protocol=setting.protocol, limit=setting.limit))
+    protocol = told(setting, "general")
+    report.merge(out / report.LEADERBOARD, every.assign(suite="general", protocol=protocol, limit=setting.limit))
     console.print(every.drop(columns="artifact").to_string(index=False), highlight=False, markup=False, soft_wrap=True)
     report.page(out, "general", {"GSM8K, MMLU and what a judge marks (fractions)": every.round(4)}, [], missing)
 

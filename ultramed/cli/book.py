@@ -177,9 +177,9 @@ def run(
     row_tokens: RowTokensOption = 512,
 ) -> None:
     """Run the notebooks with papermill and write `figures/PROFILE/`, with --set `figures/PROFILE+CHANGES/`."""
+    resolved = config.load_profile(profile, overrides)  # before torch is imported: a slip should show at once
     from ultramed.book import runner as batch
 
-    resolved = config.load_profile(profile, overrides)
     if dry_run:
         batch.notebooks(numbers or [])  # a slip in them should show
         _open_data(resolved, _plan(resolved, gpus, tflops, row_tokens))

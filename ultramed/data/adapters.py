@@ -304,7 +304,10 @@ def rewardbench(row: dict, i: int) -> dict:
 
 
 def rewardbench2(row: dict, i: int) -> list[dict]:
-    """One right reply against each of the wrong ones; `meta.prompt_id` keeps them together."""
+    """The right reply against each of the wrong ones; `meta.prompt_id` keeps them together. Prompts of *Ties* have several
+    right ones, whose score no pair can tell, and give none."""
+    if len(row["chosen"]) != 1:
+        return []
     prompt = [{"role": "user", "content": row["prompt"]}]
     return [
         {

@@ -9,6 +9,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from ultramed.core.memory import settle
+
 HPO_ROOT = "HP:0000118"  # Phenotypic abnormality
 SIDES = (("test", 0.20), ("dev", 0.30), ("train", 1.01))  # upper edges of the split on a uniform hash
 
@@ -125,7 +127,9 @@ class ICD:
 @functools.cache
 def knowledge() -> tuple[Ontology, ICD]:
     """Both trees, read once a process (3 s)."""
-    return Ontology(), ICD()
+    both = Ontology(), ICD()
+    settle()  # the packages that they come from keep theirs, too
+    return both
 
 
 def concept_sides(hpo: Ontology, icd: ICD, seed: int) -> dict[str, str]:

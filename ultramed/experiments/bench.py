@@ -5,7 +5,7 @@ goes on where it stopped.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import date
 from itertools import combinations
@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from ultramed.core.client import spent
+from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import ASKED, EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, stage
@@ -31,8 +32,10 @@ from ultramed.evaluate.generate import item_rng
 from ultramed.evaluate.rerank import Votes
 from ultramed.evaluate.sample import samples
 from ultramed.evaluate.scorers import sensitivity
+from ultramed.lm import models
 from ultramed.lm.parsing import unread_by_reason
 from ultramed.papers import published
+from ultramed.report.bench import folder_name
 
 TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
     "medqa": ("medqa", "medqa"),
@@ -58,6 +61,27 @@ def named(text: str) -> tuple[str, str]:
     """(label, model) of 'my label=sft/0123abcd', or the model under its own name."""
     label, sign, model = text.partition("=")
     return (label.strip(), model.strip()) if sign and not set(label) & set("/:#") else (text, text)
+
+
+def models_named(names: Iterable[str]) -> dict[str, Artifact]:
+    """Label -> model. Raises ConfigError for two models of which one would take the other's place in tables and folders."""
+    found: dict[str, Artifact] = {}
+    for label, name in map(named, names):
+        if taken := [other for other in found if folder_name(other) == folder_name(label)]:
+            raise ConfigError(
+                f"two models are called {taken[0]!r} and {label!r}: give each a name of its own, as in 'mine={name}'"
+            )
+        found[label] = models.resolve(name)
+    return found
+
+
+def told(config: BenchSection, suite: str) -> str:
+    """The way of asking, with all that decides a number, as the leaderboard keeps it: rows asked otherwise stand beside."""
+    parts = [config.protocol, f"{config.samples} samples" if config.samples else ""]
+    writes = suite == "general" or config.protocol == "ultramedical"
+    parts += [f"at most {config.max_new_tokens} tokens" if writes else ""]
+    parts += [f"judge {config.judge}" if suite == "general" and config.judge else ""]
+    return ", ".join(filter(None, parts))
 
 
 def setting(config: BenchSection) -> EvalConfig:

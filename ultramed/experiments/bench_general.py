@@ -47,7 +47,7 @@ def mt_bench(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dic
 
 def alpaca_eval(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
     """Replies against AlpacaEval 2's baseline, judged in both orders; the row holds the length-controlled win rate, and the
-    plain one in its name."""
+    plain one beside it."""
     asked = ReplyConfig(max_new_tokens=config.max_new_tokens, batch_tokens=config.batch_tokens, limit=config.limit)
     said = replies(asked, model=model, data=data)
     frame = read_replies(said)
@@ -61,8 +61,9 @@ def alpaca_eval(config: BenchSection, model: Artifact, data: Artifact) -> tuple[
     won = pd.concat([part for part in parts if len(part)] or parts)
     if won.empty:
         raise ServerError(f"no verdict of {config.judge} on AlpacaEval could be read: is it a model that answers in JSON?")
-    name = f"alpaca_eval, length-controlled (plain {100 * win_rate(won).value:.1f})"
-    return {"task": name, **numbers(stats.length_controlled(won.worth, won.longer)), "unparsed": unread}, artifact
+    controlled = numbers(stats.length_controlled(won.worth, won.longer))
+    name, plain = "alpaca_eval, length-controlled", win_rate(won).value
+    return {"task": name, **controlled, "unparsed": unread, "plain win rate": plain}, artifact
 
 
 GENERAL = {"gsm8k": gsm8k, "mmlu": mmlu, "mt_bench": mt_bench, "alpaca_eval": alpaca_eval}

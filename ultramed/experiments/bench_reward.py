@@ -1,13 +1,14 @@
 """Reward benches for anyone's reward model: Medical RewardBench, RewardBench with its sections, RewardBench 2's best of
 four."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 from pydantic import Field
 
-from ultramed.annotate.judge import LLMConfig, pairwise
+from ultramed.annotate.judge import GeneralConfig, LLMConfig, pairwise
 from ultramed.annotate.pair_sets import pairs_from
 from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError
@@ -47,6 +48,8 @@ def reward_pairs(fetch: bool = False, limit: int = 0) -> tuple[dict[str, Artifac
     for name in REWARD_BENCHES:
         if data := at_hand(name, fetch):
             found[name] = pairs_from(data, side="test")
+            if name == "rewardbench2":
+                missing.append("rewardbench2: Ties is left out, whose score is not of best of four")
         else:
             missing.append(get(name).where())
     if "rewardbench" not in found:
@@ -75,16 +78,15 @@ def estimate(pairs: Mapping[str, Artifact], model: Artifact) -> Estimate:
     return Estimate(count, round(read / 4), written)
 
 
-def score_reward(
-    model: Artifact, pairs: Artifact, batch_tokens: int = 8192, best_of: bool = False
-) -> tuple[pd.DataFrame, dict, Artifact]:
-    """(accuracy by subset, biases, artifact) of a reward model. Ties count half and are shown.
+def score_reward(name: str, model: Artifact, pairs: Artifact, batch_tokens: int = 8192) -> tuple[pd.DataFrame, dict, Artifact]:
+    """(accuracy by subset, biases, artifact) of a reward model on the bench `name`. Ties count half and are shown.
 
-    A model behind a URL judges every pair in both orders; where the orders disagree it is a tie, and an unread one is lost.
-    best_of: a prompt's pairs are won together or not at all, as in RewardBench 2, where one reply stands against three.
+    A model behind a URL judges every pair in both orders; where the orders disagree it is a tie, and an unread one is lost. In
+    RewardBench 2, where one reply stands against three, a prompt's pairs are won together or not at all; a prompt of which a
+    pair is too long for the model is left out, and counted.
     """
     if models.card(model)["kind"] == "server":
-        frame, biases, scored = _judged(model, pairs)
+        frame, biases, scored = _judged(model, pairs, LLMConfig if name == "medical_rewardbench" else GeneralConfig)
     else:
         scored = pair_scores(ScoringConfig(batch_tokens=batch_tokens), reward=model, pairs=pairs)
         frame = read_scores(scored.path)
@@ -93,10 +95,12 @@ def score_reward(
         biases = {"length correlation": length_correlation(frame), "too long": scored.metrics["too_long"]}
     biases["ties"] = int(frame.tie.sum())
     counted = frame
-    if best_of:
-        counted = frame.groupby(["subset", "concept"], sort=False, as_index=False).agg(
-            credit=("credit", "min"), tie=("tie", "max")
-        )
+    if name == "rewardbench2":
+        wanted = Counter(canonical.prompt_id(row) for row in canonical.read_pairs(pairs / "pairs.parquet"))
+        by_prompt = frame.groupby(["subset", "concept"], sort=False, as_index=False)
+        counted = by_prompt.agg(credit=("credit", "min"), tie=("tie", "max"), pairs=("credit", "size"))
+        counted = counted[counted.pairs == counted.concept.map(wanted)]
+        biases["prompts left out"] = len(wanted) - len(counted)
     rows = []
     for subset, part in counted.groupby("subset", sort=False):
         e = stats.clustered(part.credit, part.concept).within(0, 1)
@@ -114,9 +118,9 @@ def score_reward(
     return pd.DataFrame(rows), biases, scored
 
 
-def _judged(model: Artifact, pairs: Artifact) -> tuple[pd.DataFrame, dict, Artifact]:
+def _judged(model: Artifact, pairs: Artifact, rubric: type[LLMConfig]) -> tuple[pd.DataFrame, dict, Artifact]:
     card = models.card(model)
-    made = pairwise(LLMConfig(server=ServerConfig(url=card["url"], model=card["model"])), pairs=pairs)
+    made = pairwise(rubric(server=ServerConfig(url=card["url"], model=card["model"])), pairs=pairs)
     frame = pd.read_json(made / "verdicts.jsonl", lines=True, dtype={"id": str})
     tie = frame.verdict.isin(["tie", "inconsistent"])
     prompts = {row["id"]: canonical.prompt_id(row) for row in canonical.read_pairs(pairs / "pairs.parquet")}

@@ -75,7 +75,7 @@ def measure_rewards(profile: Profile, rewards: Mapping[str, Artifact]) -> Measur
     values, artifacts = [], []
     for arm, reward in rewards.items():
         for name, pairs in rewards_at_hand(profile).items():
-            table, _, scored = bench_reward.score_reward(reward, pairs)
+            table, _, scored = bench_reward.score_reward(name, reward, pairs)
             artifacts += [reward, pairs, scored]
             if name == "rewardbench":
                 mean = sections(table).iloc[-1]

@@ -24,8 +24,10 @@ LM_EVAL = EvalConfig(protocol="likelihood", likelihood_prompt="lm_eval")
 
 # A minus between two numbers or behind a word ("10-12", "x-3") is no sign; a comma separates thousands only.
 _NUMBER = re.compile(r"(?:(?<![\w.)])([-\u2212]))?\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
-# GSM8K's own line: a number begins it, and is not that of a list's item or of a heading ('#### 1. Eggs').
-_STATED = re.compile(r"####[ \t]*[^\w\n.\-\u2212]*([-\u2212]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?![.)]\s*[A-Za-z])(?!\w)")
+# GSM8K's own line: a whole number begins it, and is not that of a list's item or of a heading ('#### 1. Eggs').
+_STATED = re.compile(
+    r"####[ \t]*[^\w\n.\-\u2212]*(?!\d{1,2}[.)][ \t]*[A-Za-z])((?>[-\u2212]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)))(?!\w)"
+)
 
 
 def last_number(text: str) -> float | None:
@@ -77,6 +79,8 @@ def gsm8k(
     made["gold"], made["letter"] = [_shown(n) for n in gold], pd.Series([_shown(n) for n, _ in read], dtype=object)
     made["correct"] = [number == wanted for (number, _), wanted in zip(read, gold, strict=True)]
     made["strict"] = [strict for _, strict in read]
+    ended = pd.read_json(answered / "turns.jsonl", lines=True, dtype={"key": str}).set_index("key").finished
+    made["finished"] = ended.reindex(frame.id + "#0").to_numpy()
     return Answers(made, (model, data, answered))
 
 

@@ -17,13 +17,13 @@ LEADERBOARD = "leaderboard.csv"
 KEY = ["model", "artifact", "suite", "protocol", "limit", "task"]  # a row with these takes the place of an older one
 
 
-def merge(out: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add rows (columns KEY and the numbers) to `leaderboard.csv`; rows of other models and settings stay."""
-    path, new = out / LEADERBOARD, rows.assign(when=f"{datetime.now(UTC):%Y-%m-%d}").astype({k: str for k in KEY})
-    old = pd.read_csv(path, dtype={k: str for k in KEY}, keep_default_na=False, na_values=[""]) if path.exists() else new[:0]
-    kept = old.merge(new[KEY], on=KEY, how="left", indicator=True).query("_merge == 'left_only'").drop(columns="_merge")
+def merge(path: Path, rows: pd.DataFrame, key: list[str] = KEY) -> pd.DataFrame:
+    """Add rows (columns `key` and the numbers) to a file; rows of other models and settings stay."""
+    new = rows.assign(when=f"{datetime.now(UTC):%Y-%m-%d}").astype({k: str for k in key})
+    old = pd.read_csv(path, dtype={k: str for k in key}, keep_default_na=False, na_values=[""]) if path.exists() else new[:0]
+    kept = old.merge(new[key], on=key, how="left", indicator=True).query("_merge == 'left_only'").drop(columns="_merge")
     merged = pd.concat([kept, new], ignore_index=True) if len(kept) else new
-    merged = merged.sort_values(KEY, kind="stable").round(6)
+    merged = merged.sort_values(key, kind="stable").round(6)
     write_text(path, merged.to_csv(index=False))
     return merged
 

@@ -32,6 +32,7 @@ import torch
 from ultramed.core import progress
 from ultramed.core.config import PROCESSES, home
 from ultramed.core.errors import ConfigError, StoreError
+from ultramed.core.memory import settle
 from ultramed.core.schema import OptimConfig
 from ultramed.core.signals import StopSignals
 from ultramed.core.store import Artifact, write_json
@@ -106,10 +107,21 @@ def distributed(fn):
         if worker():
             return fn(out, config, **inputs)
         clear(out)
-        count = processes()
-        return fn(out, config, **inputs) if count == 1 else _train(fn, count, out, config, inputs)
+        if (count := processes()) > 1:
+            return _train(fn, count, out, config, inputs)
+        _load_libraries()
+        return fn(out, config, **inputs)
 
     return run
+
+
+@functools.cache
+def _load_libraries() -> None:
+    """What every training imports, before there is a model: see `settle`."""
+    import peft  # noqa: F401
+    from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
+
+    settle()
 
 
 # --------------------------------------------------------------------------------------------- the process that launches
