@@ -164,7 +164,7 @@ def test_names_prices_and_protocols():
     assert bench.named("http://localhost:8000/v1#a=b") == ("http://localhost:8000/v1#a=b",) * 2
     with pytest.raises(ValueError, match="samples are of reasoned replies"):
         BenchSection(protocol="greedy", samples=3)
-    e = bench.Estimate(10, 2_000_000, 1_000_000)
+    e = bench.Load(10, 2_000_000, 1_000_000)
     assert e.seconds(1e9, gflops=100, utilisation=0.5) == pytest.approx(2 * 1e9 * 3e6 / 5e10)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultramed.annotate.feedback import Oracle, ranks
+from ultramed.annotate.feedback import oracle, ranks
 from ultramed.annotate.pairs import PairConfig, ordered_pairs
 
 
@@ -75,6 +75,6 @@ def test_the_oracle_by_hand():
     given = [reply("B", True, True, 12), reply("A", True, True, 24), reply(None, False, False, 28), reply("B", False, True, 6)]
     given[0]["text"] = "aabb"  # as the reference; "bb" has two of its four characters: 2 * 2 / 6
     asked = [{"role": "user", "content": "Which?\nA. bb\nB. aabb"}]
-    rated = Oracle().rate({"gold": "B", "reference": "aabb", "prompt": asked}, given)
+    rated = [oracle({"gold": "B", "reference": "aabb", "prompt": asked}, c) for c in given]
     # The last one's letter is right, its text is another option's: half the points for being right.
     assert rated == pytest.approx([10.0, 3.25 + 1 / 3, 0.5 * 12 / 28 + 1 / 3, 4.5 + 1 / 3], abs=1e-3)

@@ -6,7 +6,6 @@ and rank (1 is best; equal scores share a rank).
 
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -26,33 +25,18 @@ from ultramed.train.launch import clear
 from ultramed.train.reward import load_reward, score_rows
 
 
-class Annotator(Protocol):
-    """Scores the candidates of one prompt, higher is better; None where it cannot tell."""
-
-    name: str
-
-    def rate(self, row: dict, candidates: list[dict]) -> list[float | None]: ...
-
-
-class Oracle:
-    """Sees the reference answer: 6 points for the right option, 2 for the asked form, 1 for an end, up to half a point
-    each for being short and for looking like the reference, which orders the wrong ones.
+def oracle(row: dict, c: dict) -> float:
+    """Score of a candidate by who sees the reference answer: 6 points for the right option, 2 for the asked form, 1 for an
+    end, up to half a point each for being short and for looking like the reference, which orders the wrong ones.
 
     A reply whose text is not that of the option its letter stands for ("kidney stones (B)" where B is the heart) was
     not meant: it has half the points of a right letter, and none for its form.
     Deterministic. Stands in for the paper's GPT-4 feedback where no judge is at hand; scores are on its scale, 0 to 10.
     """
-
-    name = "oracle"
-
-    def rate(self, row: dict, candidates: list[dict]) -> list[float | None]:
-        def score(c: dict) -> float:
-            meant = names_option(row["prompt"], c["letter"], c["text"])
-            right = (6.0 if meant else 3.0) if c["letter"] == row["gold"] else 0.0
-            short, alike = min(1.0, 12 / max(c["tokens"], 1)), SequenceMatcher(None, c["text"], row["reference"]).ratio()
-            return right + 2.0 * (c["strict"] and meant) + 1.0 * c["finished"] + 0.5 * short + 0.5 * alike
-
-        return [round(score(c), 3) for c in candidates]
+    meant = names_option(row["prompt"], c["letter"], c["text"])
+    right = (6.0 if meant else 3.0) if c["letter"] == row["gold"] else 0.0
+    short, alike = min(1.0, 12 / max(c["tokens"], 1)), SequenceMatcher(None, c["text"], row["reference"]).ratio()
+    return round(right + 2.0 * (c["strict"] and meant) + 1.0 * c["finished"] + 0.5 * short + 0.5 * alike, 3)
 
 
 def ranks(scores: list[float | None]) -> list[int | None]:
@@ -68,11 +52,11 @@ class OracleConfig(Strict):
 @stage(version=2)
 def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
     """Candidates of all `samples` artifacts (name -> artifact), joined by prompt and scored by the oracle."""
-    annotator: Annotator = Oracle()
     joined = join(samples)
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
-        ledger.add(*(with_scores(row, annotator.rate(row, row["candidates"])) for row in joined if row["id"] not in ledger))
-    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": annotator.name}
+        scored = (with_scores(row, [oracle(row, c) for c in row["candidates"]]) for row in joined if row["id"] not in ledger)
+        ledger.add(*scored)
+    return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": config.annotator}
 
 
 @stage(version=2, also=wording)

@@ -76,7 +76,7 @@ def submit(
     slurm: returns when the jobs are queued, or with `wait` when they have ended. True if nothing failed (as far as known).
     Raises ConfigError where SLURM is not at hand or refuses the job.
     """
-    console = console or Console(emoji=False)
+    console = console or Console(emoji=False, highlight=False)
     wrong = [o for o in options if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", o)]
     if wrong:
         raise ConfigError(f"sbatch options are given as name=value, such as partition=gpu; got {wrong}")
@@ -86,7 +86,7 @@ def submit(
         codes = [_here(script, number) for number in range(len(tasks))]
         for number, code in enumerate(codes):
             if code:
-                console.print(f"task {number} failed (exit status {code}): {tasks[number]}", highlight=False, soft_wrap=True)
+                console.print(f"task {number} failed (exit status {code}): {tasks[number]}", soft_wrap=True)
         return not any(codes) and _here(final, 0) == 0
     if where != "slurm":
         raise ConfigError(f"cluster: wanted slurm or local, got {where!r}")
@@ -96,9 +96,9 @@ def submit(
     if tasks:  # the last one may be all that was asked for
         array = _sbatch(f"--array=0-{len(tasks) - 1}", str(script))
         after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes"]
-        console.print(f"job {array}: {len(tasks)} tasks; logs and scripts in {folder}", highlight=False, soft_wrap=True)
+        console.print(f"job {array}: {len(tasks)} tasks; logs and scripts in {folder}", soft_wrap=True)
     if not wait:
-        console.print(f"job {_sbatch(*after, str(final))}: {last}", highlight=False, soft_wrap=True)
+        console.print(f"job {_sbatch(*after, str(final))}: {last}", soft_wrap=True)
         return True
     job = _sbatch("--wait", *after, str(final))
     shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout

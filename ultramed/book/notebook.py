@@ -21,6 +21,7 @@ from ultramed.evaluate.arms import Answers, Arms, artifacts_of, compare
 from ultramed.experiments.medalpaca import MedAlpaca
 from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm.device import placement
+from ultramed.papers import published
 from ultramed.papers.claims import Claim, claims_of
 from ultramed.report import beside, figures, scorecard, tables
 
@@ -148,7 +149,7 @@ class Book:
             return pd.DataFrame()
         scorecard.record(self.profile.name, self.name, entries, self.command)
         labels = {row: arm for arm, row in names.items()}
-        caption = f"{beside.source(table)}, beside ours ({more or self.profile.models[0].label})"
+        caption = f"{published.TABLES[table].source}, beside ours ({more or self.profile.models[0].label})"
         caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
         return self.table(f"{self.name[:2]}_beside", beside.beside(entries, labels), caption, *sources)
 

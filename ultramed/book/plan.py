@@ -33,8 +33,7 @@ DEVICE_GB = 80  # an H100
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job takes. rows: training rows (pairs, prompts' replies) or replies; hours: of one device; gib: for each
-    process."""
+    """What a job takes. hours: of one device; gib: for each process."""
 
     job: Job
     steps: int

@@ -119,7 +119,7 @@ def run(
     With several `jobs` the longest begin first, so that none is left over at the end; two that need the same artifact wait for
     each other (core/store.py).
     """
-    console = console or Console(emoji=False)
+    console = console or Console(emoji=False, highlight=False)
     resolved = load_profile(profile, overrides)  # a typo should not cost a minute of start-up
     parameters = {"profile": profile, "overrides": list(overrides)}
     todo = []
@@ -151,10 +151,8 @@ def run(
     console.print(_table(todo, resolved.name))
     failed = [j for j in todo if j.state == "failed"]
     for job in failed:
-        console.print(f"\n[bold red]{job.name} failed[/]: {job.note}\n  see {job.target}", highlight=False)
-    console.print(
-        f"{len(todo) - len(failed)} of {len(todo)} notebooks fine, {time.monotonic() - started:.0f} s", highlight=False
-    )
+        console.print(f"\n[bold red]{job.name} failed[/]: {job.note}\n  see {job.target}")
+    console.print(f"{len(todo) - len(failed)} of {len(todo)} notebooks fine, {time.monotonic() - started:.0f} s")
     return not failed
 
 
@@ -216,7 +214,7 @@ class _Lines:
         left = self.rest.seconds() if self.rest else 0
         whole = f"{ended} of {len(self.todo)} notebooks" + (f", about {duration(left)} left" if left else "")
         line = f"{datetime.now():%H:%M:%S} {job.name} {job.state}{', ' if more else ''}{more} ({whole})"
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(line, soft_wrap=True, markup=False)
 
 
 def _table(todo: list[Job], profile: str) -> Table:
@@ -311,21 +309,10 @@ def execute(source: str, target: str, parameters: str) -> None:
 
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
-        _execute(papermill, source, target, parameters)
+        where, quiet = {"cwd": str(Path(source).parent), "kernel_name": "python3"}, {"progress_bar": False, "log_output": False}
+        papermill.execute_notebook(source, target, parameters=json.loads(parameters), **where, **quiet)
     finally:
         if Path(target).exists():  # papermill notes where the files lay: a copy that is read elsewhere should not
             notebook = nbformat.read(target, as_version=4)
             notebook.metadata.papermill.update(input_path=Path(source).name, output_path=Path(source).name)
             nbformat.write(notebook, target)
-
-
-def _execute(papermill, source: str, target: str, parameters: str) -> None:
-    papermill.execute_notebook(
-        source,
-        target,
-        parameters=json.loads(parameters),
-        cwd=str(Path(source).parent),
-        kernel_name="python3",
-        progress_bar=False,
-        log_output=False,
-    )

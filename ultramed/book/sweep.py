@@ -78,7 +78,7 @@ def run_point(file: Path, number: int, console: Console) -> None:
     point, seed = points[number]
     answers, _ = _run(sweep, _profile(sweep, point, seed), seed)
     frame = answers.frame
-    console.print(f"{number}: {point}, seed {seed}: {clustered(frame.correct, frame.concept)}", highlight=False)
+    console.print(f"{number}: {point}, seed {seed}: {clustered(frame.correct, frame.concept)}")
 
 
 def run_sweep(file: Path, console: Console) -> bool:
@@ -109,16 +109,13 @@ def run_sweep(file: Path, console: Console) -> bool:
             {
                 **row,
                 "state": "done",
-                "accuracy": e.value,
-                "low": e.low,
-                "high": e.high,
-                "n": e.n,
+                **e.row(),
                 "train_loss": m["train_loss"],
                 "trainable": m["trainable_parameters"],
                 "seconds": m["train_seconds"],
             }
         )
-        console.print(f"{number}/{len(points)} {label} seed {seed}: {e}", highlight=False)
+        console.print(f"{number}/{len(points)} {label} seed {seed}: {e}")
     table = pd.DataFrame(rows)
     name, where = f"sweep_{file.stem}", config.raw_profile(sweep.profile)["name"]
     save_table(
@@ -134,9 +131,7 @@ def run_sweep(file: Path, console: Console) -> bool:
             fig, name, profile=where, caption=f"Sweep {file.stem}, 95% intervals.", artifacts=artifacts_of(made)
         )
     write_json(folder(where) / "tables" / f"{name}_config.json", json.loads(sweep.model_dump_json()))
-    console.print(
-        f"{len(done)} of {len(points)} runs done; {folder(where) / 'tables' / f'{name}.csv'}", highlight=False, soft_wrap=True
-    )
+    console.print(f"{len(done)} of {len(points)} runs done; {folder(where) / 'tables' / f'{name}.csv'}", soft_wrap=True)
     return len(done) == len(points)
 
 

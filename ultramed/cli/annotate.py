@@ -36,7 +36,7 @@ def _setting(model: type, server: str, overrides: list[str]):
 def _told(art: store.Artifact, out: Path) -> None:
     publish(art, out)
     console.print_json(json.dumps(art.metrics))
-    console.print(str(out), highlight=False, soft_wrap=True)
+    console.print(str(out), soft_wrap=True)
 
 
 @annotate_app.command("score")

@@ -101,7 +101,7 @@ def _ask_first(loads, found, yes, what="questions") -> None:
             )
         else:
             takes = f"at most about {duration(load.seconds(models.parameters(art), matrix_gflops()))} here"
-        console.print(f"{name}: {told}; {takes}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {told}; {takes}", markup=False, soft_wrap=True)
     if not yes and sys.stdin.isatty() and sys.stdout.isatty() and not typer.confirm("start?", default=True):
         raise typer.Exit(1)
 
@@ -112,7 +112,7 @@ def _bill(name, artifacts) -> None:
 
     if took := paid(artifacts):
         cost = bill(took["tokens"], took["completion_tokens"])
-        console.print(f"{name}: {took['requests']:,} requests, {cost}", highlight=False, markup=False)
+        console.print(f"{name}: {took['requests']:,} requests, {cost}", markup=False)
 
 
 def _medical(setting, found, out, yes) -> None:
@@ -132,7 +132,7 @@ def _medical(setting, found, out, yes) -> None:
         _bill(name, made.artifacts)
         for task, count in benches.too_long(made, questions).items():
             unasked.append(f"{name}, {task}: {count} questions do not fit into the model's context; not asked, not counted")
-            console.print(f"too long      {unasked[-1]}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"too long      {unasked[-1]}", markup=False, soft_wrap=True)
     table = benches.by_task(answered)
     protocol = benches.told(setting, "medical")
     out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _medical(setting, found, out, yes) -> None:
         shown["The same questions with their options in other orders"] = pd.DataFrame(orders).round(4)
     for caption, frame in shown.items():
         if not caption.startswith("Beside"):
-            console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"\n{caption}\n{frame.to_string(index=False)}", markup=False, soft_wrap=True)
     notes = [
         f"Protocol: {protocol}. Unparsed replies count as wrong; `upper` in leaderboard.csv counts them as right.",
         *unasked,
@@ -174,7 +174,7 @@ def _medical(setting, found, out, yes) -> None:
 def _reward(setting, found, out, yes) -> None:
     import pandas as pd
 
-    from ultramed.core.store import write_json
+    from ultramed.core.store import file_name, write_json
     from ultramed.evaluate.reward_bench import AVERAGE, sections
     from ultramed.experiments import bench_reward as benches
     from ultramed.lm import models
@@ -199,14 +199,14 @@ def _reward(setting, found, out, yes) -> None:
             rows.append(made)
             caption = f"{name} on {bench_name}: " + ", ".join(f"{k} {v:.3g}" for k, v in biases.items())
             shown[caption] = made.drop(columns=["model", "artifact"]).round(4)
-            folder = out / report.folder_name(name)
+            folder = out / file_name(name)
             write_json(
                 folder / f"{bench_name}.json", {"model": name, **kind} | dict(zip(table.subset, table.accuracy, strict=True))
             )
     every = pd.concat(rows, ignore_index=True).assign(suite="reward", protocol="score", limit=setting.limit)
     report.merge(out / report.LEADERBOARD, every)
     for caption, frame in shown.items():
-        console.print(f"\n{caption}\n{frame.to_string(index=False)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"\n{caption}\n{frame.to_string(index=False)}", markup=False, soft_wrap=True)
     report.page(out, "reward", shown, [], missing)
 
 
@@ -223,7 +223,7 @@ def _general(setting, found, out, yes) -> None:
     asked, judged = benches.general_estimate(setting, tasks)
     loads, who = dict.fromkeys(found, asked), dict(found)
     if judged.questions:
-        loads["judge"] = sum([judged] * len(found), benches.Estimate(0, 0, 0))
+        loads["judge"] = sum([judged] * len(found), benches.Load(0, 0, 0))
         who["judge"] = models.resolve(setting.judge)
     _ask_first(loads, who, yes)
     out.mkdir(parents=True, exist_ok=True)
@@ -235,10 +235,10 @@ def _general(setting, found, out, yes) -> None:
     every = pd.concat(rows, ignore_index=True)
     protocol = told(setting, "general")
     report.merge(out / report.LEADERBOARD, every.assign(suite="general", protocol=protocol, limit=setting.limit))
-    console.print(every.drop(columns="artifact").to_string(index=False), highlight=False, markup=False, soft_wrap=True)
+    console.print(every.drop(columns="artifact").to_string(index=False), markup=False, soft_wrap=True)
     report.page(out, "general", {"GSM8K, MMLU and what a judge marks (fractions)": every.round(4)}, [], missing)
 
 
 def _tell(missing: list[str]) -> None:
     for line in missing:
-        console.print(f"not at hand   {line}", highlight=False, soft_wrap=True)
+        console.print(f"not at hand   {line}", soft_wrap=True)

@@ -42,11 +42,10 @@ def _plan(resolved: Profile, gpus: int, tflops: float, row_tokens: int) -> list[
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in UTILISATION.items())
     console.print(
         f"{made.hours:,.1f} device hours, {made.hours / hardware.gpus:,.1f} hours on {hardware.gpus}; assumed: {row_tokens} tokens "
-        f"a row, {shares} of the peak; activations at the profile's micro-batch. Notebook 12 shows how far such estimates are off.",
-        highlight=False,
+        f"a row, {shares} of the peak; activations at the profile's micro-batch. Notebook 12 shows how far such estimates are off."
     )
     for what in made.missing:
-        console.print(f"[yellow]not at hand[/]  {what}", highlight=False)
+        console.print(f"[yellow]not at hand[/]  {what}")
     return made.wrong
 
 
@@ -57,9 +56,9 @@ def _open_data(resolved: Profile, wrong: list[str]) -> None:
     opened, more = open_data(resolved)
     wrong = [*wrong, *more]
     for line in opened:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for line in wrong:
-        console.print(f"[red]wrong[/]  {line}", highlight=False, soft_wrap=True)
+        console.print(f"[red]wrong[/]  {line}", soft_wrap=True)
     if wrong:
         raise typer.Exit(1)
 
@@ -91,7 +90,7 @@ def doctor(
     from ultramed.lm.device import disk_mbytes, memory_gbytes, placement
 
     place = placement()
-    console.print(f"runs on       {place}", highlight=False)
+    console.print(f"runs on       {place}")
     gib = psutil.virtual_memory().total / 2**30
     console.print(f"cores, memory {psutil.cpu_count()} logical, {gib:.0f} GiB" + (" (8 needed at laptop)" if gib < 7.5 else ""))
     folder = store.root()
@@ -101,8 +100,7 @@ def doctor(
     if speed:
         console.print(
             f"speed         {speed:.0f} GFLOP/s in matrix products: times told for {REFERENCE:.0f} are {REFERENCE / speed:.2g} times "
-            f"as long here; memory {memory_gbytes():.0f} GB/s",
-            highlight=False,
+            f"as long here; memory {memory_gbytes():.0f} GB/s"
         )
     try:
         disk = f"{disk_mbytes(place_of):.0f} MB/s"
@@ -113,7 +111,7 @@ def doctor(
     )
     console.print(f"ULTRAMED_DATA {data_root() or 'not set: the bundled exam is used, real data sets come from the hub'}")
     for package, version in store.environment()["versions"].items():
-        console.print(f"{package:<13} {version or '[red]missing[/]'}", highlight=False)
+        console.print(f"{package:<13} {version or '[red]missing[/]'}")
     table = Table(title="profiles", title_justify="left")
     for column in ("profile", "time here", "what it is"):
         table.add_column(column, no_wrap=column == "profile")
@@ -124,14 +122,11 @@ def doctor(
         models = ", ".join(m.label for m in found.models)
         table.add_row(name, here, f"{found.description}\n[dim]{models}; {found.hardware}[/]")
     console.print(table)
-    console.print(
-        f"time here: from an empty store; measured for {' and '.join(measured())}, elsewhere the arithmetic alone",
-        highlight=False,
-    )
+    console.print(f"time here: from an empty store; measured for {' and '.join(measured())}, elsewhere the arithmetic alone")
     resolved = config.load_profile(profile)
     if gpus:
         for what in _plan(resolved, gpus, tflops, row_tokens):
-            console.print(f"[red]wrong[/]  {what}", highlight=False, soft_wrap=True)
+            console.print(f"[red]wrong[/]  {what}", soft_wrap=True)
 
 
 @book_app.command("profile")
@@ -146,7 +141,7 @@ def show_profile(
         raise ConfigError(f"no key of profile {name!r} begins with {only!r}")
     width = min(60, max(len(key) for key, _, _ in rows))
     for key, value, place in rows:
-        console.print(f"{key:<{width}}  {json.dumps(value)}  [dim]{place}[/]", highlight=False, soft_wrap=True)
+        console.print(f"{key:<{width}}  {json.dumps(value)}  [dim]{place}[/]", soft_wrap=True)
 
 
 @book_app.command()
@@ -198,7 +193,7 @@ def run(
     if report:
         from ultramed.report.site import write_report
 
-        console.print(f"report: {write_report(resolved.name)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {write_report(resolved.name)}", soft_wrap=True)
     if not fine:
         raise typer.Exit(1)
 
@@ -233,4 +228,4 @@ def report(profile: ProfileOption = "laptop") -> None:
     """Build `figures/PROFILE/index.html` from what has run."""
     from ultramed.report.site import write_report
 
-    console.print(str(write_report(profile)), highlight=False, soft_wrap=True)
+    console.print(str(write_report(profile)), soft_wrap=True)

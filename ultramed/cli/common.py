@@ -12,7 +12,7 @@ from ultramed.core.config import PROCESSES, is_path
 from ultramed.core.errors import ConfigError
 from ultramed.core.store import Artifact
 
-console = Console(emoji=False)  # tiny:llama: is no animal
+console = Console(emoji=False, highlight=False)  # tiny:llama: is no animal
 
 
 def _whole_path(profile: str) -> str:

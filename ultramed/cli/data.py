@@ -44,7 +44,7 @@ def data_read(
     resolved = config.load_profile(profile)
     for name in names:
         art = dataset(resolved, name)
-        console.print(f"{name}: {art.metrics['counts']}  {art.stage}/{art.key}", highlight=False)
+        console.print(f"{name}: {art.metrics['counts']}  {art.stage}/{art.key}")
 
 
 @data_app.command("build")

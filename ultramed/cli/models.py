@@ -84,9 +84,9 @@ def evaluate(
     if m["unparsed"]:
         console.print(f"unparsed      {m['unparsed']} of {m['n']} (counted as wrong; see `rule` in answers.jsonl)")
     for subset, part in frame.groupby("subset"):
-        console.print(f"{subset:<13} {stats.wilson(part.correct)} n = {len(part)}", highlight=False)
-    console.print(f"[bold]accuracy      {e}[/] n = {e.n}, {m['protocol']}, {m['dtype']}", highlight=False)
-    console.print(f"answers       {out / 'answers.jsonl'}", highlight=False, soft_wrap=True)
+        console.print(f"{subset:<13} {stats.wilson(part.correct)} n = {len(part)}")
+    console.print(f"[bold]accuracy      {e}[/] n = {e.n}, {m['protocol']}, {m['dtype']}")
+    console.print(f"answers       {out / 'answers.jsonl'}", soft_wrap=True)
 
 
 @models_app.command()
@@ -134,7 +134,7 @@ def agreement(
     changed = table.rename(columns={"low": "_", "high": "_", "changed_low": "low", "changed_high": "high"})
     for row, right, other in zip(table.itertuples(), percent(table), percent(changed, "changed"), strict=True):
         more = f"  changed {other}  lost {row.lost}, won {row.won}, p {row.p:.2g}" if row.Index else ""
-        console.print(f"{row.variant:<24} {right} n = {row.n}{more}", highlight=False, soft_wrap=True)
+        console.print(f"{row.variant:<24} {right} n = {row.n}{more}", soft_wrap=True)
 
 
 @models_app.command()
@@ -172,8 +172,8 @@ def reward(
     store.write_json(out / "results.json", reward_bench.rewardbench_result(frame, given["model"]))
     for row in reward_bench.table(frame).itertuples():
         interval = "" if row.subset == "average" else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
-        console.print(f"{row.subset:<13} {100 * row.accuracy:.1f} {interval} n = {row.n}", highlight=False)
-    console.print(f"scores        {out / 'scores.jsonl'}", highlight=False, soft_wrap=True)
+        console.print(f"{row.subset:<13} {100 * row.accuracy:.1f} {interval} n = {row.n}")
+    console.print(f"scores        {out / 'scores.jsonl'}", soft_wrap=True)
 
 
 @models_app.command()
@@ -190,7 +190,7 @@ def export(
 
     quiet_libraries()
     made = exporting.export(store.find(model), out, merge=merge, gguf=gguf)
-    console.print(f"{out}: {', '.join(made['files'])} ({made['bytes'] / 1e6:.0f} MB)", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {', '.join(made['files'])} ({made['bytes'] / 1e6:.0f} MB)", soft_wrap=True)
     if push:
         console.print(exporting.push(out, push))
 
@@ -215,7 +215,7 @@ def chat(
         talker = Talker(models.resolve(model), max_new_tokens, temperature)
         if page:
             page.talker = talker
-            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)", highlight=False)
+            console.print(f"http://127.0.0.1:{page.server_address[1]}  ({talker.name}; Ctrl-C ends)")
             page.serve_forever()
     console.print("[dim]Empty line or Ctrl-D ends. Research software: no medical advice.[/]")
     turns: list[dict] = []
@@ -231,7 +231,7 @@ def chat(
         try:
             for piece in talker.reply(turns):
                 pieces.append(piece)
-                console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+                console.print(piece, end="", markup=False, soft_wrap=True)
         except ConfigError as err:  # too long a message is no end of the conversation
             console.print(f"[red]{err}[/]")
             turns.pop()

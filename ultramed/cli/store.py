@@ -32,8 +32,8 @@ def store_show(key: Annotated[str, typer.Argument(help="Key or its beginning, or
     art = store.find(key)
     console.print_json(json.dumps({k: v for k, v in art.manifest.items() if k != "files"}))
     for depth, m in enumerate(art.lineage()):
-        console.print(f"{'made from ' if depth else ''}{m['stage']}/{m['key']} ({m['wall_seconds']:.0f} s)", highlight=False)
-    console.print(str(art.path), highlight=False, soft_wrap=True)
+        console.print(f"{'made from ' if depth else ''}{m['stage']}/{m['key']} ({m['wall_seconds']:.0f} s)")
+    console.print(str(art.path), soft_wrap=True)
 
 
 @store_app.command("verify")
@@ -61,5 +61,5 @@ def store_gc(
 
     paths, freed = gc(unused_for, dry_run)
     for path in paths:
-        console.print(f"{path.parent.name}/{path.name}", highlight=False)
-    console.print(f"{len(paths)} folders, {freed / 1e6:.0f} MB {'would be freed' if dry_run else 'freed'}", highlight=False)
+        console.print(f"{path.parent.name}/{path.name}")
+    console.print(f"{len(paths)} folders, {freed / 1e6:.0f} MB {'would be freed' if dry_run else 'freed'}")

@@ -27,7 +27,7 @@ def train_sft(
     resolved = config.load_profile(profile, overrides)
     art = MedAlpaca.of(resolved).train_arm(arm, seed)
     console.print_json(json.dumps(art.metrics))
-    console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})", highlight=False)
+    console.print(f"model: sft/{art.key}  (ultramed chat sft/{art.key})")
 
 
 def _experiment(profile: str, overrides: list[str]):
@@ -55,7 +55,7 @@ def train_preference(
     experiment = _experiment(profile, overrides)
     art = experiment.train_preference(mix or experiment.mixtures[-1], arm)
     console.print_json(json.dumps(art.metrics))
-    console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})", highlight=False)
+    console.print(f"model: preference/{art.key}  (ultramed chat preference/{art.key})")
 
 
 @train_app.command("reward")
@@ -68,6 +68,4 @@ def train_reward(
     """A Bradley-Terry reward model, with everything it needs: policies, candidates, feedback, pairs."""
     art = _experiment(profile, overrides).train_reward_model(arm)
     console.print_json(json.dumps(art.metrics))
-    console.print(
-        f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)", highlight=False
-    )
+    console.print(f"model: reward/{art.key}  (ultramed reward --model reward/{art.key} --pairs FILE --out DIR)")

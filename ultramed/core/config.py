@@ -309,19 +309,8 @@ def validate(model: type[BaseModel], data: dict, source: str):
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
-def _fields_at(model: type[BaseModel], loc) -> list[str]:
+def _fields_at(kind: Any, loc) -> list[str]:
     """Field names of the (nested) model that an error location points into."""
     for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        model = next((t for t in _unwrap(annotation) if isinstance(t, type) and issubclass(t, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def _unwrap(annotation):
-    if typing.get_origin(annotation) in (list, dict, typing.Union, types.UnionType):
-        for arg in typing.get_args(annotation):
-            yield from _unwrap(arg)
-    else:
-        yield annotation
+        kind = typing.get_args(kind)[0] if isinstance(part, int) else types_at(kind, part)[0]
+    return list(kind.model_fields)

@@ -26,7 +26,7 @@ def stop_if_asked() -> None:
 def bar(total: int, desc: str, unit: str, initial: int = 0):
     """Something with `update(n)`, `set_postfix_str` and `close`, to be used in a `with`."""
     if FILE in os.environ:  # bars bloat executed notebooks
-        return _FileBar(total, desc, unit, initial, Path(os.environ[FILE]))
+        return _FileBar(total, desc, unit, initial)
     if sys.stderr.isatty() or in_notebook():
         from tqdm.auto import tqdm
 
@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
 
 
 class _Bar:
-    """Counts; how it is shown is for the subclasses to say."""
+    """Counts; `show` is for the subclasses to say."""
 
     every = 0.3  # seconds between two showings
 
@@ -71,9 +71,6 @@ class _Bar:
         if now - self._shown > self.every or self.n >= self.total:
             self._shown = now
             self.show()
-
-    def show(self):
-        """Show what has been counted."""
 
     def update(self, n: int = 1):
         self.n += n
@@ -96,13 +93,9 @@ class _Bar:
 class _FileBar(_Bar):
     """One line in a file, written anew."""
 
-    def __init__(self, total: int, desc: str, unit: str, initial: int, path: Path):
-        self.path = path
-        super().__init__(total, desc, unit, initial)
-
     def show(self):
         with contextlib.suppress(OSError):  # progress is a courtesy; a full disk is reported where it matters
-            self.path.write_text(f"{self.desc} {self.n}/{self.total} {plural(self.unit)}")
+            Path(os.environ[FILE]).write_text(f"{self.desc} {self.n}/{self.total} {plural(self.unit)}")
 
 
 class _LineBar(_Bar):

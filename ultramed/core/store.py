@@ -22,7 +22,6 @@ import platform
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -141,18 +140,14 @@ def stage(version: int, *, also=None):
     return decorate
 
 
-@contextmanager
 def _lock(path: Path, name: str):
+    """The lock, to be released by a `with`."""
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0.1)
+        return lock.acquire(timeout=0.1)
     except Timeout:
         log.warning("another process is working on this %s; waiting for it", name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _usable(path: Path) -> bool:
@@ -284,6 +279,11 @@ def git_commit() -> str | None:
         return head.stdout.strip() + ("+changes" if dirty else "")
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def file_name(name: str) -> str:
+    """A name as it may stand on any disk."""
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -348,9 +348,6 @@ def orca(row: dict, i: int) -> dict:
     )
 
 
-def orca_math(row: dict, i: int) -> dict:
-    return question_answer(row["question"], row["answer"])
-
-
 def gsm8k(row: dict, i: int) -> dict:
-    return alpaca_row({"instruction": row["question"], "output": row["answer"]}, i)
+    """Also of orca_math."""
+    return question_answer(row["question"], row["answer"])

@@ -52,12 +52,8 @@ class Source:
         return getattr(adapters, (self.hub_adapter if from_hub else "") or self.adapter)
 
 
-def _read() -> dict[str, Source]:
-    listed = yaml.safe_load(files("ultramed.data").joinpath("catalog.yaml").read_text())
-    return {name: Source(name=name, **entry) for name, entry in listed.items()}
-
-
-SOURCES = _read()
+LISTED = yaml.safe_load(files("ultramed.data").joinpath("catalog.yaml").read_text())
+SOURCES = {name: Source(name=name, **entry) for name, entry in LISTED.items()}
 ALIASES = {spec.was: name for name, spec in SOURCES.items() if spec.was}
 
 

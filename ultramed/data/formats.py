@@ -5,7 +5,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -96,8 +96,8 @@ def _json(text: str, path: Path) -> list[dict]:
         except ValueError as err:
             raise BadRow(f"{path}: not JSON: {err}") from None
     rows = []
-    for number, line in enumerate(_lines(text), 1):
-        if not line.strip():
+    for number, found in enumerate(re.finditer(r"(.*)\n?", text), 1):  # lines, not all at once
+        if not (line := found[1]).strip():
             continue
         try:
             rows.append(_value(line))
@@ -114,15 +114,6 @@ def _json(text: str, path: Path) -> list[dict]:
 def _value(text: str):
     """JSON; pandas' NaN is a cell that holds nothing."""
     return json.loads(text, parse_constant=lambda _: None)
-
-
-def _lines(text: str) -> Iterator[str]:
-    """What `text.split("\\n")` gives, but not all at once."""
-    start = 0
-    while (end := text.find("\n", start)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
 
 
 def _whole(value, path: Path) -> list[dict]:

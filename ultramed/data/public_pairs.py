@@ -13,6 +13,7 @@ Read from `ULTRAMED_DATA`. They are stand-ins, not RewardBench: same kind of que
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -39,14 +40,6 @@ def _alpaca_eval(rows: list[dict], shorter: bool) -> Made:
             yield [{"role": "user", "content": row["instruction"]}], chosen, rejected
 
 
-def _chat(rows: list[dict]) -> Made:
-    return _alpaca_eval(rows, shorter=False)
-
-
-def _chat_hard(rows: list[dict]) -> Made:
-    return _alpaca_eval(rows, shorter=True)
-
-
 def _safety(rows: list[dict]) -> Made:
     for row in rows:
         *prompt, chosen = transcript(row["chosen"])
@@ -65,8 +58,8 @@ def _reasoning(rows: list[dict]) -> Made:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[list[dict]], Made]]] = {
-    "chat": ("preference/alpaca_eval_gpt4turbo_pairs.parquet", _chat),
-    "chat_hard": ("preference/alpaca_eval_gpt4turbo_pairs.parquet", _chat_hard),
+    "chat": ("preference/alpaca_eval_gpt4turbo_pairs.parquet", partial(_alpaca_eval, shorter=False)),
+    "chat_hard": ("preference/alpaca_eval_gpt4turbo_pairs.parquet", partial(_alpaca_eval, shorter=True)),
     "safety": ("preference/hh_rlhf_harmless_base_test.parquet", _safety),
     "reasoning": ("gsm8k/test.parquet", _reasoning),
 }

@@ -74,10 +74,7 @@ def flips(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
         out.append(
             {
                 "variant": name,
-                "accuracy": e.value,
-                "low": e.low,
-                "high": e.high,
-                "n": e.n,
+                **e.row(),
                 "changed": changed.value,
                 "changed_low": changed.low,
                 "changed_high": changed.high,

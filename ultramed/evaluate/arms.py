@@ -181,10 +181,7 @@ def accuracy_row(frame: pd.DataFrame) -> dict:
     e = stats.clustered(frame.correct, frame.concept, frame.seed, weights=weights).within(0, 1)
     by_seed = frame.groupby(["seed", "subset"]).correct.mean().groupby("seed").mean()
     return {
-        "accuracy": e.value,
-        "low": e.low,
-        "high": e.high,
-        "n": e.n,
+        **e.row(),
         "unparsed": int(frame.letter.isna().sum()),
         "well_formed": float(frame.strict.mean()),
         "seeds": len(by_seed),

@@ -2,15 +2,18 @@
 
 A model named 'http://host:port/v1#model' is a server's. Both engines take conversations and give `Reply`s; what needs
 the weights themselves (likelihoods, words put into the model's mouth) only the local one can do.
+
+`replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling.
+Conversations that do not fit into the model's context are not asked: `unfit(indices)` is told, or ConfigError raised without
+it. After `close` an engine has no weights any more, whoever still holds it.
 """
 
 import json
 import logging
-import random
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,25 +36,6 @@ log = logging.getLogger(__name__)
 CPU_TOKENS = 32768  # of a batch: a GPU profile's would not fit beside the weights
 Done = Callable[[list[int], list[Reply]], None]
 Unfit = Callable[[list[int]], None]
-
-
-class Engine(Protocol):
-    """`replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling.
-    Conversations that do not fit into the model's context are not asked: `unfit(indices)` is told, or ConfigError raised
-    without it. After `close` it has no weights any more, whoever still holds it."""
-
-    def shown(self, messages: list[dict]) -> str: ...
-
-    def replies(
-        self,
-        conversations: list[list[dict]],
-        sampling: Sampling,
-        done: Done,
-        rngs: list[random.Random] | None = None,
-        unfit: Unfit | None = None,
-    ) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def fitting(fits: list[bool], room: str, unfit: Unfit | None) -> list[int]:
@@ -190,7 +174,7 @@ def asking(ledger: Ledger, total: int, desc: str, unit: str, model: Artifact, te
     free_memory()
 
 
-def weights(engine: Engine, what: str) -> Local:
+def weights(engine: "Local | Server | OpenVino", what: str) -> Local:
     """The engine, if it has weights; else ConfigError saying that `what` needs them."""
     if not isinstance(engine, Local):
         who = engine.config.url if type(engine) is Server else f"engine {type(engine).__name__.lower()}"

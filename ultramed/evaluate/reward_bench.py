@@ -216,7 +216,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, part in frame.groupby("subset", sort=False):
         e = stats.clustered(part.correct, part.concept, part.get("seed")).within(0, 1)
-        rows.append({"subset": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se})
+        rows.append({"subset": name, **e.row(), "se": e.se})
     found = pd.DataFrame(rows)
     whole = sections(found)
     if whole.empty:

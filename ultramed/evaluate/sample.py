@@ -144,15 +144,9 @@ def _sample(engine, todo, config: SampleConfig, ledger, out: Path, bar) -> None:
                 bar.update(1)
 
         keep({n for n in range(len(todo)) if all(names[n * config.n + k] in made for k in range(config.n))})
-        rngs = [item_rng(config.seed, *_numbered(names[item])) for item in asked]
+        rngs = [item_rng(config.seed, todo[item // config.n][1]["id"], item % config.n) for item in asked]
         if asked:
             engine.replies([messages[item // config.n] for item in asked], sampling, done, rngs, unfit)
-
-
-def _numbered(name: str) -> tuple[str, int]:
-    """'id#3' as the id and the number of the reply."""
-    question, _, number = name.rpartition("#")
-    return question, int(number)
 
 
 def read_samples(artifact: Artifact) -> list[dict]:

@@ -117,5 +117,5 @@ def sensitivity(replies: Iterable[tuple[str, dict[str, str], str]], answer_form:
     for name, marks in right.items():
         e = wilson(marks)
         others = sum(a != b for a, b in zip(marks, right["ultramed"], strict=True))
-        rows.append({"scorer": name, "accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "scored otherwise": others})
+        rows.append({"scorer": name, **e.row(), "scored otherwise": others})
     return pd.DataFrame(rows)

@@ -1,6 +1,5 @@
 """Intervals and paired tests. Every accuracy has its n and a 95% interval; every 'A beats B' is a paired test."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +32,10 @@ class Estimate:
     def within(self, low: float, high: float) -> "Estimate":
         """With the interval cut to what the mean can be."""
         return replace(self, low=max(low, self.low), high=min(high, self.high))
+
+    def row(self, name: str = "accuracy") -> dict:
+        """As tables hold it: the value under `name`, its interval, n."""
+        return {name: self.value, "low": self.low, "high": self.high, "n": self.n}
 
     def __str__(self):
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
@@ -81,15 +84,10 @@ def bootstrap_means(values, clusters, draws: int = 2000, seed: int = 0, weights=
     w = _weights(weights, len(x))
     total, count = np.bincount(cluster, weights=w * x), np.bincount(cluster, weights=w)
     rng, out = np.random.default_rng(seed), []
-    for size in _blocks(draws):
-        drawn = _times_drawn(rng, size, len(total))
+    for start in range(0, draws, BLOCK):
+        drawn = _times_drawn(rng, min(BLOCK, draws - start), len(total))
         out.append((drawn @ total) / (drawn @ count))
     return np.concatenate(out)
-
-
-def _blocks(draws: int) -> Iterator[int]:
-    for start in range(0, draws, BLOCK):
-        yield min(BLOCK, draws - start)
 
 
 def _times_drawn(rng: np.random.Generator, draws: int, count: int) -> np.ndarray:

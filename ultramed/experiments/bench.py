@@ -19,7 +19,7 @@ from ultramed.core.client import spent
 from ultramed.core.errors import ConfigError
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import ASKED, EvalConfig, ExamConfig, SampleConfig, Strict
-from ultramed.core.store import Artifact, stage
+from ultramed.core.store import Artifact, file_name, stage
 from ultramed.data import rows as canonical
 from ultramed.data.catalog import get
 from ultramed.data.exam import exam
@@ -35,7 +35,6 @@ from ultramed.evaluate.scorers import sensitivity
 from ultramed.lm import models
 from ultramed.lm.parsing import unread_by_reason
 from ultramed.papers import published
-from ultramed.report.bench import folder_name
 
 TASKS = {  # column of UltraMedical's Table 2 -> (data set, subset)
     "medqa": ("medqa", "medqa"),
@@ -67,7 +66,7 @@ def models_named(names: Iterable[str]) -> dict[str, Artifact]:
     """Label -> model. Raises ConfigError for two models of which one would take the other's place in tables and folders."""
     found: dict[str, Artifact] = {}
     for label, name in map(named, names):
-        if taken := [other for other in found if folder_name(other) == folder_name(label)]:
+        if taken := [other for other in found if file_name(other) == file_name(label)]:
             raise ConfigError(
                 f"two models are called {taken[0]!r} and {label!r}: give each a name of its own, as in 'mine={name}'"
             )
@@ -184,7 +183,7 @@ def outcomes_of(frame: pd.DataFrame) -> dict:
 
 
 def numbers(e: stats.Estimate) -> dict:
-    return {"accuracy": e.value, "low": e.low, "high": e.high, "n": e.n, "se": e.se}
+    return {**e.row(), "se": e.se}
 
 
 def over_tasks(values: pd.Series, tasks: pd.Series) -> stats.Estimate:
@@ -312,15 +311,15 @@ def option_order(config: BenchSection, model: Artifact, questions: Sequence[Ques
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Load:
     """What a bench of one model asks for before it starts: tokens read and, at most, written."""
 
     questions: int  # of reward benches: pairs
     prompt_tokens: int
     new_tokens: int
 
-    def __add__(self, other: "Estimate") -> "Estimate":
-        return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "Load") -> "Load":
+        return Load(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def seconds(self, parameters: float, gflops: float, utilisation: float = 0.5) -> float:
         """Of weights here: two operations a parameter and token, at a part of the machine's matrix speed."""
@@ -333,7 +332,7 @@ def paid(artifacts: Sequence[Artifact]) -> dict:
     return spent(json.loads(line) for path in ledgers for line in path.read_text().splitlines()) if ledgers else {}
 
 
-def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 200) -> Estimate:
+def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 200) -> Load:
     """Counted in characters (four a token) of some of each data set's questions; at most, since replies may end early."""
     total = prompt = 0
     for part in questions:
@@ -344,4 +343,4 @@ def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 
         total += count
     longest = {"likelihood": 1, "greedy": 32}.get(config.protocol, config.max_new_tokens)
     times = config.samples or 1
-    return Estimate(total, round(prompt * times * (1 + config.shuffle)), total * longest * times * (1 + config.shuffle))
+    return Load(total, round(prompt * times * (1 + config.shuffle)), total * longest * times * (1 + config.shuffle))

@@ -17,7 +17,7 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.arms import Answers
 from ultramed.evaluate.open_ended import ReplyConfig, read_replies, replies
 from ultramed.experiments import general as abilities
-from ultramed.experiments.bench import Estimate, Questions, estimate, numbers, outcomes_of, setting
+from ultramed.experiments.bench import Load, Questions, estimate, numbers, outcomes_of, setting
 
 
 def gsm8k(config: BenchSection, model: Artifact, data: Artifact) -> tuple[dict, Artifact]:
@@ -91,9 +91,9 @@ def general(config: BenchSection, model: Artifact, tasks: Mapping[str, Artifact]
     return pd.DataFrame(rows), list(artifacts)
 
 
-def general_estimate(config: BenchSection, tasks: Mapping[str, Artifact]) -> tuple[Estimate, Estimate]:
+def general_estimate(config: BenchSection, tasks: Mapping[str, Artifact]) -> tuple[Load, Load]:
     """(the model's, the judge's) for the general suite, counted likewise."""
-    asked = judged = Estimate(0, 0, 0)
+    asked = judged = Load(0, 0, 0)
     for name, data in tasks.items():
         if name == "mmlu":
             counts = {
@@ -104,8 +104,8 @@ def general_estimate(config: BenchSection, tasks: Mapping[str, Artifact]) -> tup
         rows = canonical.spread(canonical.read_instructions(data / "test.parquet"), config.limit)
         turns = 2 if name == "mt_bench" else 1
         prompt = round(turns * sum(len(turn["content"]) for row in rows for turn in row["prompt"]) / 4)
-        asked += Estimate(len(rows), prompt, turns * len(rows) * config.max_new_tokens)
+        asked += Load(len(rows), prompt, turns * len(rows) * config.max_new_tokens)
         if name in JUDGED:  # both turns are graded, or two replies compared in both orders
             read, write = 2 * (prompt + 2 * len(rows) * config.max_new_tokens), LLMConfig.model_fields["max_tokens"].default
-            judged += Estimate(len(rows), read, 2 * len(rows) * write)
+            judged += Load(len(rows), read, 2 * len(rows) * write)
     return asked, judged

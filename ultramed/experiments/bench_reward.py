@@ -20,7 +20,7 @@ from ultramed.data.public_pairs import PublicConfig, public_pairs
 from ultramed.data.sources import at_hand
 from ultramed.evaluate import stats
 from ultramed.evaluate.reward_bench import length_correlation, pair_scores, read_scores
-from ultramed.experiments.bench import Estimate
+from ultramed.experiments.bench import Load, numbers
 from ultramed.lm import models
 
 REWARD_BENCHES = ("medical_rewardbench", "rewardbench", "rewardbench2")
@@ -64,7 +64,7 @@ def reward_pairs(fetch: bool = False, limit: int = 0) -> tuple[dict[str, Artifac
     return found, missing
 
 
-def estimate(pairs: Mapping[str, Artifact], model: Artifact) -> Estimate:
+def estimate(pairs: Mapping[str, Artifact], model: Artifact) -> Load:
     """Four characters a token. A reward model reads the prompt with either reply; a judge all three, in both orders, and writes
     a verdict each time."""
     judged = models.card(model)["kind"] == "server"
@@ -75,7 +75,7 @@ def estimate(pairs: Mapping[str, Artifact], model: Artifact) -> Estimate:
         sides += sum(len(turn["content"]) for turn in (*row["chosen"], *row["rejected"]))
     read = 2 * (prompts + sides) if judged else 2 * prompts + sides
     written = 2 * count * LLMConfig.model_fields["max_tokens"].default if judged else 0
-    return Estimate(count, round(read / 4), written)
+    return Load(count, round(read / 4), written)
 
 
 def score_reward(name: str, model: Artifact, pairs: Artifact, batch_tokens: int = 8192) -> tuple[pd.DataFrame, dict, Artifact]:
@@ -104,17 +104,7 @@ def score_reward(name: str, model: Artifact, pairs: Artifact, batch_tokens: int 
     rows = []
     for subset, part in counted.groupby("subset", sort=False):
         e = stats.clustered(part.credit, part.concept).within(0, 1)
-        rows.append(
-            {
-                "subset": subset,
-                "accuracy": e.value,
-                "low": e.low,
-                "high": e.high,
-                "n": e.n,
-                "se": e.se,
-                "ties": int(part.tie.sum()),
-            }
-        )
+        rows.append({"subset": subset, **numbers(e), "ties": int(part.tie.sum())})
     return pd.DataFrame(rows), biases, scored
 
 

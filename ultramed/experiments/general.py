@@ -122,8 +122,7 @@ def held_out_losses(
         losses = {arm: read_losses(art) for arm, art in made.items()}
         for arm, frame in losses.items():
             e = mean_loss(frame)
-            row = {"arm": arm, "subset": name, "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            row["tokens"] = int(frame.tokens.sum())
+            row = {"arm": arm, "subset": name, **e.row("value"), "tokens": int(frame.tokens.sum())}
             if arm != against:
                 d = difference(frame, losses[against])
                 row |= {"more": d.value, "more_low": d.low, "more_high": d.high}

@@ -28,7 +28,8 @@ class Job:
 
     @classmethod
     def sft(cls, notebook: str, what: str, config: TrainConfig) -> "Job":
-        return cls(notebook, "sft", what, config, round(mixture_rows(config.mixture) * (1 - config.held_out)))
+        rows = sum(rows_of(source, count) for source, count in config.mixture.items())
+        return cls(notebook, "sft", what, config, round(rows * (1 - config.held_out)))
 
     @classmethod
     def preference(cls, notebook: str, what: str, config: PreferenceConfig, pairs: int) -> "Job":
@@ -52,18 +53,13 @@ class Job:
         return isinstance(self.config, OptimConfig)
 
 
-def mixture_rows(counts: dict[str, int | float]) -> int:
-    """Rows of a mixture. Raises ConfigError where a multiple of a source of unknown size is asked for."""
-    return sum(rows_of(source, count) for source, count in counts.items())
-
-
 def prompts_of(counts: dict[str, int]) -> int:
     """Prompts that are asked of sources; 0 means all of one."""
     return sum(rows_of(source, count or 1.0) for source, count in counts.items())
 
 
 def rows_of(source: str, count: int | float) -> int:
-    """Rows that a mixture takes of a source: a number, or a multiple of a known size."""
+    """Rows that a mixture takes of a source: a number, or a multiple of its size. Raises ConfigError if that is not known."""
     if isinstance(count, int):
         return count
     name, _, part = source.partition("[")

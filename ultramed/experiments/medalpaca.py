@@ -48,8 +48,8 @@ class MedAlpaca:
     config: ModelConfig
 
     @classmethod
-    def of(cls, profile: Profile, config: ModelConfig | None = None) -> "MedAlpaca":
-        return cls(profile, config or profile.models[0])
+    def of(cls, profile: Profile) -> "MedAlpaca":
+        return cls(profile, profile.models[0])
 
     @classmethod
     def all_of(cls, profile: Profile) -> "list[MedAlpaca]":
@@ -155,29 +155,27 @@ class MedAlpaca:
         part = {s: max(1, round(n * fraction)) if isinstance(n, int) else n * fraction for s, n in config.mixture.items()}
         return config.model_copy(update={"mixture": part})
 
-    def tune_rates(self, arms: Iterable[str] = ()) -> "Tuning":
-        """Train arms (`tuned_arms`, if none is named) at every learning rate of their grid and ask them the dev questions, as
-        they are asked the test questions; the loss of the right dev answers stands beside. An arm without a grid keeps the rate
-        that the profile sets."""
+    def tune_rates(self) -> "Tuning":
+        """Train `tuned_arms` at every learning rate of their grid and ask them the dev questions, as they are asked the test
+        questions; the loss of the right dev answers stands beside. An arm without a grid keeps the profile's rate."""
         rows, artifacts, fixed = [], [], {}
-        for arm in arms or self.tuned_arms:
+        for arm in self.tuned_arms:
             if not self.grid(arm):
                 fixed[arm] = arm_config(self.profile, arm).learning_rate
             for rate in self.grid(arm):
                 config = self.tuning_config(arm, rate)
                 trained = sft(config, model=self.base, data=self.training_rows(config), dev=self.dev_rows(config))
                 asked = self._ask(trained, self.settings.dev_counts, "dev")
-                score = wilson(asked.frame.correct)
-                m = {"accuracy": score.value, "low": score.low, "high": score.high, "n": score.n, **trained.metrics}
+                m = {**wilson(asked.frame.correct).row(), **trained.metrics}
                 rows.append({"arm": arm, "learning_rate": rate} | {key: m[key] for key in Tuning.MEASURED})
                 artifacts += asked.artifacts
         frame = pd.DataFrame(rows, columns=["arm", "learning_rate", *Tuning.MEASURED])
         return Tuning(frame, tuple(artifacts), fixed)
 
-    def train_and_examine(self, arm: str, rate: float, seeds: Iterable[int] = ()) -> tuple[Answers, pd.DataFrame]:
+    def train_and_examine(self, arm: str, rate: float) -> tuple[Answers, pd.DataFrame]:
         """(answers of all seeds, training curve: arm, seed, step, loss) of an arm at a learning rate."""
         parts, curves = [], []
-        for seed in seeds or self.seeds(arm):
+        for seed in self.seeds(arm):
             model = self.train_arm(arm, seed, learning_rate=rate)
             parts.append(self.examine(model, seed))
             curves.append(training_log(model)[["step", "loss"]].assign(arm=arm, seed=seed))

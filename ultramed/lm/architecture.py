@@ -70,10 +70,6 @@ def context_length(net) -> int:
     return getattr(causal_lm(net).config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
-def _identity(net) -> tuple:
-    return type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype
-
-
 @torch.no_grad()
 def probe(net) -> None:
     """Compare a packed row of a few random tokens with transformers' own reading of each sequence, once an architecture.
@@ -82,7 +78,7 @@ def probe(net) -> None:
     transformers from then on, which is told in a line of the log.
     """
     net = causal_lm(net)
-    kind, plain = _identity(net), plain_length(net)
+    kind, plain = (type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype), plain_length(net)
     if plain < context_length(net) and kind not in _told:
         _told.add(kind)
         what = f"what is longer than {plain:,} tokens" if plain >= 32 else "it"

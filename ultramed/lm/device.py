@@ -127,23 +127,18 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-class quietly:
+@contextlib.contextmanager
+def quietly():
     """Loading bars and advice of libraries out of the way; errors stay."""
+    from transformers.utils import logging as hf
 
-    def __enter__(self):
-        from transformers.utils import logging as hf
-
-        self._level, self._bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-        hf.set_verbosity_error()
-        hf.disable_progress_bar()
-        self._caught = warnings.catch_warnings()
-        self._caught.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *args):
-        from transformers.utils import logging as hf
-
-        hf.set_verbosity(self._level)
-        if self._bars:
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
             hf.enable_progress_bar()
-        self._caught.__exit__(*args)

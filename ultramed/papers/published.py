@@ -1,6 +1,5 @@
 """What the papers printed: every published cell, with its source (tables/*.csv; tables.yaml says how they are read)."""
 
-from functools import cache
 from importlib.resources import files
 from io import StringIO
 
@@ -32,16 +31,11 @@ class PublishedTable(BaseModel):
 TABLES = {name: PublishedTable(**entry) for name, entry in yaml.safe_load(FOLDER.joinpath("tables.yaml").read_text()).items()}
 
 
-@cache
-def _text(name: str) -> str:
-    return FOLDER.joinpath("tables", f"{name}.csv").read_text()
-
-
 def table(name: str) -> pd.DataFrame:
     """One published table as printed. Raises KeyError for an unknown name."""
     if name not in TABLES:
         raise KeyError(f"no published table {name!r}; there are {', '.join(TABLES)}")
-    return pd.read_csv(StringIO(_text(name)))
+    return pd.read_csv(StringIO(FOLDER.joinpath("tables", f"{name}.csv").read_text()))
 
 
 def _number(value):

@@ -10,7 +10,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from ultramed.core.store import environment, write_json, write_text
+from ultramed.core.store import environment, file_name, write_json, write_text
 from ultramed.evaluate.arms import Answers, percent
 
 LEADERBOARD = "leaderboard.csv"
@@ -46,14 +46,10 @@ def harness_results(table: pd.DataFrame, answered: Answers, name: str, config: d
 
 
 def write_harness(out: Path, name: str, made: dict, samples: dict[str, list[dict]]) -> None:
-    folder = out / folder_name(name)
+    folder = out / file_name(name)
     write_json(folder / "results.json", made)
     for task, rows in samples.items():
         write_text(folder / f"samples_{task}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
-
-def folder_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -39,9 +39,7 @@ def cell_entries(
         value = row["accuracy" if share else "value"]
         if cell is None or pd.isna(value):
             continue
-        ours, low, high = (
-            None if pd.isna(x) else round(float(unit * x), 4) for x in (value, _get(row, "low"), _get(row, "high"))
-        )
+        ours, low, high = (None if pd.isna(x) else round(float(unit * x), 4) for x in (value, row.get("low"), row.get("high")))
         interval = None if low is None else (low, high)
         alike = same_scale and not (size and ({"8B", "70B"} - {size}) & set(re.findall(r"\d+B", cell["row"])))
         entries.append(
@@ -52,7 +50,7 @@ def cell_entries(
                 "statement": cell["statement"],
                 "published": cell["published"],
                 "ours": ours,
-                "n": None if pd.isna(_get(row, "n")) else int(row["n"]),
+                "n": None if pd.isna(row.get("n")) else int(row["n"]),
                 "interval": interval,
                 "protocol": protocol,
                 "verdict": _verdict(cell["published"], ours, interval, tolerance) if alike else "differs in scale",
@@ -61,21 +59,12 @@ def cell_entries(
     return entries
 
 
-def _get(row: dict, key: str):
-    return row.get(key, float("nan"))
-
-
 def _verdict(value, ours: float, interval: tuple[float, float] | None, tolerance: float) -> str:
     """Of a cell at the paper's own scale."""
     if isinstance(value, str):
         return "differs in scale"  # text such as 'OOM' or '92 (test only)' is no number to hold ours against
     inside = interval[0] <= value <= interval[1] if interval else abs(ours - value) <= tolerance * abs(value)
     return "reproduced" if inside else "not reproduced"
-
-
-def source(table: str) -> str:
-    """Where a published table stands."""
-    return published.TABLES[table].source
 
 
 def beside(entries: list[dict], labels: dict[str, str]) -> pd.DataFrame:

@@ -95,10 +95,7 @@ def results_of(model: Artifact) -> list[dict]:
             out.append(
                 {
                     "task": f"{name}:{subset}",
-                    "n": e.n,
-                    "accuracy": e.value,
-                    "low": e.low,
-                    "high": e.high,
+                    **e.row(),
                     "unparsed": int(part.letter.isna().sum()),
                     "protocol": m["protocol"],
                     "dtype": m["dtype"],

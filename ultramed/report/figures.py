@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Image
 
-from ultramed.core.store import Artifact, canonical, write_json
+from ultramed.core.store import Artifact, write_json
 from ultramed.evaluate.arms import label
 from ultramed.papers.claims import claims as all_claims
 from ultramed.report.scorecard import folder
@@ -35,7 +35,7 @@ def save_figure(fig, name: str, *, profile: str, caption: str, artifacts: list[A
     base.mkdir(parents=True, exist_ok=True)
     fig.savefig(base / f"{name}.png", dpi=160, bbox_inches="tight", metadata={"Software": None})
     fig.savefig(base / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-    write_json(base / f"{name}.json", canonical(provenance(profile, name, caption, list(artifacts), "figure")))
+    write_json(base / f"{name}.json", provenance(profile, name, caption, list(artifacts), "figure"))
     width, shown = round(fig.get_size_inches()[0] * 96), io.BytesIO()
     fig.savefig(shown, dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(fig)  # the file is shown; without this Jupyter would show the figure, too

@@ -14,17 +14,14 @@ from ultramed.core.store import environment, write_text
 from ultramed.report.scorecard import build, folder
 
 
-def _image(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 def _records(profile: str) -> list[dict]:
     """Tables and figures in the order of their names, which begin with their notebook's number."""
     found = []
     for path in sorted([*folder(profile).glob("*.json"), *(folder(profile) / "tables").glob("*.json")], key=lambda p: p.stem):
         metadata = json.loads(path.read_text())
         if isinstance(metadata, dict) and metadata.get("kind") == "figure":
-            found.append({**metadata, "src": _image(path.with_suffix(".png"))})
+            picture = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+            found.append({**metadata, "src": f"data:image/png;base64,{picture}"})
         elif isinstance(metadata, dict) and metadata.get("kind") == "table":
             frame = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
             found.append({**metadata, "columns": list(frame.columns), "rows": frame.values.tolist()})
@@ -54,7 +51,6 @@ def write_report(profile: str) -> Path:
     if not folder(profile).is_dir():
         raise ConfigError(f"nothing has run at profile {profile!r} yet: ultramed run --profile {profile}")
     entries = [e.model_dump() for e in build(profile)]
-    environment_ = environment()
     template = jinja2.Environment(autoescape=True).from_string(files("ultramed.report").joinpath("page.html").read_text())
     verdicts = pd.Series([e["verdict"] for e in entries]).value_counts().to_dict()
     page = template.render(
@@ -65,7 +61,7 @@ def write_report(profile: str) -> Path:
         records=_records(profile),
         notebooks=export_notebooks(profile),
         verdicts=verdicts,
-        env=environment_,
+        env=environment(),
     )
     target = folder(profile) / "index.html"
     write_text(target, page)

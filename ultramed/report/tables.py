@@ -2,12 +2,12 @@
 
 import pandas as pd
 
-from ultramed.core.store import Artifact, canonical, environment, write_json, write_text
+from ultramed.core.store import Artifact, environment, write_json, write_text
 from ultramed.report.scorecard import folder
 
 
 def provenance(profile: str, name: str, caption: str, artifacts: list[Artifact], kind: str) -> dict:
-    """What a table or figure rests on: the artifacts' keys with the hash of each one's manifest lineage."""
+    """What a table or figure rests on: the artifacts' keys."""
     return {
         "name": name,
         "kind": kind,
@@ -25,7 +25,7 @@ def save_table(frame: pd.DataFrame, name: str, *, profile: str, caption: str, ar
     write_text(base / f"{name}.csv", frame.to_csv(index=False))
     write_text(base / f"{name}.md", f"{caption}\n\n{markdown(frame)}\n")
     write_text(base / f"{name}.tex", latex(frame, caption))
-    write_json(base / f"{name}.json", canonical(provenance(profile, name, caption, list(artifacts), "table")))
+    write_json(base / f"{name}.json", provenance(profile, name, caption, list(artifacts), "table"))
     return frame
 
 
@@ -41,21 +41,11 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def latex(frame: pd.DataFrame, caption: str) -> str:
-    """A booktabs table."""
+    """A booktabs table; numbers to the right."""
     special = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
-    right = ["r" if pd.api.types.is_numeric_dtype(frame[c]) else "l" for c in frame]
-
-    def line(values) -> str:
-        return " & ".join(_plain(v).translate(special) for v in values) + r" \\"
-
-    body = [line(frame.columns), r"\midrule", *(line(row) for row in frame.itertuples(index=False))]
-    head = [
-        r"\begin{table}",
-        rf"\caption{{{caption.translate(special)}}}",
-        rf"\begin{{tabular}}{{{''.join(right)}}}",
-        r"\toprule",
-    ]
-    return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    right = "".join("r" if pd.api.types.is_numeric_dtype(frame[c]) else "l" for c in frame)
+    text = frame.map(lambda v: _plain(v).translate(special)).rename(columns=lambda c: str(c).translate(special))
+    return text.style.hide(axis="index").to_latex(hrules=True, column_format=right, caption=caption.translate(special))
 
 
 def _plain(value) -> str:

@@ -101,8 +101,7 @@ def _train(
     base, arguments, extra = _trainer(config)
     shared = training.settings(config, out, steps, micro, accumulation)
     args = arguments(**{**shared, **extra}, disable_dropout=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trainer = with_our_rows(base)(net, frozen, args=args, train_dataset=data, processing_class=tokenizer)
         for each in filter(None, (net, frozen)):
             score_labelled_tokens_only(each)

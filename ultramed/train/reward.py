@@ -108,8 +108,7 @@ def _train(out: Path, config: RewardConfig, *, model: Artifact, rows: Artifact, 
     args = Arguments(
         **training.settings(config, out, steps, micro, accumulation), center_rewards_coefficient=config.centre or None
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trainer = with_our_rows(listwise_reward_trainer())(
             net, args=args, data_collator=PairCollator(data), train_dataset=groups, processing_class=tokenizer
         )

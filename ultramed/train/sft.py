@@ -79,8 +79,7 @@ def make_trainer(net, tokenizer, rows, config: TrainConfig, out: Path, held=None
         per_device_eval_batch_size=micro,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trainer = token_budget_trainer()(
             net,
             args=args,
@@ -126,8 +125,7 @@ def _train(out: Path, config: TrainConfig, *, model: Artifact, rows: Artifact, h
     dev = read_tokens(held) if held else None
     trainer = make_trainer(net, tokenizer, train_rows, config, out, held_out or dev)
     steps = trainer.args.max_steps
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         result = training.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate(dev)["eval_loss"] if dev else None
     training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)

@@ -98,8 +98,7 @@ def run(trainer, steps: int, desc: str) -> dict:
     from transformers import PrinterCallback
 
     folder = Path(trainer.args.output_dir)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_callback(steps, desc))
         trained = trained_in_fp32(trainer.model)
