@@ -62,7 +62,6 @@ def test_an_arm_of_fewer_seeds_says_so():
     assert list(table.arm) == ["UltraMed SFT", "UltraMed DPO, 1 of 3 seeds"]
 
 
-
 def test_several_seeds_show_their_spread():
     table = Arms(x=joined([answers([1] * 10, 0), answers([0] * 10, 1)])).accuracy()
     row = table[table.subset == "all"].iloc[0]

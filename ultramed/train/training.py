@@ -121,7 +121,7 @@ def run(trainer, steps: int, desc: str) -> dict:
     return metadata | {
         "steps": steps,
         "train_loss": result.training_loss,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(max(seconds, 0.1), 1),  # speeds are made of it
         "resumed": last is not None,
         "trainable_parameters": sum(p.numel() for p in trained.values()),
         "tensors_moved": [moved, len(trained)],
