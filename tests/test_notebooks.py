@@ -222,7 +222,7 @@ def test_notebooks_with_a_judge(book, data):
     trust = pd.read_csv(tables / "27_trust.csv").set_index("against")
     assert abs(float(trust.judge["physicians' labels (K-QA)"])) < 0.15
     assert pd.read_csv(tables / "20_table1.csv").set_index("dataset").avg_score["ultramedical"] > 1
-    entries = json.loads((tables.parent / "entries" / "27_ultramedical_openended.json").read_text())
+    entries = json.loads((tables.parent / "entries" / "27_ultramedical_openended.json").read_text())["entries"]
     cells = [entry for entry in entries if entry["kind"] == "cell"]
     assert len(cells) == 6
     assert all(cell["interval"] and cell["n"] for cell in cells)
