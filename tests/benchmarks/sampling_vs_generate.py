@@ -64,9 +64,8 @@ def accuracy(replies: list[str]) -> str:
 
 def ours() -> list[str]:
     rngs = [item_rng(0, i, k) for k, i in enumerate(repeated)]
-    made = generate(
-        net, tokenizer, [ids[i] for i in repeated], Sampling(own.max_new_tokens, own.temperature, 0, own.top_p), rngs=rngs
-    )
+    asked, sampling = [ids[i] for i in repeated], Sampling(own.max_new_tokens, own.temperature, 0, own.top_p)
+    made = generate(net, tokenizer, asked, sampling, rngs=rngs, budget=own.batch_tokens)
     return [r.text for r in made]
 
 
