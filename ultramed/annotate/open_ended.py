@@ -329,6 +329,4 @@ PUBLISHED_ROWS = {  # policy and measure -> row of the paper's general-domain ta
 def as_cells(judged: Mapping[str, Judged]) -> pd.DataFrame:
     """Results of `judge_policy` as cells: arm, subset, value, low, high, n (K-QA's by question, as it defines them)."""
     found = [(f"{name}/{measure}", e) for name, result in judged.items() for measure, e in result.scores.items()]
-    return pd.DataFrame(
-        [{"arm": arm, "subset": "value", "value": e.value, "low": e.low, "high": e.high, "n": e.n} for arm, e in found]
-    )
+    return pd.DataFrame([{"arm": arm, "subset": "value", **e.row("value")} for arm, e in found])

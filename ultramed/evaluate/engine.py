@@ -1,6 +1,6 @@
 """Who writes the replies: weights on this machine, or a server behind a URL (vLLM, transformers serve, a hosted model).
 
-A model named 'http://host:port/v1#model' is a server's. Both engines take conversations and give `Reply`s; what needs
+A model named 'http://host:port/v1#model' is a server's. All engines take conversations and give `Reply`s; what needs
 the weights themselves (likelihoods, words put into the model's mouth) only the local one can do.
 
 `replies` calls `done(indices, replies)` as they come, each conversation once; rngs: one stream each, for sampling.
