@@ -56,12 +56,6 @@ def test_accuracy_counts_unparsed_as_wrong():
     assert shown["all"].startswith("60.0 [")
 
 
-def test_an_arm_of_fewer_seeds_says_so():
-    whole = joined(answers([1, 0]).assign(seed=seed) for seed in (0, 1, 2))
-    table = wide(Arms(ultramed_sft=whole, ultramed_dpo=answers([1, 0])).accuracy())
-    assert list(table.arm) == ["UltraMed SFT", "UltraMed DPO, 1 of 3 seeds"]
-
-
 def test_several_seeds_show_their_spread():
     table = Arms(x=joined([answers([1] * 10, 0), answers([0] * 10, 1)])).accuracy()
     row = table[table.subset == "all"].iloc[0]

@@ -331,24 +331,6 @@ def test_tested_claims_carry_their_arms(places):
     scorecard.forget("smoke", book.name)
 
 
-def test_an_arm_of_fewer_seeds_than_what_it_is_held_against_is_not_compared(places):
-    from ultramed.book.notebook import Book
-    from ultramed.core.config import load_profile
-    from ultramed.evaluate.arms import Arms, joined
-
-    def seeds(*numbers: int, right: int):
-        made = answers([1] * right + [0] * (40 - right))
-        return joined(made.assign(seed=seed, id=[f"{seed}-{i}" for i in range(40)]) for seed in numbers)
-
-    book = Book("22_ultramedical_main", load_profile("smoke"))
-    arms = Arms(xpo=seeds(0, right=40), sft_of_xpo=seeds(0, 1, 2, right=10), ultramed_sft=seeds(0, 1, 2, right=10))
-    arms["base"] = seeds(0, right=1)
-    shown = book.claims(arms).statement
-    assert [text.split()[0] for text in shown] == ["SFT"], "B may have fewer: what they share is compared"
-    assert book.diagnostics(arms, {("xpo", "ultramed_sft"): "DPO beats SFT"}).empty
-    scorecard.forget("smoke", book.name)
-
-
 def test_nothing_is_tested_at_the_floor_and_70b_has_its_own_claim(places):
     """GSM8K at 4% cannot fall by 5 points; at 70B the pooled gain is the claim about 70B, too."""
     from ultramed.book.notebook import Book, at_floor

@@ -102,7 +102,7 @@ class Book:
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
             at |= {f"{name}_70b": answers for name, answers in arms.items()}  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        there = [claim for claim in mine if claim.a in at and claim.b in at and has_seeds_of(at[claim.a], at[claim.b])]
+        there = [claim for claim in mine if claim.a in at and claim.b in at]
         tested = [claim for claim in there if not at_floor(claim, at[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
@@ -112,12 +112,10 @@ class Book:
         )
 
     def diagnostics(self, arms: Arms, statements: dict[tuple[str, str], str], more: str = "") -> pd.DataFrame:
-        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict; left out where A has
-        fewer seeds than B, as in `claims`."""
+        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict."""
         entries = [
             scorecard.diagnostic_entry(f"{self.name[:2]}:{a}-{b}", statement, compare(arms[a], arms[b]), self.protocol(more))
             for (a, b), statement in statements.items()
-            if has_seeds_of(arms[a], arms[b])
         ]
         return self._record(entries, "diagnostics", "Comparisons of our own: A minus B in points, raw p.", arms)
 
@@ -152,11 +150,6 @@ class Book:
         caption = f"{published.TABLES[table].source}, beside ours ({more or self.profile.models[0].label})"
         caption += "." if scale else "; another model and other questions, so the numbers cannot be compared."
         return self.table(f"{self.name[:2]}_beside", beside.beside(entries, labels), caption, *sources)
-
-
-def has_seeds_of(a: Answers, b: Answers) -> bool:
-    """Whether A was made with every seed that B was made with."""
-    return set(a.frame.seed) >= set(b.frame.seed)
 
 
 def at_floor(claim: Claim, b: Answers) -> bool:

@@ -135,15 +135,15 @@ class PreferenceSection(Strict):
     """Preference learning. `source`: 'policy' (its own samples, `on_policy`), 'pool' (candidates of `candidates.pool`), or a
     data set of pairs (UltraMedical-Preference at paper scale). `prompts`: source -> count of them ('pool': of each domain's
     prompts; a data set: pairs), `first`: the first of them in the file. `mixtures`: whose SFT policies learn from pairs; none
-    named: all of them, as in the paper. `seeds`: how many of the seeds learn from pairs (null: all); where not all do, the arms
-    are shown and not compared. `controls`: policies trained on with the same prompts' reference answers, and with the pairs'
+    named: all of them, as in the paper. `compared`: whether the arms are held against their SFT policies, or only
+    shown, for want of seeds. `controls`: policies trained on with the same prompts' reference answers, and with the pairs'
     chosen sides for as many steps; the paper has neither.
     """
 
     train: PreferenceConfig
     arms: dict[str, ChangesToPreference]
     mixtures: list[str] = Field([])
-    seeds: int | None = Field(None, ge=1)
+    compared: bool = True
     source: str = "policy"
     prompts: QuestionsByDomain = Field({})
     first: Rows = Field(0, ge=0)

@@ -1,5 +1,7 @@
-"""Being asked to stop, without being stopped."""
+"""Being asked to stop, without being stopped; and ending when the parent does."""
 
+import contextlib
+import ctypes
 import signal
 import threading
 
@@ -20,3 +22,9 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that may be (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -208,12 +208,8 @@ def label(key: str) -> str:
 
 def wide(accuracy: pd.DataFrame, index: str = "arm", more: tuple[str, ...] = ("n", "unparsed", "well_formed")) -> pd.DataFrame:
     """`Arms.accuracy` as a reader wants it: a row an arm by its label, '48.7 [45.4, 51.9]' a subset, and the
-    columns `more` over all. An arm that has not all seeds is called so."""
-    names = accuracy[index].map(label)
-    if "seeds" in accuracy:
-        most = accuracy.seeds.max()
-        names += accuracy.seeds.map(lambda seeds: f", {seeds} of {most} seeds" if seeds < most else "")
-    accuracy = accuracy.assign(**{index: names})
+    columns `more` over all."""
+    accuracy = accuracy.assign(**{index: accuracy[index].map(label)})
     cells = accuracy.assign(score=percent(accuracy))
     table = cells.pivot_table(index=index, columns="subset", values="score", aggfunc="first", sort=False)
     overall = accuracy[accuracy.subset == "all"].set_index(index)

@@ -83,9 +83,9 @@ class UltraMedical:
         return {f"{mix}_{arm}": (mix, arm) for mix in mixes for arm in section.arms}
 
     @property
-    def preference_seeds(self) -> list[int]:
-        """The seeds whose policies learn from pairs."""
-        return self.seeds[: self.settings.preference.seeds]
+    def compared(self) -> dict[str, tuple[str, str]]:
+        """Those of `preferred` that are held against their SFT policies."""
+        return self.preferred if self.settings.preference.compared else {}
 
     @property
     def has_words(self) -> bool:
@@ -320,13 +320,12 @@ class UltraMedical:
         return Answers(whole.frame.sort_values("subset", kind="stable", ignore_index=True), whole.artifacts)
 
     def examine_policy(self, mix: str, arm: str = "sft", *, seeds: Iterable[int] = (), **how) -> Answers:
-        """`examine` of the policies of all seeds that the arm has (or the given ones); `how` is passed on."""
-        seeds = seeds or (self.seeds if arm == "sft" else self.preference_seeds)
+        """`examine` of the policies of all seeds (or the given ones); `how` is passed on."""
         return self.each_seed(lambda seed: self.examine(self.train_policy(mix, arm, seed), seed, **how), seeds)
 
     def examine_control(self, mix: str, control: str) -> Answers:
         """`examine` of a control of preference learning, for all seeds."""
-        return self.each_seed(lambda seed: self.examine(self.train_control(mix, control, seed), seed), self.preference_seeds)
+        return self.each_seed(lambda seed: self.examine(self.train_control(mix, control, seed), seed))
 
     def examine_base(self, domain: str = "medical") -> tuple[Answers, str]:
         """The base model's answers to the questions of all seeds, and how it was asked: by the profile's own protocol, or by

@@ -18,7 +18,7 @@ def jobs_of(study: UltraMedical) -> list[Job]:
         for name in settings.sft.mixtures:
             notebook = "22" if name in study.mixtures else "23"
             made += with_answers(study, Job.sft(notebook, f"SFT {name}, seed {seed}", study.sft_config(name, seed)))
-    for seed in study.preference_seeds:
+    for seed in study.seeds:
         counts = {
             mix: sum(n for domain, n in pairs_of.items() if domain == "medical" or mix == "ultramix")
             for mix, _ in study.preferred.values()

@@ -26,6 +26,7 @@ from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.ledger import Ledger
 from ultramed.core.store import Artifact
 from ultramed.lm import models
+from ultramed.lm.forked import forked, forks
 from ultramed.train import launch
 
 WORTH = 8  # items that each process must have for starting it to pay
@@ -61,12 +62,15 @@ def let_go(net) -> None:
 
 
 def each(net, tokenizer, call: Callable, tasks: list[dict]) -> Iterator[tuple[int, Any]]:
-    """(number, `call(net, tokenizer, **task)`) of every task, in whichever order they end if `net` is a crew.
+    """(number, `call(net, tokenizer, **task)`) of every task, in whichever order they end if `net` is a crew. On a CPU forks of
+    this process share them.
 
     Arguments and results are plain JSON data, and `call` is at the top of a module, so that another process can find it.
     """
     if isinstance(net, Crew):
         yield from net.each(call, tasks)
+    elif (count := 1 if launch.worker() else forks(net, tasks)) > 1:
+        yield from enumerate(forked(net, tokenizer, call, tasks, count))
     else:
         for number, task in enumerate(tasks):
             yield number, call(net, tokenizer, **task)

@@ -1,10 +1,7 @@
 """Rows as token ids, made once: an Arrow file that every rank and every arm reads in place, without holding it in memory."""
 
-import contextlib
-import ctypes
 import multiprocessing
 import shutil
-import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 from ultramed.core.errors import ConfigError
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.schema import TokenConfig
+from ultramed.core.signals import end_with_parent
 from ultramed.core.store import Artifact, find, stage
 from ultramed.data import rows as canonical
 from ultramed.lm import models
@@ -53,7 +51,7 @@ def token_rows(out: Path, config: TokenConfig, *, model: Artifact, data: Artifac
         context = multiprocessing.get_context("spawn")
         with (
             progress_bar(len(rows), "tokens", "row") as bar,
-            ProcessPoolExecutor(cores(), context, initializer=_end_with_parent) as pool,
+            ProcessPoolExecutor(cores(), context, initializer=end_with_parent) as pool,
         ):
             waiting = [pool.submit(_part, *each) for each in given]
             for future in as_completed(waiting):
@@ -124,12 +122,6 @@ def _packed(rows, length: int, file: str) -> str:
 
 def _block(ids: np.ndarray) -> dict:
     return {"input_ids": ids, "prompt_length": 0, "truncated": False, "length": len(ids)}
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, however that may be (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _kind(kind: str):
