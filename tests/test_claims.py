@@ -331,6 +331,32 @@ def test_tested_claims_carry_their_arms(places):
     scorecard.forget("smoke", book.name)
 
 
+def test_two_trained_models_are_compared_over_seeds_enough(places):
+    from ultramed.book.notebook import Book
+    from ultramed.core.config import load_profile
+    from ultramed.core.store import Artifact
+    from ultramed.evaluate.arms import Answers, Arms, joined
+
+    def arm(right: int, seeds: int, *stages: str) -> Answers:
+        made = answers([1] * right + [0] * (40 - right))
+        whole = joined(made.assign(seed=seed, id=[f"{seed}-{i}" for i in range(40)]) for seed in range(seeds))
+        return Answers(whole.frame, tuple(Artifact(stage, stage, places) for stage in stages))
+
+    def claims_made(seeds: int) -> list[str]:
+        arms = Arms(xpo=arm(39, seeds, "preference", "answers"), sft_of_xpo=arm(20, 3, "sft", "answers"))
+        arms |= {"ultramed_sft": arms["sft_of_xpo"], "base": arm(2, 3, "base_model", "answers")}
+        made = book.claims(arms)
+        assert book.diagnostics(arms, {("xpo", "ultramed_sft"): "DPO beats SFT"}).empty == (seeds < 2)
+        scorecard.forget("smoke", book.name)
+        return [text.split()[0] for text in made.statement]
+
+    book = Book("22_ultramedical_main", load_profile("smoke", ["seeds_to_compare=2"]))
+    assert claims_made(1) == ["SFT"], "against a model that nobody trained one seed will do"
+    assert claims_made(2) == ["SFT", "Preference"]
+    greedy, reranked = arm(20, 1, "sft", "answers"), arm(30, 1, "sft", "reward", "samples")
+    assert book.comparable(reranked, greedy), "one policy's answers, chosen in two ways"
+
+
 def test_nothing_is_tested_at_the_floor_and_70b_has_its_own_claim(places):
     """GSM8K at 4% cannot fall by 5 points; at 70B the pooled gain is the claim about 70B, too."""
     from ultramed.book.notebook import Book, at_floor

@@ -26,6 +26,7 @@ from ultramed.papers.claims import Claim, claims_of
 from ultramed.report import beside, figures, scorecard, tables
 
 PARAMETERS = {"profile", "overrides"}
+TRAINED = ("sft", "preference", "reward")  # stages that train a model
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class Book:
         wants to test otherwise, the arms' answers (`NN_questions.parquet`, `Arms.read`).
 
         The p values are raw and the verdicts provisional: notebook 90 corrects over all claims of a paper. A claim that
-        something falls by no more than a margin is left out where there is no more than that to lose, and any claim whose A
-        has fewer seeds than B (`preference.seeds`): such an arm is shown, not compared.
+        something falls by no more than a margin is left out where there is no more than that to lose, and any claim
+        between two trained models that share too few seeds (`comparable`): they are shown, not compared.
         """
         at = dict(arms)
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
             at |= {f"{name}_70b": answers for name, answers in arms.items()}  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        there = [claim for claim in mine if claim.a in at and claim.b in at]
+        there = [claim for claim in mine if claim.a in at and claim.b in at and self.comparable(at[claim.a], at[claim.b])]
         tested = [claim for claim in there if not at_floor(claim, at[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
@@ -112,12 +113,22 @@ class Book:
         )
 
     def diagnostics(self, arms: Arms, statements: dict[tuple[str, str], str], more: str = "") -> pd.DataFrame:
-        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict."""
+        """Comparisons that the papers do not make, (A, B) -> statement: recorded apart, without a verdict, and left out as in
+        `claims` where seeds are too few."""
         entries = [
             scorecard.diagnostic_entry(f"{self.name[:2]}:{a}-{b}", statement, compare(arms[a], arms[b]), self.protocol(more))
             for (a, b), statement in statements.items()
+            if self.comparable(arms[a], arms[b])
         ]
         return self._record(entries, "diagnostics", "Comparisons of our own: A minus B in points, raw p.", arms)
+
+    def comparable(self, a: Answers, b: Answers) -> bool:
+        """Whether the arms share as many seeds as the profile asks for (`seeds_to_compare`), if each rests on a trained model
+        that the other does not rest on."""
+        models = [{art for art in arm.artifacts if art.stage in TRAINED} for arm in (a, b)]
+        if models[0] <= models[1] or models[1] <= models[0]:
+            return True
+        return len(set(a.frame.seed) & set(b.frame.seed)) >= self.profile.seeds_to_compare
 
     def _record(self, entries: list[dict], name: str, caption: str, arms: Arms) -> pd.DataFrame:
         if not entries:

@@ -135,15 +135,13 @@ class PreferenceSection(Strict):
     """Preference learning. `source`: 'policy' (its own samples, `on_policy`), 'pool' (candidates of `candidates.pool`), or a
     data set of pairs (UltraMedical-Preference at paper scale). `prompts`: source -> count of them ('pool': of each domain's
     prompts; a data set: pairs), `first`: the first of them in the file. `mixtures`: whose SFT policies learn from pairs; none
-    named: all of them, as in the paper. `compared`: whether the arms are held against their SFT policies, or only
-    shown, for want of seeds. `controls`: policies trained on with the same prompts' reference answers, and with the pairs'
-    chosen sides for as many steps; the paper has neither.
+    named: all of them, as in the paper. `controls`: policies trained on with the same prompts' reference answers, and with the
+    pairs' chosen sides for as many steps; the paper has neither.
     """
 
     train: PreferenceConfig
     arms: dict[str, ChangesToPreference]
     mixtures: list[str] = Field([])
-    compared: bool = True
     source: str = "policy"
     prompts: QuestionsByDomain = Field({})
     first: Rows = Field(0, ge=0)
@@ -317,6 +315,7 @@ class Profile(Strict):
     prefer: Literal["local", "hub"] = "local"  # where a data set is read from if both ULTRAMED_DATA and the hub have it
     bench: BenchSection = BenchSection()
     judge: str = ""  # url#model of an OpenAI-compatible server that scores, judges and writes; '' for none
+    seeds_to_compare: int = Field(1, ge=1)  # over fewer seeds two trained models are shown and not compared
     limit: int = Field(0, ge=0)  # a quick look: no more rows, questions or prompts than this of any source; 0: as they are
     open_rows: Rows = Field(40, ge=1)  # rows of each open-ended test (notebooks 27 and 30)
     open_tokens: int = Field(64, ge=1)  # longest reply in them; CURE-Med's own setting is 2,048

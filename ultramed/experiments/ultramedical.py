@@ -83,11 +83,6 @@ class UltraMedical:
         return {f"{mix}_{arm}": (mix, arm) for mix in mixes for arm in section.arms}
 
     @property
-    def compared(self) -> dict[str, tuple[str, str]]:
-        """Those of `preferred` that are held against their SFT policies."""
-        return self.preferred if self.settings.preference.compared else {}
-
-    @property
     def has_words(self) -> bool:
         """Whether the yardstick of words can be had."""
         return can_count(self.settings.test.questions["medical"], self.settings.sft.mixtures[self.mixtures[0]])
