@@ -15,8 +15,6 @@ from ultramed.evaluate.likelihood import lm_eval_prompt
 from ultramed.experiments.bench import TASKS, medical_questions, setting
 from ultramed.lm import models
 
-LIMIT = 10  # questions of each of the nine tasks
-
 
 def as_the_harness_has_it(row: dict) -> tuple[str, dict]:
     """(the harness' file for the row's task, under its tasks/; the row with the columns of the hub's copy that the file
@@ -77,19 +75,21 @@ def tasks_of(questions) -> dict[str, list[dict]]:
     return {f"local_{task}": [row for row in rows if (row["dataset"], row["subset"]) == where] for task, where in TASKS.items()}
 
 
-def test_every_task_has_the_same_prompts_choices_and_answers(data, tmp_path):
-    questions, missing = medical_questions(limit=LIMIT)
+@pytest.mark.parametrize(("name", "limit"), [("tiny:llama", 20), ("bundled:smollm2-135m", 4)])
+def test_every_task_has_the_same_prompts_choices_and_answers(data, tmp_path, name, limit):
+    """`limit` questions of each of the nine tasks: many with the tiny model, and some with a real one, in fp32 both."""
+    questions, missing = medical_questions(limit=limit)
     assert not missing
     tasks = tasks_of(questions)
-    assert {name: len(rows) for name, rows in tasks.items()} == {f"local_{task}": LIMIT for task in TASKS}
-    model = models.base_model(ModelConfig(name="bundled:smollm2-135m", label="x"))
+    assert {task: len(rows) for task, rows in tasks.items()} == {f"local_{task}": limit for task in TASKS}
+    model = models.base_model(ModelConfig(name=name, label="x"))
     ours = {}
     for part in questions:
         asked = answers(setting(BenchSection()), model=model, questions=part.artifact, select=part.select, dtype="float32")
         ours |= {(part.name, row.id): row for row in read_answers(asked).itertuples()}
     theirs = harness(model, tasks, tmp_path)
-    for name, rows in tasks.items():
-        for row, sample in zip(rows, theirs[name], strict=True):
+    for task, rows in tasks.items():
+        for row, sample in zip(rows, theirs[task], strict=True):
             context, continuations = lm_eval_prompt(row)
             assert sample["arguments"] == [(context, text) for text in continuations]
             answer, logps = ours[row["dataset"], row["id"]], [response[0] for response in sample["filtered_resps"]]

@@ -6,7 +6,8 @@ from handmade import lines
 
 from ultramed.core.errors import ConfigError
 from ultramed.data.rows import read_pairs
-from ultramed.evaluate.reward_bench import PAPER, REWARDBENCH, BenchConfig, bench, category, sections, table
+from ultramed.evaluate.arms import Answers, compare
+from ultramed.evaluate.reward_bench import PAPER, REWARDBENCH, BenchConfig, bench, by_section, category, sections, table
 
 
 def candidate(text, score, letter="A", strict=True):
@@ -81,3 +82,16 @@ def test_a_table_has_subsets_then_sections_then_the_score():
     other = table(frame(easy=(3, 4), hard=(1, 2)))
     assert other.accuracy.tolist() == pytest.approx([0.75, 0.5, 0.625]), "other benches: the mean of subsets"
     assert set(PAPER) == {"easy", "hard", "length", "human"}
+
+
+def test_a_comparison_over_sections_is_of_the_tables_scores():
+    """Within a section subsets count by their official sizes, whatever the number of pairs at hand."""
+    one = frame(math_prm=(1, 4), hep_cpp=(1, 2), donotanswer=(1, 2))
+    other = frame(math_prm=(3, 4), hep_cpp=(0, 2), donotanswer=(1, 2))
+    sides = [by_section(Answers(part.assign(seed=0, id=part.concept))) for part in (one, other)]
+    found = compare(*sides)
+    for side, value in zip((one, other), (found.a, found.b), strict=True):
+        assert value == pytest.approx(table(side).set_index("subset").accuracy["average"])
+    assert found.a == pytest.approx(((0.25 * 984 + 0.5 * 164) / 1148 + 0.5) / 2)
+    unnamed = Answers(frame(easy=(1, 2)).assign(seed=0))
+    assert by_section(unnamed) is unnamed

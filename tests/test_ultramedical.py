@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from faulty import Faulty
 from ultramed.annotate.feedback import score_agreement
 from ultramed.core.config import load_profile
 from ultramed.core.errors import ConfigError
+from ultramed.data import rows as canonical
 from ultramed.data.rows import read_instructions, read_pairs
 from ultramed.evaluate.sample import read_feedback
 from ultramed.experiments.iteration import Iteration, rounds_table
@@ -105,6 +107,47 @@ def test_prompts_begin_where_the_reward_models_end(experiment):
     pool = {row["id"] for row in read_feedback(experiment.rank_candidates("medical"))}
     assert len(own) == 8
     assert not own & pool
+
+
+@pytest.mark.parametrize("profile", ["laptop", "workstation", "gpu", "paper-8b", "smoke"])
+def test_general_questions_to_choose_by_are_no_test_questions(profile, monkeypatch):
+    experiment = UltraMedical.of(load_profile(profile))
+    size = experiment.profile.exam.general_test
+    monkeypatch.setattr(canonical, "subset_sizes", lambda path: {"general": size})
+    monkeypatch.setattr("ultramed.experiments.ultramedical.dataset", lambda profile, name: Path(name))
+    [held] = experiment.prompts(experiment.settings.candidates.held_prompts["general"], held=True)
+    tests = [next(experiment.test_prompts("general", seed)) for seed in experiment.seeds]
+    assert {where["side"] for where in (held, *tests)} == {"general_test"}
+    for where in tests:
+        start, stop = where["select"]["general"]
+        assert held["select"]["general"][1] <= start < stop <= size
+
+
+@pytest.mark.parametrize("profile", ["laptop", "workstation", "gpu", "smoke"])
+def test_rows_of_sft_are_no_prompts_of_what_follows(profile):
+    """Reward models, preference learning and every round of iteration begin where the ones before end, and SFT behind them
+    all. (In the papers' profiles UltraMedical's rows are in both, as they were.)"""
+    section = load_profile(profile).ultramedical
+    last: dict[str, int] = {}
+
+    def uses(counts: dict[str, int], first: int = 0) -> None:
+        for name, count in counts.items():
+            key = name.removesuffix(f":{name.partition(':')[0]}")  # 'medqa:medqa' is all of 'medqa'
+            last[key] = max(last.get(key, 0), first + count)
+
+    for counts in section.candidates.prompts.values():
+        uses(counts)
+    for counts in section.preference.prompts.values():
+        uses(counts, section.preference.first)
+    if section.iterative:
+        step = max(section.iterative.prompts.values())
+        for number in range(section.iterative.rounds + 1):
+            uses(section.iterative.prompts, section.iterative.first + number * step)
+    for name, mixture in section.sft.mixtures.items():
+        for source in mixture:
+            part, _, rows = source.partition("[")
+            if rows and part in last and part != "exam:general":
+                assert int(rows.partition(":")[0]) >= last[part], (name, source, last[part])
 
 
 def test_the_controls_spend_the_same_prompts_or_the_same_steps(experiment):

@@ -77,7 +77,9 @@ class Book:
         return bool(section and section.same_scale) and not self.name.startswith("3")
 
     def protocol(self, more: str = "") -> str:
-        """Model and way of asking, as the scorecard keeps it beside every number."""
+        """Model and way of asking, as the scorecard keeps it beside every number; `more` alone where nobody is asked."""
+        if self.name.startswith("12"):  # of a shape
+            return more
         asked = self.profile.eval if self.name.startswith("1") or not self.profile.ultramedical else self.ultramedical.asking
         return f"{self.profile.models[0].label}; {asked.protocol}, {asked.answer_form}" + (f"; {more}" if more else "")
 
@@ -103,7 +105,10 @@ class Book:
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
             at |= {f"{name}_70b": answers for name, answers in arms.items()}  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        there = [claim for claim in mine if claim.a in at and claim.b in at and self.comparable(at[claim.a], at[claim.b])]
+        twins = {
+            claim.a.removesuffix("_70b") for claim in mine if claim.a.endswith("_70b") and claim.a in at
+        }  # of the same arms
+        there = [c for c in mine if {c.a, c.b} <= set(at) and c.a not in twins and self.comparable(at[c.a], at[c.b])]
         tested = [claim for claim in there if not at_floor(claim, at[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")

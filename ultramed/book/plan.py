@@ -25,8 +25,8 @@ from ultramed.lm.models import exceeds
 from ultramed.train import training
 from ultramed.train.estimate import Shape, flops_per_token, memory, shape_of
 
-# Of the device's peak; sampling is bound by memory, not by arithmetic. Measured on an H200 with 7B and 8B shapes: 29 to 55% in
-# training on rows of 2,048 tokens, 17 to 23% on four of 256, and 7% in sampling (docs/PERFORMANCE.md).
+# Of the device's peak; sampling is bound by memory, not by arithmetic. Measured on an H200 with 7B and 8B shapes: 17 to 55% in
+# training on rows of 2,048 tokens, 9 to 23% on four of 256 (8-bit weights least), and 7% in sampling (docs/PERFORMANCE.md).
 UTILISATION = {"training": 0.4, "sampling": 0.05}
 DEVICE_GB = 80  # an H100
 
@@ -187,7 +187,8 @@ def requests(profile: Profile) -> dict[tuple[str, str], float]:
         ask("train", *section.reward.sources.values())
         ask("train", *_after(section.preference.first, *section.preference.prompts.values()))
         if section.iterative:
-            ask("train", *_after(section.iterative.first, section.iterative.prompts))
+            rounds = section.iterative.rounds * max(section.iterative.prompts.values())  # the last model is scored on more
+            ask("train", *_after(section.iterative.first + rounds, section.iterative.prompts))
         ask("dev", *section.candidates.held_prompts.values())
         ask("test", *section.test.questions.values(), dict.fromkeys(section.reward.benches.values(), 0))
     return found

@@ -98,7 +98,7 @@ def _meadow_part(profile: Profile, part: str, n: int, used: str) -> dict:
     if local_files(name):
         made = dataset(profile, name)
         count, where = made.metrics["counts"].get("train", 0) + made.metrics["rejected"], "ULTRAMED_DATA"
-        if subset:
-            count = subset_sizes(made / "test.parquet").get(subset, 0)
+        if subset:  # read without the questions that have images, which the published n counts
+            count, where = None, f"ULTRAMED_DATA: {subset_sizes(made / 'test.parquet').get(subset, 0)} without images"
     mixture = profile.train.mixture.get(name)
     return {"part": part, "published n": n, "used in training": used, "mixture": mixture, "ours": count, "where": where}

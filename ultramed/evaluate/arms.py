@@ -13,7 +13,8 @@ from ultramed.evaluate import stats
 
 @dataclass(frozen=True)
 class Answers:
-    """One arm's answers: a row a question with id, subset, concept, gold, letter (None: unparsed), correct, strict, seed.
+    """One arm's answers: a row a question with id, subset, concept, gold, letter (None: unparsed), correct, strict, seed; and
+    `weight` where the questions of a subset do not count alike.
 
     `artifacts` are those that the rows rest on: the model and what it answered.
     """
@@ -111,7 +112,7 @@ def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
     both = left.merge(right, on=["id", "seed"], suffixes=("_a", "_b"), validate="one_to_one")
     if both.empty:
         raise ValueError("the two arms have no question in common")
-    weights = stats.task_weights(both.subset_a, both.seed)
+    weights = stats.task_weights(both.subset_a, both.seed, both.get("weight_a"))
     given = (both.correct_a, both.correct_b, both.concept_a, both.seed)
     d = stats.difference(*given, weights=weights).within(-1, 1)
     seeds = both.seed.nunique()

@@ -58,10 +58,12 @@ TABLE4_COLUMNS = {  # 'bench: subset' of `by_bench` -> column of UltraMedical's 
     "medical: hard": "um_hard",
     "medical: length": "um_length",
     "medical: human": "um_human",
+    "medical: average": "um_avg",
     "general: chat": "rb_chat",
     "general: chat_hard": "rb_chat_hard",
     "general: safety": "rb_safety",
     "general: reasoning": "rb_reasoning",
+    "general: average": "rb_avg",
 }
 
 
@@ -220,7 +222,9 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     found = pd.DataFrame(rows)
     whole = sections(found)
     if whole.empty:
-        whole = pd.DataFrame([{"subset": AVERAGE, "accuracy": found.accuracy.mean(), "n": int(found.n.sum())}])
+        weights = stats.task_weights(frame.subset, frame.get("seed"))
+        e = stats.clustered(frame.correct, frame.concept, frame.get("seed"), weights=weights).within(0, 1)
+        whole = pd.DataFrame([{"subset": AVERAGE, **e.row()}])
     return pd.concat([found, whole], ignore_index=True).drop(columns="se")
 
 
@@ -252,11 +256,14 @@ def _weighted(name: str, part: pd.DataFrame, share: pd.Series) -> dict:
 
 
 def by_section(answers: Answers) -> Answers:
-    """The same, `subset` being RewardBench's section where every subset is one of its; for comparisons that count sections
-    alike (within a section pairs count alike)."""
+    """The same, `subset` being RewardBench's section where every subset is one of its, and `weight` such that within a section
+    its subsets count by their official sizes; for comparisons whose sides are RewardBench's score."""
     names = {subset: name for name, members in REWARDBENCH.items() for subset in members}
-    found = answers.frame.subset.map(names)
-    return answers if found.isna().any() else answers.assign(subset=found)
+    sizes = {subset: size for members in REWARDBENCH.values() for subset, size in members.items()}
+    subset, found = answers.frame.subset, answers.frame.subset.map(names)
+    if found.isna().any():
+        return answers
+    return answers.assign(subset=found, weight=subset.map(sizes) / subset.map(subset.value_counts()))
 
 
 def by_bench(scores: Mapping[tuple[str, str], Answers]) -> pd.DataFrame:
@@ -268,11 +275,10 @@ def by_bench(scores: Mapping[tuple[str, str], Answers]) -> pd.DataFrame:
 
 
 def wide(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """`by_bench` as a reader wants it: a row an arm; subsets with interval and n, averages last."""
+    """`by_bench` as a reader wants it: a row an arm, with intervals; subsets with n, averages last."""
     average = accuracy.subset.str.endswith(f": {AVERAGE}")
-    interval = percent(accuracy).where(~average, (100 * accuracy.accuracy).round(1).astype(str))
     named = accuracy.subset.where(average, accuracy.subset + " (n = " + accuracy.n.astype(str) + ")")
-    shown = accuracy.assign(score=interval, column=named, average=average)
+    shown = accuracy.assign(score=percent(accuracy), column=named, average=average)
     order = list(dict.fromkeys(shown.sort_values("average", kind="stable").column))
     made = shown.pivot_table(index="arm", columns="column", values="score", aggfunc="first", sort=False)
     return made[order].reset_index().rename_axis(columns=None)

@@ -66,15 +66,17 @@ def numbered(labels) -> np.ndarray:
     return np.unique(np.asarray(labels), return_inverse=True)[1]
 
 
-def task_weights(tasks, seeds=None) -> np.ndarray:
+def task_weights(tasks, seeds=None, within=None) -> np.ndarray:
     """Weights (n,), 1 on average, under which every task (labels, shape (n,)) counts the same however many questions it has:
     the weighted mean of questions is the mean of tasks, which is what both papers report. Where `seeds`, shape (n,), are
-    given, that holds for each of them, and each counts the same."""
+    given, that holds for each of them, and each counts the same. within, shape (n,): how much a question counts in its own
+    task; None: all alike."""
     task = numbered(tasks)
     seed = np.zeros(len(task), dtype=int) if seeds is None else numbered(seeds)
     tasks_of_seed = np.array([len(set(task[seed == s])) for s in range(seed.max() + 1)])
     cell = numbered(seed * (task.max() + 1) + task)
-    return len(task) / (len(tasks_of_seed) * tasks_of_seed[seed] * np.bincount(cell)[cell])
+    own = np.ones(len(task)) if within is None else np.asarray(within, dtype=float)
+    return len(task) * own / (len(tasks_of_seed) * tasks_of_seed[seed] * np.bincount(cell, weights=own)[cell])
 
 
 def bootstrap_means(values, clusters, draws: int = 2000, seed: int = 0, weights=None) -> np.ndarray:

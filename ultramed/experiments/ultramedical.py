@@ -293,8 +293,10 @@ class UltraMedical:
 
     def test_prompts(self, domain: str, seed: int = 0) -> Iterator[dict]:
         """Where a stage finds a seed's test questions: questions, side, select. A seed for which too few are left has the
-        first."""
+        first. The bundled general questions have no dev side: the first of the test side are it."""
         skip, place = self.settings.test.skip, self.seeds.index(seed)
+        if domain == "general":
+            skip = max(skip, *self.settings.candidates.held_prompts["general"].values(), 0)
         for where in self.prompts(self.settings.test.questions[domain]):
             side = where["side"].replace("train", "test")
             sizes = canonical.subset_sizes(where["questions"] / f"{side}.parquet")

@@ -1,8 +1,8 @@
 """Batches read by forks of this process: the weights are there once, and each fork multiplies with a thread of its own.
 
 The small products of growing replies wait for their threads more than they gain from them: two forks with a thread each write
-1.25 times as many tokens a second as two threads do, and the more cores a machine has the larger the factor
-(docs/PERFORMANCE.md). torch's DataLoader makes its workers in the same way.
+1.2 times as many tokens a second as two threads do (docs/PERFORMANCE.md). torch's DataLoader makes its workers in the same way,
+and leaves them one thread, too: OpenMP's others do not exist in a fork.
 """
 
 import multiprocessing
@@ -25,20 +25,21 @@ _held: tuple = ()  # (net, tokenizer) of a fork
 
 
 def forks(net, tasks: list) -> int:
-    """How many forks shall share the tasks: as many as there are threads and tasks, or 1 where forking cannot be or hardly pays
-    (weights on a GPU, systems other than Linux, small models)."""
-    if net.device.type != "cpu" or sys.platform != "linux" or net.num_parameters() < PAYS:
+    """How many forks shall share the tasks: one a thread, or fewer where there are not as many tasks; 1 where forking cannot be
+    or hardly pays (weights on a GPU, systems other than Linux, small models, most threads without a task)."""
+    threads = torch.get_num_threads()
+    if net.device.type != "cpu" or sys.platform != "linux" or net.num_parameters() < PAYS or 2 * len(tasks) < threads:
         return 1
-    return min(torch.get_num_threads(), len(tasks))
+    return min(threads, len(tasks))
 
 
 def forked(net, tokenizer, call: Callable, tasks: list[dict], count: int) -> Iterator[Any]:
-    """`call(net, tokenizer, **task)` of every task, in their order, by `count` forks that share this process's threads.
+    """`call(net, tokenizer, **task)` of every task, in their order, by `count` forks.
 
     Raises what `call` raises, and StoreError if a fork is killed.
     """
-    before, told = set(multiprocessing.active_children()), (net, tokenizer, max(1, torch.get_num_threads() // count))
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=told)
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(net, tokenizer))
     waiting = [pool.submit(_do, call, task) for task in tasks]
     workers = set(multiprocessing.active_children()) - before
     try:
@@ -56,12 +57,12 @@ def forked(net, tokenizer, call: Callable, tasks: list[dict], count: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(net, tokenizer, threads: int) -> None:
+def _begin(net, tokenizer) -> None:
     global _held
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, which ends its forks
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the library warns that it was forked
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     _held = net, tokenizer
 
 
