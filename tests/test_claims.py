@@ -372,4 +372,7 @@ def test_nothing_is_tested_at_the_floor_and_70b_has_its_own_claim(places):
     book = Book("22_ultramedical_main", load_profile("smoke", ["ultramedical.published_size=70B"]), "ultramed run 22")
     shown = book.claims(Arms(xpo=answers([1] * 60 + [0] * 40), sft_of_xpo=answers([1] * 40 + [0] * 60)))
     assert [text.startswith("At 70B") for text in shown.statement] == [True]
+    two = Arms(best_ensemble=answers([1] * 60 + [0] * 40), best_greedy=answers([1] * 40 + [0] * 60))
+    [text] = book.claims(two).statement
+    assert not text.startswith("At 70B"), "the claim about 70B has another B"
     scorecard.forget(book.profile.name, book.name)

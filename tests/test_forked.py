@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,15 +14,15 @@ import torch
 
 from ultramed.core.errors import ConfigError, StoreError
 from ultramed.evaluate.generate import Sampling, generate, item_rng
-from ultramed.lm import forked
+from ultramed.lm import forked, models
 from ultramed.train.crew import each
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is forking on Linux only")
 
 
 @pytest.fixture(scope="module")
 def held(medalpaca):
-    from ultramed.evaluate.engine import load
-
-    return load(medalpaca.base, "float32", None)
+    return models.load(medalpaca.base, dtype=torch.float32, device="cpu"), models.load_tokenizer(medalpaca.base)
 
 
 @pytest.fixture(autouse=True)
@@ -67,19 +68,26 @@ def where(net, tokenizer, number: int) -> list:
 def test_a_fork_has_one_thread_and_little_work_stays_in_the_process(held, monkeypatch):
     net, tokenizer = held
     tasks = [{"number": number} for number in range(3)]
-    for threads in (2, 4):
+    for threads in (2, 3):
         torch.set_num_threads(threads)
         told = list(each(net, tokenizer, where, tasks))
         assert [number for number, _ in told] == [0, 1, 2]
         assert {threads for _, (_, _, threads) in told} == {1}
         assert os.getpid() not in {pid for _, (_, pid, _) in told}
-    torch.set_num_threads(7)
-    assert {pid for _, (_, pid, _) in each(net, tokenizer, where, tasks)} == {os.getpid()}
+    torch.set_num_threads(4)
+    assert forked.forks(net, tasks) == 1, "a thread would have no task"
+    torch.set_num_threads(12)
+    assert forked.forks(net, [*tasks, {}]) == forked.MOST
+    with monkeypatch.context() as short:
+        short.setattr(forked.psutil, "virtual_memory", lambda: SimpleNamespace(available=7 * net.get_memory_footprint()))
+        torch.set_num_threads(2)
+        assert forked.forks(net, tasks) == 1
     monkeypatch.setattr(forked, "PAYS", net.num_parameters() + 1)
     assert {pid for _, (_, pid, _) in each(net, tokenizer, where, tasks)} == {os.getpid()}
 
 
 def fails(net, tokenizer, how: str) -> str:
+    assert multiprocessing.parent_process(), "only in a fork"
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "slow":
@@ -97,7 +105,7 @@ def test_what_a_fork_raises_is_raised_here(held):
 
 
 def test_a_killed_fork_is_told_with_what_to_do(held):
-    with pytest.raises(StoreError, match=r"want of memory.*batch_tokens"):
+    with pytest.raises(StoreError, match=r"want of memory.*OMP_NUM_THREADS"):
         list(each(*held, fails, [{"how": "killed"}, {"how": "slow"}]))
 
 
@@ -116,13 +124,12 @@ from types import SimpleNamespace
 from ultramed.lm import forked
 forked.PAYS = 0
 torch.set_num_threads(2)
-net = SimpleNamespace(device=torch.device("cpu"), num_parameters=lambda: 1)
+net = SimpleNamespace(device=torch.device("cpu"), num_parameters=lambda: 1, get_memory_footprint=lambda: 1)
 def slow(net, tokenizer): time.sleep(600)
 list(forked.forked(net, None, slow, [{}, {}], forked.forks(net, [{}, {}])))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what ends a process with its parent is Linux'")
 def test_forks_end_with_a_parent_that_is_killed():
     parent = psutil.Popen([sys.executable, "-c", ALONE], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -88,11 +88,17 @@ def test_every_task_has_the_same_prompts_choices_and_answers(data, tmp_path, nam
         asked = answers(setting(BenchSection()), model=model, questions=part.artifact, select=part.select, dtype="float32")
         ours |= {(part.name, row.id): row for row in read_answers(asked).itertuples()}
     theirs = harness(model, tasks, tmp_path)
+    asked = 0
     for task, rows in tasks.items():
         for row, sample in zip(rows, theirs[task], strict=True):
             context, continuations = lm_eval_prompt(row)
             assert sample["arguments"] == [(context, text) for text in continuations]
-            answer, logps = ours[row["dataset"], row["id"]], [response[0] for response in sample["filtered_resps"]]
+            answer, logps = ours.pop((row["dataset"], row["id"]), None), [response[0] for response in sample["filtered_resps"]]
+            if answer is None:
+                continue  # it does not fit into the tiny model's context
+            asked += 1
             assert answer.logps == pytest.approx(logps, abs=2e-3)
             assert answer.letter == list(row["options"])[max(range(len(logps)), key=logps.__getitem__)]
             assert answer.correct == bool(sample["acc"])
+    assert not ours
+    assert asked >= (170 if name.startswith("tiny") else 9 * limit)

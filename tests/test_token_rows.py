@@ -57,9 +57,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     """kill -9 while the parts are tokenised: nobody is left."""
     script = (
         "import os, time\nfrom concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
-        "from ultramed.train.token_rows import _end_with_parent\n"
+        "from ultramed.core.signals import end_with_parent\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=_end_with_parent)\n"
+        "    pool = ProcessPoolExecutor(2, get_context('spawn'), initializer=end_with_parent)\n"
         "    print([pool.submit(os.getpid).result() for _ in range(4)], flush=True)\n"
         "    [pool.submit(time.sleep, 60) for _ in range(2)]\n    time.sleep(60)\n"
     )

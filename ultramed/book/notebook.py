@@ -105,10 +105,9 @@ class Book:
         if self.profile.ultramedical and self.profile.ultramedical.published_size == "70B":
             at |= {f"{name}_70b": answers for name, answers in arms.items()}  # as claims.csv calls them
         mine = [claim for claim in claims_of(self.name) if claim.unit == "points"]  # gigabytes and minutes have no paired test
-        twins = {
-            claim.a.removesuffix("_70b") for claim in mine if claim.a.endswith("_70b") and claim.a in at
-        }  # of the same arms
-        there = [c for c in mine if {c.a, c.b} <= set(at) and c.a not in twins and self.comparable(at[c.a], at[c.b])]
+        there = [claim for claim in mine if claim.a in at and claim.b in at and self.comparable(at[claim.a], at[claim.b])]
+        about_70b = {claim.a.removesuffix("_70b") for claim in there if claim.a.endswith("_70b")}
+        there = [claim for claim in there if claim.a not in about_70b]  # one comparison is tested as one claim
         tested = [claim for claim in there if not at_floor(claim, at[claim.b])]
         if tested:
             arms.write(scorecard.folder(self.profile.name) / "tables" / f"{self.name[:2]}_questions.parquet")
@@ -128,8 +127,8 @@ class Book:
         return self._record(entries, "diagnostics", "Comparisons of our own: A minus B in points, raw p.", arms)
 
     def comparable(self, a: Answers, b: Answers) -> bool:
-        """Whether the arms share as many seeds as the profile asks for (`seeds_to_compare`), if each rests on a trained model
-        that the other does not rest on."""
+        """Whether the arms share as many seeds as the profile asks for (`seeds_to_compare`), if each uses a trained model that
+        the other does not."""
         models = [{art for art in arm.artifacts if art.stage in TRAINED} for arm in (a, b)]
         if models[0] <= models[1] or models[1] <= models[0]:
             return True
@@ -137,7 +136,7 @@ class Book:
 
     def _record(self, entries: list[dict], name: str, caption: str, arms: Arms) -> pd.DataFrame:
         if not entries:
-            print(f"no {name} of this notebook can be tested at this profile: an arm of each is missing")
+            print(f"no {name} of this notebook can be tested at this profile: an arm of each is missing, or has too few seeds")
             return pd.DataFrame()
         made = scorecard.record(self.profile.name, self.name, entries, self.command)
         return self.table(f"{self.name[:2]}_{name}", scorecard.shown(made), caption, arms)

@@ -172,7 +172,9 @@ class RerankSection(Strict):
     dev_questions: QuestionCounts = Field({})
     reward_arm: str = "medical"
     mixture: str = "ultramix"
-    seeds: int = Field(100, ge=1)  # how many of the seeds are re-ranked: no two trained policies are compared
+    seeds: int = Field(
+        100, ge=1
+    )  # how many of the seeds are re-ranked; `control` compares two policies, see `seeds_to_compare`
     ensemble: bool = True  # of the best UltraMix arm on dev questions, in notebook 22
     control: bool = True  # a policy fine-tuned on the reward model's questions, too
 

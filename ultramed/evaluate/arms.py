@@ -139,12 +139,12 @@ class Arms(dict[str, Answers]):
 
     def write(self, path: Path) -> None:
         """Every arm's right and wrong answers as Parquet, a row a question: arm, id, seed, subset, concept, correct and, where
-        replies were read, letter and strict. What any other interval or test needs, long after the store is gone. Raises
+        there are, weight, letter and strict. What any other interval or test needs, long after the store is gone. Raises
         ValueError for an arm without answers, which a table of answers cannot hold."""
         if empty := [name for name, arm in self.items() if arm.frame.empty]:
             raise ValueError(f"arms without answers cannot be kept: {empty}")
         whole = pd.concat([arm.frame.assign(arm=name) for name, arm in self.items()], ignore_index=True)
-        columns = ["arm", "id", "seed", "subset", "concept", "correct", "letter", "strict"]
+        columns = ["arm", "id", "seed", "subset", "concept", "correct", "weight", "letter", "strict"]
         whole = whole[[name for name in columns if name in whole]].astype({"id": str, "concept": str, "correct": float})
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
