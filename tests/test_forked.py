@@ -70,10 +70,14 @@ def test_a_fork_has_one_thread_and_little_work_stays_in_the_process(held, monkey
     tasks = [{"number": number} for number in range(3)]
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        told = list(each(net, tokenizer, where, tasks))
+        told = list(each(net, tokenizer, where, tasks, small=True))
         assert [number for number, _ in told] == [0, 1, 2]
         assert {threads for _, (_, _, threads) in told} == {1}
         assert os.getpid() not in {pid for _, (_, pid, _) in told}
+    torch.set_num_threads(2)
+    assert {pid for _, (_, pid, _) in each(net, tokenizer, where, tasks)} == {os.getpid()}, (
+        "large products are better off with threads"
+    )
     torch.set_num_threads(4)
     assert forked.forks(net, tasks) == 1, "a thread would have no task"
     torch.set_num_threads(12)
@@ -83,7 +87,7 @@ def test_a_fork_has_one_thread_and_little_work_stays_in_the_process(held, monkey
         torch.set_num_threads(2)
         assert forked.forks(net, tasks) == 1
     monkeypatch.setattr(forked, "PAYS", net.num_parameters() + 1)
-    assert {pid for _, (_, pid, _) in each(net, tokenizer, where, tasks)} == {os.getpid()}
+    assert {pid for _, (_, pid, _) in each(net, tokenizer, where, tasks, small=True)} == {os.getpid()}
 
 
 def fails(net, tokenizer, how: str) -> str:
@@ -98,7 +102,7 @@ def fails(net, tokenizer, how: str) -> str:
 
 
 def test_what_a_fork_raises_is_raised_here(held):
-    found = each(*held, fails, [{"how": "well"}, {"how": "no such thing"}])
+    found = each(*held, fails, [{"how": "well"}, {"how": "no such thing"}], small=True)
     assert next(found) == (0, "well")
     with pytest.raises(ConfigError, match="no such thing"):
         next(found)
@@ -106,12 +110,12 @@ def test_what_a_fork_raises_is_raised_here(held):
 
 def test_a_killed_fork_is_told_with_what_to_do(held):
     with pytest.raises(StoreError, match=r"want of memory.*OMP_NUM_THREADS"):
-        list(each(*held, fails, [{"how": "killed"}, {"how": "slow"}]))
+        list(each(*held, fails, [{"how": "killed"}, {"how": "slow"}], small=True))
 
 
 def test_whoever_stops_asking_leaves_nobody(held):
     clock = time.perf_counter()
-    found = each(*held, fails, [{"how": "well"}, {"how": "slow"}, {"how": "slow"}])
+    found = each(*held, fails, [{"how": "well"}, {"how": "slow"}, {"how": "slow"}], small=True)
     next(found)
     found.close()
     assert time.perf_counter() - clock < 60

@@ -251,7 +251,7 @@ def generate(
         }
         for batch in plan
     ]
-    for number, told in each(model, tokenizer, decoded, tasks):
+    for number, told in each(model, tokenizer, decoded, tasks, small=True):
         made = [Reply(*reply) for reply in told]
         for i, reply in zip(plan[number], made, strict=True):
             replies[i] = reply

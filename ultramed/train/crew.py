@@ -61,15 +61,15 @@ def let_go(net) -> None:
         net.close()
 
 
-def each(net, tokenizer, call: Callable, tasks: list[dict]) -> Iterator[tuple[int, Any]]:
-    """(number, `call(net, tokenizer, **task)`) of every task, in whichever order they end if `net` is a crew. On a CPU forks of
-    this process share them.
+def each(net, tokenizer, call: Callable, tasks: list[dict], small: bool = False) -> Iterator[tuple[int, Any]]:
+    """(number, `call(net, tokenizer, **task)`) of every task, in whichever order they end if `net` is a crew. small: the call
+    multiplies few rows at a time, so that on a CPU forks of this process shall share the tasks (lm/forked.py).
 
     Arguments and results are plain JSON data, and `call` is at the top of a module, so that another process can find it.
     """
     if isinstance(net, Crew):
         yield from net.each(call, tasks)
-    elif (count := 1 if launch.worker() else forks(net, tasks)) > 1:
+    elif small and not launch.worker() and (count := forks(net, tasks)) > 1:
         yield from enumerate(forked(net, tokenizer, call, tasks, count))
     else:
         for number, task in enumerate(tasks):
