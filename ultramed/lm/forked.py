@@ -1,8 +1,8 @@
 """Batches read by forks of this process: the weights are there once, and each fork multiplies with one thread.
 
 The small products of growing replies wait for their threads more than they gain from them: two forks write 1.1 to 1.2 times as
-many tokens a second as two threads do, and read 0.9 times as many (docs/PERFORMANCE.md). torch's DataLoader makes its workers in
-the same way. One thread, because a fork has none of its parent's others, for which OpenMP would wait.
+many tokens a second as two threads do, and read 0.9 times as many (docs/PERFORMANCE.md). torch's DataLoader makes its workers
+in the same way. One thread, because a fork has none of its parent's others, for which OpenMP would wait.
 """
 
 import multiprocessing
