@@ -86,7 +86,8 @@ def test_pools_are_paired_by_arm_and_question():
 def test_answers_that_are_kept_tell_the_same_again(tmp_path):
     a, b = answers([1, 1, 0, 1], letters=False), joined([answers([0, 1, 0, 1]), answers([1, 1], seed=1)])
     scored = a.assign(concept=range(4)).frame.drop(columns=["letter", "strict"])  # a reward model's have no letters
-    made = Arms(a=a, b=b, pool=pooled([a, b]), scored=Answers(scored))
+    weighted = Answers(scored.assign(weight=[1.0, 2.0, 3.0, 4.0]))
+    made = Arms(a=a, b=b, pool=pooled([a, b]), scored=Answers(scored), weighted=weighted)
     made.write(tmp_path / "tables" / "11_questions.parquet")
     again = Arms.read(tmp_path / "tables" / "11_questions.parquet")
     assert list(again) == list(made)
@@ -94,6 +95,7 @@ def test_answers_that_are_kept_tell_the_same_again(tmp_path):
     assert compare(again["a"], again["b"]) == compare(a, b)
     assert set(again["scored"].frame) == {"id", "seed", "subset", "concept", "correct"}
     assert list(again["scored"].frame.correct) == list(scored.correct)
+    assert compare(again["weighted"], again["weighted"]).a == compare(weighted, weighted).a == pytest.approx((1 + 2 + 4) / 10)
     with pytest.raises(ValueError, match=r"cannot be kept: \['none'\]"):
         Arms(a=a, none=a.only(a.frame.correct > 1)).write(tmp_path / "none.parquet")
     assert [path.name for path in (tmp_path / "tables").iterdir()] == ["11_questions.parquet"]

@@ -186,9 +186,8 @@ def requests(profile: Profile) -> dict[tuple[str, str], float]:
         ask("train", *section.sft.mixtures.values(), *section.candidates.prompts.values())
         ask("train", *section.reward.sources.values())
         ask("train", *_after(section.preference.first, *section.preference.prompts.values()))
-        if section.iterative:
-            rounds = section.iterative.rounds * max(section.iterative.prompts.values())  # the last model is scored on more
-            ask("train", *_after(section.iterative.first + rounds, section.iterative.prompts))
+        if rounds := section.iterative:
+            ask("train", *_after(rounds.first_of(rounds.rounds), rounds.prompts))
         ask("dev", *section.candidates.held_prompts.values())
         ask("test", *section.test.questions.values(), dict.fromkeys(section.reward.benches.values(), 0))
     return found

@@ -172,9 +172,7 @@ class RerankSection(Strict):
     dev_questions: QuestionCounts = Field({})
     reward_arm: str = "medical"
     mixture: str = "ultramix"
-    seeds: int = Field(
-        100, ge=1
-    )  # how many of the seeds are re-ranked; `control` compares two policies, see `seeds_to_compare`
+    seeds: int = Field(100, ge=1)  # how many of the seeds are re-ranked; for `control` at least `seeds_to_compare`
     ensemble: bool = True  # of the best UltraMix arm on dev questions, in notebook 22
     control: bool = True  # a policy fine-tuned on the reward model's questions, too
 
@@ -199,6 +197,10 @@ class IterativeSection(Strict):
     stop: bool = True  # when the reward rises while accuracy on dev questions falls
     control: bool = False
     train: ChangesToPreference = Field({})  # changes to the arm, such as a smaller learning rate
+
+    def first_of(self, number: int) -> int:
+        """Where the prompts of round `number` begin; the model of the last round is scored on those of one round more."""
+        return self.first + number * max(self.prompts.values())
 
 
 class AbilitiesSection(Strict):

@@ -156,9 +156,12 @@ class Arms(dict[str, Answers]):
         """Arms that `write` kept, without their artifacts."""
         arms = cls()
         for name, part in pd.read_parquet(path).groupby("arm", sort=False):
-            part = part.drop(columns="arm").reset_index(drop=True)
-            read = "strict" in part and part.strict.notna().any()  # of pairs there is no reply to be read
-            arms[name] = Answers(part if read else part.drop(columns=["letter", "strict"], errors="ignore"))
+            lacks = [
+                column for column in ("weight", "strict") if column in part and part[column].isna().all()
+            ]  # others have it
+            if "strict" in lacks:
+                lacks.append("letter")  # of pairs there is no reply to be read
+            arms[name] = Answers(part.drop(columns=["arm", *lacks], errors="ignore").reset_index(drop=True))
         return arms
 
     def accuracy(self, index: str = "arm") -> pd.DataFrame:

@@ -90,8 +90,7 @@ class Iteration:
         """The reward model's feedback on the policy's samples of fresh prompts."""
         settings, heat = self.settings, self.experiment.settings.preference.on_policy.temperature
         config = self.experiment.sampling(n=settings.n, temperature=heat, seed=100 + number)
-        first = settings.first + number * max(settings.prompts.values())
-        fresh = self.experiment.prompts(settings.prompts, first)
+        fresh = self.experiment.prompts(settings.prompts, settings.first_of(number))
         return self.experiment.score(drawn(config, model, fresh, f"round{number}_"))
 
     def round_config(self, arm: str, number: int, seed: int = 0, **changes):

@@ -296,7 +296,7 @@ class UltraMedical:
         first. The bundled general questions have no dev side: the first of the test side are it."""
         skip, place = self.settings.test.skip, self.seeds.index(seed)
         if domain == "general":
-            skip = max(skip, *self.settings.candidates.held_prompts["general"].values(), 0)
+            skip = max([skip, *self.settings.candidates.held_prompts["general"].values()])
         for where in self.prompts(self.settings.test.questions[domain]):
             side = where["side"].replace("train", "test")
             sizes = canonical.subset_sizes(where["questions"] / f"{side}.parquet")

@@ -24,9 +24,8 @@ def cell_entries(
     table's own unit), and where they are known `low`, `high` and `n`. names: arm's key -> name of the published row (its keys
     joined by ' / '). columns: subset -> published column, where they differ in name. At the paper's own scale a cell is
     reproduced if the interval holds the published value; without an interval, if ours is within `tolerance` of it (relative);
-    where the row names a model of another `size` ('8B', '70B'), the scale is not the paper's.
-    Minutes are another machine's and never compared. Raises KeyError for a row that
-    the table does not have.
+    where the row names a model of another `size` ('8B', '70B'), the scale is not the paper's. Minutes are another machine's and
+    never compared. Raises KeyError for a row that the table does not have.
     """
     spec, index, entries = published.TABLES[table], results.columns[0], []
     cells = {(cell["row"], cell["column"]): cell for cell in published.cells(table)}
