@@ -75,7 +75,7 @@ def tasks_of(questions) -> dict[str, list[dict]]:
     return {f"local_{task}": [row for row in rows if (row["dataset"], row["subset"]) == where] for task, where in TASKS.items()}
 
 
-@pytest.mark.parametrize(("name", "limit"), [("tiny:llama", 20), ("bundled:smollm2-135m", 4)])
+@pytest.mark.parametrize(("name", "limit"), [("tiny:llama", 20), ("bundled:smollm2-135m", 10)])
 def test_every_task_has_the_same_prompts_choices_and_answers(data, tmp_path, name, limit):
     """`limit` questions of each of the nine tasks: many with the tiny model, and some with a real one, in fp32 both."""
     questions, missing = medical_questions(limit=limit)
