@@ -109,7 +109,7 @@ def test_prompts_begin_where_the_reward_models_end(experiment):
     assert not own & pool
 
 
-@pytest.mark.parametrize("profile", ["laptop", "workstation", "gpu", "paper-8b", "smoke"])
+@pytest.mark.parametrize("profile", ["laptop", "workstation", "replication", "gpu", "paper-8b", "smoke"])
 def test_general_questions_to_choose_by_are_no_test_questions(profile, monkeypatch):
     experiment = UltraMedical.of(load_profile(profile))
     size = experiment.profile.exam.general_test
@@ -123,7 +123,7 @@ def test_general_questions_to_choose_by_are_no_test_questions(profile, monkeypat
         assert held["select"]["general"][1] <= start < stop <= size
 
 
-@pytest.mark.parametrize("profile", ["laptop", "workstation", "gpu", "smoke"])
+@pytest.mark.parametrize("profile", ["laptop", "workstation", "replication", "gpu", "smoke"])
 def test_rows_of_sft_are_no_prompts_of_what_follows(profile):
     """Reward models, preference learning and every round of iteration begin where the ones before end, and SFT behind them
     all. (In the papers' profiles UltraMedical's rows are in both, as they were.)"""
@@ -148,6 +148,23 @@ def test_rows_of_sft_are_no_prompts_of_what_follows(profile):
             part, _, rows = source.partition("[")
             if rows and part in last and part != "exam:general":
                 assert int(rows.partition(":")[0]) >= last[part], (name, source, last[part])
+
+
+def test_policies_are_ranked_by_their_own_seeds_reward_model(experiment, monkeypatch):
+    """One policy is ranked by the models of all reward seeds, several each by its own; a seed without one by the first."""
+    made = []
+    monkeypatch.setattr("ultramed.experiments.ultramedical.reward_feedback", lambda config, reward, **samples: made.append(reward))
+    monkeypatch.setattr(UltraMedical, "train_reward_model", lambda self, arm, seed: f"{arm}{seed}")
+
+    def of(reward: int, rerank: int) -> UltraMedical:
+        changes = [f"ultramedical.reward.seeds={reward}", f"ultramedical.rerank.seeds={rerank}"]
+        return UltraMedical.of(load_profile("smoke", changes))
+
+    assert (of(2, 1).rankers, of(2, 2).rankers, of(1, 2).rankers) == ([0, 1], [0], [0])
+    for seed in (0, 1):
+        of(2, 2).score({}, seed)
+    of(1, 2).score({}, 1)
+    assert made == ["mixed0", "mixed1", "mixed0"]
 
 
 def test_the_controls_spend_the_same_prompts_or_the_same_steps(experiment):

@@ -91,7 +91,7 @@ class Iteration:
         settings, heat = self.settings, self.experiment.settings.preference.on_policy.temperature
         config = self.experiment.sampling(n=settings.n, temperature=heat, seed=100 + number)
         fresh = self.experiment.prompts(settings.prompts, settings.first_of(number))
-        return self.experiment.score(drawn(config, model, fresh, f"round{number}_"))
+        return self.experiment.score(drawn(config, model, fresh, f"round{number}_"), seed)
 
     def round_config(self, arm: str, number: int, seed: int = 0, **changes):
         """The arm's configuration in the round that follows round `number`."""

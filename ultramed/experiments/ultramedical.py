@@ -267,9 +267,15 @@ class UltraMedical:
         start = self.base if section.start == "base" else self.train_sft(section.start, seed)
         return reward(self.reward_config(seed, **changes), model=start, pairs=data)
 
-    def score(self, sampled: dict[str, Artifact], seed: int | None = None) -> Artifact:
-        """Feedback on samples by the reward model that re-ranks, or by another one of `reward_seeds`."""
-        model = self.train_reward_model(self.settings.rerank.reward_arm, seed)
+    @property
+    def rankers(self) -> list[int]:
+        """The seeds of the reward models that rank the same samples, where one policy is sampled. Of several policies each is
+        ranked by its own seed's, so that their differences hold the reward models', too."""
+        return self.reward_seeds if len(self.rerank_seeds) == 1 else self.reward_seeds[:1]
+
+    def score(self, sampled: dict[str, Artifact], seed: int) -> Artifact:
+        """Feedback on samples by the seed's reward model; by the first, where the seed has none."""
+        model = self.train_reward_model(self.settings.rerank.reward_arm, seed if seed in self.reward_seeds else self.seeds[0])
         return reward_feedback(ScoringConfig(), reward=model, **sampled)
 
     def make_bench(self, domain: str = "medical") -> Artifact:
