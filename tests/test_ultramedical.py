@@ -153,7 +153,9 @@ def test_rows_of_sft_are_no_prompts_of_what_follows(profile):
 def test_policies_are_ranked_by_their_own_seeds_reward_model(experiment, monkeypatch):
     """One policy is ranked by the models of all reward seeds, several each by its own; a seed without one by the first."""
     made = []
-    monkeypatch.setattr("ultramed.experiments.ultramedical.reward_feedback", lambda config, reward, **samples: made.append(reward))
+    monkeypatch.setattr(
+        "ultramed.experiments.ultramedical.reward_feedback", lambda config, reward, **samples: made.append(reward)
+    )
     monkeypatch.setattr(UltraMedical, "train_reward_model", lambda self, arm, seed: f"{arm}{seed}")
 
     def of(reward: int, rerank: int) -> UltraMedical:
