@@ -193,6 +193,7 @@ class IterativeSection(Strict):
     n: int = Field(4, ge=2)  # samples a prompt
     arms: list[str]  # of preference.arms
     mixture: str = "ultramix"
+    seeds: int = Field(100, ge=1)  # how many of the seeds are iterated
     reference: Literal["last", "initial"] = "last"  # the policy as the round starts, or the SFT policy
     stop: bool = True  # when the reward rises while accuracy on dev questions falls
     control: bool = False

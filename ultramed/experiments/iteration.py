@@ -43,6 +43,11 @@ class Iteration:
         """The arms of preference learning that are iterated, none where the profile leaves iteration out."""
         return self.settings.arms if self.settings else []
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds whose policies are iterated."""
+        return self.experiment.seeds[: self.settings.seeds]
+
     def train_rounds(self, arm: str, seed: int = 0) -> Iterator[Round]:
         """Iterative preference learning: each round samples the current policy on fresh prompts, the reward model picks
         best and worst, and training goes on from the current policy. Yields the vanilla policy first.
@@ -64,11 +69,11 @@ class Iteration:
             model = self._train_round(model, scored, arm, seed, number)
 
     def train(self, arm: str) -> list[list[Round]]:
-        """The rounds of every seed."""
-        return [list(self.train_rounds(arm, seed)) for seed in self.experiment.seeds]
+        """The rounds of each of `seeds`."""
+        return [list(self.train_rounds(arm, seed)) for seed in self.seeds]
 
     def examine(self, arm: str) -> Answers:
-        """Answers after the last round, for all seeds."""
+        """Answers after the last round, for each of `seeds`."""
         return joined(rounds[-1].answers for rounds in self.train(arm))
 
     def answers_by_round(self, rounds: dict[str, list[list[Round]]]) -> dict[str, Answers]:
@@ -80,7 +85,7 @@ class Iteration:
                 made[f"{arm}_round_{number}"] = joined(each[number].answers for each in seeds if len(each) > number)
             made[f"{arm}_last"] = joined(each[-1].answers for each in seeds)
             if self.settings.control:
-                both = zip(self.experiment.seeds, seeds, strict=True)
+                both = zip(self.seeds, seeds, strict=True)
                 made[f"{arm}_longer"] = joined(
                     self.experiment.examine(self.train_longer(arm, each, seed), seed) for seed, each in both
                 )

@@ -63,7 +63,7 @@ def _iterated(study: UltraMedical) -> list[Job]:
     for arm in iteration.arms:
         section = iteration.settings
         fresh = sum(section.prompts.values())
-        for seed in study.seeds:
+        for seed in iteration.seeds:
             for number in range(section.rounds):
                 what = f"iterative {arm}, seed {seed}"
                 made.append(Job.replies("26", f"{what}: samples", fresh, study.settings.sample, section.n))
