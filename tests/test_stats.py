@@ -238,6 +238,13 @@ def test_what_few_seeds_can_see_is_seen_in_four_of_five_cases(df):
     assert np.mean(abs(t) > scipy.stats.t.isf(0.025, df)) == pytest.approx(0.8, abs=0.01)
 
 
+def test_what_many_questions_can_see_nears_what_the_normal_distribution_says():
+    """The first solver fails at 1,427 degrees of freedom, and another one answers in another form."""
+    seen = [stats.detectable(((1.0, df),)) for df in (50, 227, 713, 1427, 5000)]
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] == pytest.approx(2.8016, abs=2e-3)
+
+
 def test_what_a_run_can_see_by_hand():
     """1.95996 + 0.84162 = 2.80158 standard errors at 5% and 80% power."""
     assert stats.detectable(((2, np.inf),)) == pytest.approx(5.60316, abs=1e-4)

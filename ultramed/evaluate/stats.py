@@ -244,7 +244,8 @@ def detectable(errors: Errors, power: float = 0.8) -> float:
     def of(se: float, df: float) -> float:
         if not np.isfinite(df):
             return se * (stats.norm.isf(0.025) + stats.norm.isf(1 - power))
-        return se * (df + 1) ** 0.5 * TTestPower().solve_power(nobs=df + 1, alpha=0.05, power=power)
+        effect = TTestPower().solve_power(nobs=df + 1, alpha=0.05, power=power)
+        return se * (df + 1) ** 0.5 * np.asarray(effect).item()  # a number, or, where its first solver fails, an array of one
 
     return max(float(of(se, df)) for se, df in errors)
 
