@@ -20,6 +20,7 @@ SLOW = (
     *("test_notebooks", "test_lm_eval", "test_profiles_from_hub", "test_paper_8b_from_hub", "test_launch", "test_bench"),
     *("test_asking", "test_plan", "test_cli", "test_server", "test_cli_data", "test_sft", "test_vllm", "test_preference"),
     *("test_cluster", "test_sweep", "test_stopping", "test_held_out", "test_agreement", "test_scale", "test_chat"),
+    "test_ahead",
 )
 
 

@@ -152,6 +152,14 @@ def run(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Notebooks at once, which share the cores; each needs 4 GB.")
     ] = 1,
+    ahead: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="First have so many processes make the artifacts, seed by seed: for GPUs that one small model leaves idle. Each "
+            "needs a core and 6 GB, and on a GPU 5 of its memory.",
+        ),
+    ] = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Run notebooks again that are done; finished stages are still reused.")
     ] = False,
@@ -185,10 +193,15 @@ def run(
         names = [p.stem.split("_")[0] for p in batch.notebooks(numbers or [])]
         more = ["--profile", profile, *(f"--set={o}" for o in overrides), *(["--force"] if force else [])]
         more += [f"--processes={processes}"] if processes else []
+        more += [f"--ahead={ahead}"] if ahead else []
         tasks = [on.command("run", n, *more, "--no-report") for n in names if n != batch.LAST]
         last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", resolved.name)
         _submit(f"ultramed-{resolved.name}", tasks, last, resolved.name, cluster, sbatch, wait)
         return
+    if ahead:
+        from ultramed.book.ahead import make_ahead
+
+        make_ahead(numbers or [], profile, overrides, ahead, console)
     fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
     if report:
         from ultramed.report.site import write_report

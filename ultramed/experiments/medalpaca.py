@@ -155,6 +155,12 @@ class MedAlpaca:
         part = {s: max(1, round(n * fraction)) if isinstance(n, int) else n * fraction for s, n in config.mixture.items()}
         return config.model_copy(update={"mixture": part})
 
+    def try_rate(self, arm: str, rate: float) -> tuple[Artifact, Answers]:
+        """A tuning run, and its answers to the dev questions."""
+        config = self.tuning_config(arm, rate)
+        trained = sft(config, model=self.base, data=self.training_rows(config), dev=self.dev_rows(config))
+        return trained, self._ask(trained, self.settings.dev_counts, "dev")
+
     def tune_rates(self) -> "Tuning":
         """Train `tuned_arms` at every learning rate of their grid and ask them the dev questions, as they are asked the test
         questions; the loss of the right dev answers stands beside. An arm without a grid keeps the profile's rate."""
@@ -163,9 +169,7 @@ class MedAlpaca:
             if not self.grid(arm):
                 fixed[arm] = arm_config(self.profile, arm).learning_rate
             for rate in self.grid(arm):
-                config = self.tuning_config(arm, rate)
-                trained = sft(config, model=self.base, data=self.training_rows(config), dev=self.dev_rows(config))
-                asked = self._ask(trained, self.settings.dev_counts, "dev")
+                trained, asked = self.try_rate(arm, rate)
                 m = {**wilson(asked.frame.correct).row(), **trained.metrics}
                 rows.append({"arm": arm, "learning_rate": rate} | {key: m[key] for key in Tuning.MEASURED})
                 artifacts += asked.artifacts

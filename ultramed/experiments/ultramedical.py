@@ -285,11 +285,11 @@ class UltraMedical:
             return pairs_from(dataset(self.profile, name), side="test")
         return bench(BenchConfig(domain=domain, seed=self.seeds[0]), feedback=self.rank_candidates(domain, held=True))
 
-    def score_pairs(self, arm: str, test_pairs: Artifact) -> Answers:
-        """Whether reward models (of all reward seeds) prefer the chosen side, a row a pair and seed: id, subset, concept (the
-        prompt), correct, seed, scores and lengths of both sides."""
+    def score_pairs(self, arm: str, test_pairs: Artifact, seeds: Iterable[int] = ()) -> Answers:
+        """Whether reward models (of all reward seeds, or the given ones) prefer the chosen side, a row a pair and seed: id,
+        subset, concept (the prompt), correct, seed, scores and lengths of both sides."""
         parts = []
-        for seed in self.reward_seeds:
+        for seed in seeds or self.reward_seeds:
             model = self.train_reward_model(arm, seed)
             scored = pair_scores(ScoringConfig(), reward=model, pairs=test_pairs)
             parts.append(Answers(read_scores(scored).assign(seed=seed), (model, test_pairs, scored)))
@@ -326,9 +326,9 @@ class UltraMedical:
         """`examine` of the policies of all seeds (or the given ones); `how` is passed on."""
         return self.each_seed(lambda seed: self.examine(self.train_policy(mix, arm, seed), seed, **how), seeds)
 
-    def examine_control(self, mix: str, control: str) -> Answers:
-        """`examine` of a control of preference learning, for all seeds."""
-        return self.each_seed(lambda seed: self.examine(self.train_control(mix, control, seed), seed))
+    def examine_control(self, mix: str, control: str, seeds: Iterable[int] = ()) -> Answers:
+        """`examine` of a control of preference learning, for all seeds (or the given ones)."""
+        return self.each_seed(lambda seed: self.examine(self.train_control(mix, control, seed), seed), seeds)
 
     def examine_base(self, domain: str = "medical") -> tuple[Answers, str]:
         """The base model's answers to the questions of all seeds, and how it was asked: by the profile's own protocol, or by
@@ -340,12 +340,12 @@ class UltraMedical:
         found = self.each_seed(lambda seed: self.examine(self.base, seed, domain, **ways[best]))
         return Answers(found.frame, (*found.artifacts, *dev.artifacts)), best
 
-    def examine_closed_book(self, mix: str = "") -> Answers:
-        """General questions without their options, asked of the base or of a mixture's SFT policies: the option whose text is
-        most likely after the bare question. Subsets are sums and cities."""
+    def examine_closed_book(self, mix: str = "", seeds: Iterable[int] = ()) -> Answers:
+        """General questions without their options, asked of the base or of a mixture's SFT policies (of all seeds, or the given
+        ones): the option whose text is most likely after the bare question. Subsets are sums and cities."""
         how = {"likelihood_prompt": "cloze", "domain": "general", **by_likelihood("text")}
         policy = (lambda seed: self.train_sft(mix, seed)) if mix else (lambda _: self.base)
-        answered = self.each_seed(lambda seed: self.examine(policy(seed), seed, **how))
+        answered = self.each_seed(lambda seed: self.examine(policy(seed), seed, **how), seeds)
         return answered.assign(subset=answered.frame.concept.map(is_sum).map({True: "sums", False: "cities"}))
 
     def examine_words(self, sees: str) -> Answers:
@@ -358,10 +358,11 @@ class UltraMedical:
                 parts.append(Answers(read_answers(asked).assign(seed=seed), (rows, asked)))
         return joined(parts)
 
-    def sample_test(self, policy: Callable[[int], Artifact]) -> dict[int, dict[str, Artifact]]:
-        """seed -> `rerank.n` samples of every medical test question of the seed, by its policy."""
+    def sample_test(self, policy: Callable[[int], Artifact], seeds: Iterable[int] = ()) -> dict[int, dict[str, Artifact]]:
+        """seed (of `rerank_seeds`, or the given ones) -> `rerank.n` samples of every medical test question of the seed, by its
+        policy."""
         made = {}
-        for seed in self.rerank_seeds:
+        for seed in seeds or self.rerank_seeds:
             config = self.sampling(n=self.settings.rerank.n, seed=seed)
             made[seed] = drawn(config, policy(seed), self.test_prompts("medical", seed), "test")
         return made
