@@ -74,6 +74,15 @@ def test_manifest_says_how_it_came_about(fresh_store):
     assert str(Path.home()) not in json.dumps(m)
 
 
+def test_the_manifest_names_the_gpu_that_was_used(fresh_store, monkeypatch):
+    import torch
+
+    assert "," not in numbers(Size()).manifest["machine"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert numbers(Size(n=4)).manifest["machine"].endswith(", NVIDIA H200")
+
+
 def test_lineage_goes_back_to_the_first_input(fresh_store):
     a = numbers(Size())
     b = doubled(Size(), source=a)

@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -212,6 +213,7 @@ def _make(fn, art: Artifact, config, inputs: dict, recipe: dict) -> None:
             "wall_seconds": round(time.perf_counter() - clock, 2),
             "peak_memory_bytes": memory.peak,
             **environment(),
+            "machine": machine(),
         }
         write_json(work / MANIFEST, manifest)
         os.rename(work, art.path)
@@ -262,6 +264,13 @@ def environment() -> dict:
         except PackageNotFoundError:
             versions[package] = None
     return {"versions": versions, "git": git_commit(), "machine": f"{platform.system()} {platform.machine()}"}
+
+
+def machine() -> str:
+    """System and processor, and the GPU where this process has used one."""
+    torch = sys.modules.get("torch")  # not imported for this
+    gpu = f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_initialized() else ""
+    return environment()["machine"] + gpu
 
 
 def git_commit() -> str | None:
