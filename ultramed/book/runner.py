@@ -108,6 +108,7 @@ def run(
     overrides: list[str],
     *,
     jobs: int = 1,
+    ahead: int = 0,
     force: bool = False,
     console: Console | None = None,
 ) -> bool:
@@ -115,6 +116,8 @@ def run(
 
     Ctrl-C and SIGTERM are passed on to what runs, once each: training saves a checkpoint, nothing more is begun, and
     KeyboardInterrupt is raised when all have ended. A second Ctrl-C stops at once, a third kills.
+
+    First, with `ahead`, so many processes make what the notebooks that have to run will ask for (book/ahead.py).
 
     With several `jobs` the longest begin first, so that none is left over at the end; two that need the same artifact wait for
     each other (core/store.py).
@@ -130,6 +133,10 @@ def run(
         target = folder(resolved.name) / "notebooks" / path.name
         todo.append(Job(path.stem, path, target, parameters, values=resolved.model_dump(mode="json")))
     first, last = [j for j in todo if not j.last], [j for j in todo if j.last]
+    if ahead:
+        from ultramed.book.ahead import make_ahead  # the experiments and their libraries take seconds
+
+        make_ahead([job.name[:2] for job in first if force or not job.fresh()], profile, overrides, ahead, console)
     started, show = time.monotonic(), _Terminal if console.is_terminal else _Lines
     rest = _rest(todo, resolved, force, jobs)
     if jobs > 1 and rest:

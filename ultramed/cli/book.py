@@ -156,8 +156,8 @@ def run(
         int,
         typer.Option(
             min=0,
-            help="First have so many processes make the artifacts, seed by seed: for GPUs that one small model leaves idle. Each "
-            "needs a core and 6 GB, and on a GPU 5 of its memory.",
+            help="Before the notebooks so many processes make their artifacts, one seed at a time each; worth it where one small "
+            "model leaves a GPU idle. Each takes a core, 6 GB of memory and 5 GB of a GPU's.",
         ),
     ] = 0,
     force: Annotated[
@@ -198,11 +198,7 @@ def run(
         last = on.command("run", batch.LAST, *more) if batch.LAST in names else on.command("report", "--profile", resolved.name)
         _submit(f"ultramed-{resolved.name}", tasks, last, resolved.name, cluster, sbatch, wait)
         return
-    if ahead:
-        from ultramed.book.ahead import make_ahead
-
-        make_ahead(numbers or [], profile, overrides, ahead, console)
-    fine = batch.run(numbers or [], profile, overrides, jobs=jobs, force=force, console=console)
+    fine = batch.run(numbers or [], profile, overrides, jobs=jobs, ahead=ahead, force=force, console=console)
     if report:
         from ultramed.report.site import write_report
 

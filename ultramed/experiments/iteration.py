@@ -46,7 +46,7 @@ class Iteration:
     @property
     def seeds(self) -> list[int]:
         """The seeds whose policies are iterated."""
-        return self.experiment.seeds[: self.settings.seeds]
+        return self.experiment.seeds[: self.settings.seeds] if self.settings else []
 
     def train_rounds(self, arm: str, seed: int = 0) -> Iterator[Round]:
         """Iterative preference learning: each round samples the current policy on fresh prompts, the reward model picks

@@ -269,9 +269,9 @@ class UltraMedical:
 
     @property
     def rankers(self) -> list[int]:
-        """The seeds of the reward models that rank the same samples, where one policy is sampled. Of several policies each is
-        ranked by its own seed's, so that their differences hold the reward models', too."""
-        return self.reward_seeds if len(self.rerank_seeds) == 1 else self.reward_seeds[:1]
+        """The seeds of the reward models that rank the same samples, where one policy is sampled; else none. Of several
+        policies each is ranked by its own seed's (`score`), so that their differences hold the reward models', too."""
+        return self.reward_seeds if len(self.rerank_seeds) == 1 else []
 
     def score(self, sampled: dict[str, Artifact], seed: int) -> Artifact:
         """Feedback on samples by the seed's reward model; by the first, where the seed has none."""
