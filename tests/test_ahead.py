@@ -1,8 +1,9 @@
 """Stages made ahead by several processes: the notebooks find all of them, and what goes wrong is told."""
 
 import io
-import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -72,8 +73,8 @@ def test_what_fails_is_told_and_left_to_its_notebook(store):
     assert "general" not in told, "the others are made"
 
 
-def workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+def workers(pid: int | None = None) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children() if "spawn_main" in " ".join(p.cmdline())]
 
 
 def when_there_are_workers(call) -> None:
@@ -92,8 +93,18 @@ def test_a_killed_process_is_an_error_that_says_what_to_do(store):
     assert not workers()
 
 
-def test_an_interrupt_ends_the_processes(store):
-    when_there_are_workers(lambda _: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        make_ahead(["24"], "smoke", SHORT, 2, Console(file=io.StringIO()))
-    assert not workers()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_processes(store, number):
+    """In a process of its own: a signal that comes too early would end the tests."""
+    command = [sys.executable, "-m", "ultramed", "run", "24", "--profile", "smoke", "--ahead", "2", "--no-report"]
+    with subprocess.Popen([*command, *(f"--set={change}" for change in SHORT)], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "ahead, 2 processes" in line:
+                break
+        begun = workers(process.pid)
+        while len(begun) < 2:
+            time.sleep(0.05)
+            begun = workers(process.pid)
+        process.send_signal(number)
+        assert process.wait(60) != 0
+        assert psutil.wait_procs(begun, timeout=10)[1] == []
