@@ -8,7 +8,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.data.messages import as_instruction, question_prompt
 from ultramed.lm.parsing import Parsed, parse
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
-from ultramed.lm.tokens import TemplateError, encode_row, encode_rows, labels, lint, preview
+from ultramed.lm.tokens import TemplateError, encode_rows, labels, lint, preview
 
 ROW = {
     "prompt": [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Which organ?\nA. eye\nB. ear"}],
@@ -25,6 +25,10 @@ QUESTION = {
     "subset": "x",
     "meta": {},
 }
+
+
+def encode_row(row: dict, tokenizer, template, max_length: int) -> dict | None:
+    return encode_rows([row], tokenizer, template, max_length)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != RELEASED])

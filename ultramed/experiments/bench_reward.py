@@ -113,18 +113,17 @@ def _judged(model: Artifact, pairs: Artifact, rubric: type[LLMConfig]) -> tuple[
     made = pairwise(rubric(server=ServerConfig(url=card["url"], model=card["model"])), pairs=pairs)
     frame = pd.read_json(made / "verdicts.jsonl", lines=True, dtype={"id": str})
     tie = frame.verdict.isin(["tie", "inconsistent"])
-    prompts = {row["id"]: canonical.prompt_id(row) for row in canonical.read_pairs(pairs / "pairs.parquet")}
+    prompts, longer = {}, {}
+    for row in canonical.read_pairs(pairs / "pairs.parquet"):
+        prompts[row["id"]] = canonical.prompt_id(row)
+        longer[row["id"]] = max(("chosen", "rejected"), key=lambda side: len(row[side][0]["content"]))
     frame = frame.assign(
         tie=tie, concept=frame.id.map(prompts), credit=(frame.verdict == "chosen").astype(float).where(~tie, 0.5)
     )
-    longer = _longer(pairs)
-    biases = {"orders agree": made.metrics["consistency"] or 0.0, "not read": made.metrics["unread"]}
-    preferred = frame.id.map(longer)[frame.verdict.isin(["chosen", "rejected"])]
-    picked = (frame.verdict == preferred.reindex(frame.index))[preferred.index]
-    return frame, biases | {"longer reply preferred": float(picked.mean()) if len(picked) else float("nan")}, made
-
-
-def _longer(pairs: Artifact) -> dict[str, str]:
-    """pair -> which of its sides is the longer text."""
-    rows = canonical.read_pairs(pairs / "pairs.parquet")
-    return {r["id"]: max(("chosen", "rejected"), key=lambda side: len(r[side][0]["content"])) for r in rows}
+    decided = frame[frame.verdict.isin(["chosen", "rejected"])]
+    biases = {
+        "orders agree": made.metrics["consistency"] or 0.0,
+        "not read": made.metrics["unread"],
+        "longer reply preferred": float((decided.verdict == decided.id.map(longer)).mean()),  # nan where none is decided
+    }
+    return frame, biases, made

@@ -35,11 +35,6 @@ def encode_rows(rows: list[dict], tokenizer, template: Template, max_length: int
     return out
 
 
-def encode_row(row: dict, tokenizer, template: Template, max_length: int) -> dict | None:
-    """`encode_rows` of one row."""
-    return encode_rows([row], tokenizer, template, max_length)[0]
-
-
 def end_tokens(tokenizer, named: int | list[int] | None) -> set[int]:
     """Tokens at which a reply ends: the tokenizer's, and those that a generation config names."""
     return {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])} - {None}
