@@ -47,17 +47,34 @@ FAMILIES = {
     "deepseek_v3": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
     | {"moe_intermediate_size": 24, "n_shared_experts": 1, "num_key_value_heads": 4, **LATENT},
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **HYBRID},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "afmoe": {"head_dim": 8, "num_dense_layers": 1, "num_shared_experts": 1, **EXPERTS, **HYBRID},
+    "recurrent_gemma": {"head_dim": 8, "lru_width": 32, "attention_window_size": WINDOW, "conv1d_width": 4},
     "mamba2": {"head_dim": 8, "num_heads": 8, "state_size": 8, "n_groups": 1, "expand": 2},
 }
-TYPES = {"mistral_wide": "mistral", "phi3_long": "phi3", "falcon_alibi": "falcon"}
-NOT_CLASSIFIERS = {"granite", "cohere2", "olmo2", "mamba2"}  # transformers has no class for sequence classification
+# Positions go by a sequence's length: reading in two parts, with a cache, is not reading in one, and most tests compare these.
+BY_LENGTH = {
+    "llama_dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": 64,
+    }
+}
+TYPES = {"mistral_wide": "mistral", "llama_dynamic": "llama", "phi3_long": "phi3", "falcon_alibi": "falcon"}
+NOT_CLASSIFIERS = {
+    "granite",
+    "cohere2",
+    "olmo2",
+    "afmoe",
+    "recurrent_gemma",
+    "mamba2",
+}  # transformers has no class for sequence classification
 
 
 def make(name: str, kind: str = "causal", seed: int = 0):
     """A random model of the family in fp32, with weights large enough that its choices differ."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.for_model(TYPES.get(name, name), **{**COMMON, **FAMILIES[name]})
+    config = AutoConfig.for_model(TYPES.get(name, name), **{**COMMON, **{**FAMILIES, **BY_LENGTH}[name]})
     torch.manual_seed(seed)
     if kind == "reward":
         config.num_labels = 1

@@ -199,6 +199,16 @@ def test_all_nine_tasks_from_the_command_line(from_hub, medalpaca, tmp_path):
     assert (pairs.difference == 0).all()
 
 
+def test_orders_of_options_that_a_prompt_does_not_show_tell_nothing(from_hub, medalpaca):
+    """PubMedQA's prompts under likelihood name no options: a letter that has moved says nothing of what an answer follows."""
+    config = bench.BenchSection(limit=8, shuffle=2)
+    asked = [part for part in bench.medical_questions(config.limit, fetch=True)[0] if "pubmedqa" in part.tasks.values()]
+    assert asked
+    found = bench.option_order(config, medalpaca.base, asked, bench.ask(config, medalpaca.base, asked))
+    assert (found["n"], found["orders"]) == (0, 3)
+    assert found["accuracy_sd"] == 0, "the same prompts and choices"
+
+
 def test_reasoned_replies_samples_and_scorers(from_hub, medalpaca, tmp_path):
     model = f"base_model/{medalpaca.base.key}"
     more = ("--protocol", "ultramedical", "--samples", 2, "--set", "max_new_tokens=6")

@@ -273,3 +273,17 @@ def test_a_used_up_quota_and_a_moved_server_stop_at_once(tmp_path):
     moved = (308, "", {"location": "http://elsewhere/v1"})
     with Faulty(faults=lambda number: moved) as server, pytest.raises(ConfigError, match=r"another address.*elsewhere"):
         ask(server.config(tries=4), requests(1), tmp_path / "m.jsonl")
+
+
+def test_what_a_server_writes_after_the_stop_is_cut_and_top_k_is_not_said_silently(tmp_path, caplog):
+    from ultramed.evaluate.engine import Server
+    from ultramed.evaluate.generate import Reply, Sampling
+
+    got = []
+    with Faulty(answer=lambda body: "(B). And more.") as server:
+        engine = Server(server.config(), tmp_path / "l.jsonl")
+        conversation = [{"role": "user", "content": "?"}]
+        engine.replies([conversation], Sampling(8, 0.5, top_k=20, stop=r"\([A-D]\)"), lambda _, made: got.extend(made))
+        assert "top_k" not in server.bodies[0]
+    assert got == [Reply("(B)", 2, True)]
+    assert "is not told top_k=20" in caplog.text

@@ -56,7 +56,7 @@ def continued(net, prompt, sampling, rng):
 
 def test_the_fast_paths_serve_what_they_fit(family):
     name, ours, _ = family
-    assert (plain_length(ours) > 4000) == (name in FAST | {"deepseek_v3", "gpt2"})
+    assert (plain_length(ours) > 4000) == (name in FAST | {"deepseek_v3", "gpt2", "opt"})
     assert plain_length(ours) < 24 or plain_length(ours) > 4000 or name == "phi3_long"
 
 
@@ -70,6 +70,29 @@ def test_reading_by_transformers_is_told_once(monkeypatch, caplog, tmp_path):
         "Phi3ForCausalLM: what is longer than 40 tokens is read by transformers' own code, more slowly",
         "Mamba2ForCausalLM: it is read by transformers' own code, more slowly",
     ]
+
+
+def test_what_was_read_before_does_not_count(tmp_path):
+    art = save("llama_dynamic", tmp_path)
+    items = [(tokens(n, n), [[11], [12], [13]]) for n in (63, 64, 70, 120)]
+    fresh = [score(models.load(art, dtype=torch.float32), tokenizer(), [item])[0] for item in items]
+    for ids, sums in zip(items, fresh, strict=True):
+        plain = AutoModelForCausalLM.from_pretrained(**models.location(art), dtype=torch.float32).eval()
+        assert sums == pytest.approx(logits(plain, ids[0])[-1].log_softmax(-1)[[11, 12, 13]].tolist(), abs=1e-3)
+    together = score(models.load(art, dtype=torch.float32), tokenizer(), items)  # the longest first
+    for a, b in zip(together, fresh, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_a_model_s_own_penalties_are_not_applied(tmp_path):
+    from transformers import GenerationConfig
+
+    art = save("mistral", tmp_path)
+    ours = models.load(art, dtype=torch.float32)
+    plain = generate(ours, tokenizer(), PROMPTS, Sampling(12), budget=400)
+    ours.generation_config = own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3, no_repeat_ngram_size=1)
+    assert generate(ours, tokenizer(), PROMPTS, Sampling(12), budget=400) == plain
+    assert ours.generation_config is own
 
 
 def test_a_model_that_is_misread_is_left_to_transformers(monkeypatch, tmp_path):
@@ -124,8 +147,10 @@ def test_rewards_are_those_of_eager_transformers(name, tmp_path):
 def trained(family, tmp_path_factory):
     """(name, artifact) ready to be trained: what the tests below load is as `load_for_training` loads it."""
     name, _, _ = family
-    if name in {"mamba2"}:
+    if name == "mamba2":
         pytest.skip("no gradient through its CPU kernel in fp32 to compare")
+    if name == "recurrent_gemma":
+        pytest.skip("TRL's head leaves out the cap on its logits, which the model's own forward has")
     return name, save(name, tmp_path_factory.mktemp("trained"))
 
 

@@ -16,7 +16,7 @@ from ultramed.evaluate.held_out import LossConfig, difference, held_out_loss, me
 from ultramed.evaluate.stats import bootstrap_means
 from ultramed.lm import models
 from ultramed.lm.templates import TEMPLATES
-from ultramed.lm.tokens import encode_row, labels
+from ultramed.lm.tokens import encode_rows, labels
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_it_is_transformers_own_loss(medalpaca, rows, tokenizer):
     found = read_losses(made).set_index("id")
     total = tokens = 0
     for row in read_instructions(rows / "rows.parquet"):
-        ids = encode_row(row, tokenizer, TEMPLATES["chat"], 2048)
+        (ids,) = encode_rows([row], tokenizer, TEMPLATES["chat"], 2048)
         wanted = labels(ids["input_ids"], ids["prompt_length"])
         with torch.no_grad():
             loss = net(input_ids=torch.tensor([ids["input_ids"]]), labels=torch.tensor([wanted])).loss.item()

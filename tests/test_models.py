@@ -57,6 +57,17 @@ def test_a_tokenizer_without_a_pad_token_still_answers_but_trains_no_reward_mode
         reward(RewardConfig(learning_rate=1e-4), model=art, pairs=exam)
 
 
+def test_a_chat_template_that_prints_the_day_gives_the_same_prompt_tomorrow(tmp_path):
+    import families
+
+    art = families.save("llama", tmp_path)
+    path = tmp_path / "llama-causal/chat_template.jinja"
+    path.write_text("{{ strftime_now('%d %b %Y') }} " + path.read_text())
+    art = models.base_model(ModelConfig(name=str(path.parent), label="dated"))
+    text = models.template_of(art).render([{"role": "user", "content": "Which?"}], models.load_tokenizer(art))
+    assert text.startswith("26 Jul 2024 <|im_start|>user\nWhich?")
+
+
 def test_a_missing_model_is_one_sentence(fresh_store):
     for name, what in (
         ("./nowhere", "no such folder"),

@@ -23,7 +23,7 @@ from ultramed.experiments.ultramedical import UltraMedical
 from ultramed.lm import models
 from ultramed.lm.batches import pack_shared_prefixes
 from ultramed.lm.templates import RELEASED, TEMPLATES, role_header
-from ultramed.lm.tokens import TemplateError, encode_row, lint
+from ultramed.lm.tokens import TemplateError, encode_rows, lint
 from ultramed.train import losses, trl_adapter
 from ultramed.train.preference import preference, unpair
 from ultramed.train.reward import PairCollator, group_by_prompt, load_reward, score_rows
@@ -222,6 +222,11 @@ def test_a_batch_reads_prompt_and_replies_once():
     batch = PairCollator(tokens)([groups[1], groups[0]])
     assert batch["pairs"].tolist() == [[0, 1], [0, 2], [3, 4]], "equal replies to different prompts are different replies"
     assert batch["sequences"] == [([1, 7], [2]), ([1, 7], [3]), ([1, 7], [4, 5]), ([9], [2]), ([9], [8, 8])]
+    turns = [("x", [1, 7], [2], [3]), ("x", [1, 7, 2, 5], [4], [6])]
+    tokens = Dataset.from_list([dict(zip(names, pair, strict=True)) for pair in turns])
+    groups, _ = group_by_prompt(tokens)
+    read = PairCollator(tokens)(list(groups))["sequences"]
+    assert read == [([1, 7], [2]), ([1, 7], [3]), ([1, 7, 2, 5], [4]), ([1, 7, 2, 5], [6])], "two turns under one id"
 
 
 def test_what_all_prompts_begin_with_stands_once_in_a_row():
@@ -292,7 +297,7 @@ def test_rewards_do_not_depend_on_batch_or_padding(experiment, tokenizer):
     plain = AutoModelForSequenceClassification.from_pretrained(
         art.path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    ids = encode_row(rows[0], tokenizer, TEMPLATES["chat"], 10**6)["input_ids"]
+    ids = encode_rows(rows[:1], tokenizer, TEMPLATES["chat"], 10**6)[0]["input_ids"]
     with torch.inference_mode():
         want = plain(torch.tensor([ids])).logits.item()
     assert alone[0] == pytest.approx(want, abs=1e-5), "what anyone else's loader gives"

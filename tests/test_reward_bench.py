@@ -84,6 +84,17 @@ def test_a_table_has_subsets_then_sections_then_the_score():
     assert set(PAPER) == {"easy", "hard", "length", "human"}
 
 
+def test_sections_and_the_score_vary_as_the_seeds_do():
+    """Three reward models at 60, 70 and 80% of everything: what they differ by does not shrink with the number of pairs."""
+    right = {seed: 12 + 2 * seed for seed in range(3)}
+    parts = [frame(mt_bench_hard=(n, 20), donotanswer=(n, 20)).assign(seed=seed) for seed, n in right.items()]
+    made = table(pd.concat(parts, ignore_index=True)).set_index("subset")
+    assert made.accuracy.tolist() == pytest.approx([0.7] * 5)
+    widths = made.high - made.low
+    assert widths["chat_hard"] == pytest.approx(widths["mt-bench-hard"]), "a section of one subset is that subset"
+    assert widths["average"] >= 2 * 4.3 * 0.1 / 3**0.5 - 1e-2, "of three values 10 points apart, by Student's t"
+
+
 def test_a_comparison_over_sections_is_of_the_tables_scores():
     """Within a section subsets count by their official sizes, whatever the number of pairs at hand."""
     one = frame(math_prm=(1, 4), hep_cpp=(1, 2), donotanswer=(1, 2))

@@ -123,7 +123,7 @@ class TrainConfig(OptimConfig):
         return self
 
 
-Loss = Literal["dpo", "ipo", "nca", "kto_pair", "kto", "hinge", "robust", "apo_zero"]
+Loss = Literal["dpo", "ipo", "nca", "kto_pair", "kto", "hinge", "apo_zero"]
 
 
 class PreferenceConfig(OptimConfig):

@@ -10,6 +10,7 @@ it. After `close` an engine has no weights any more, whoever still holds it.
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.core.ledger import Ledger
 from ultramed.core.progress import bar as progress_bar
 from ultramed.core.store import Artifact
-from ultramed.evaluate.generate import Reply, Sampling, generate
+from ultramed.evaluate.generate import Reply, Sampling, cut, generate
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
 from ultramed.lm.device import at_most_on_cpu, free_memory, placement
@@ -110,14 +111,17 @@ class Server:
         return options
 
     def replies(self, conversations, sampling, done, rngs=None, unfit=None) -> None:
-        options = self.options(sampling)
+        options, stop = self.options(sampling), re.compile(sampling.stop) if sampling.stop else None
+        if sampling.temperature and sampling.top_k and "top_k" not in options:
+            log.warning("%s is not told top_k=%d, which OpenAI's interface does not have", self.config.url, sampling.top_k)
         requests = [
             Request(str(i), messages, options | ({"seed": rngs[i].getrandbits(31)} if rngs else {}))
             for i, messages in enumerate(conversations)
         ]
         rows = ask(self.config, requests, self.path, desc=f"{self.config.model} replies")
         fit = fitting([row["status"] != "too_long" for row in rows], f"the context of {self.config.model}", unfit)
-        done(fit, [Reply(rows[i]["text"], rows[i]["completion_tokens"], rows[i]["finish_reason"] != "length") for i in fit])
+        made = [(rows[i]["text"], rows[i]["completion_tokens"], rows[i]["finish_reason"] != "length") for i in fit]
+        done(fit, [cut(*reply, stop) for reply in made])
 
     def close(self) -> None:
         """Nothing to let go: the weights are the server's."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, astuple, dataclass
 
 import torch
 
-from ultramed.lm.architecture import logits_only_at, plain_length, rope_limit
+from ultramed.lm.architecture import logits_only_at, plain_length, reads_padding, rope_limit
 from ultramed.lm.batches import batches, common_prefix, right_pad
 from ultramed.lm.cache import with_room
 from ultramed.lm.tokens import end_tokens
@@ -136,8 +136,17 @@ def decode(
 def _decode_by_transformers(model, tokenizer, prompts, sampling: Sampling, rngs) -> list[Reply]:
     """The same through transformers' `generate`: padding on the left, caches and masks of the model's own making. Tokens
     are picked, and replies stopped, by the same rules."""
-    from transformers import LogitsProcessorList, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+    if len(lengths := {len(p) for p in prompts}) > 1 and reads_padding(model):
+        replies: list[Reply | None] = [None] * len(prompts)
+        for length in lengths:
+            same = [i for i, p in enumerate(prompts) if len(p) == length]
+            streams = [rngs[i] for i in same] if rngs else None
+            made = _decode_by_transformers(model, tokenizer, [prompts[i] for i in same], sampling, streams)
+            for i, reply in zip(same, made, strict=True):
+                replies[i] = reply
+        return replies
     longest, end = max(map(len, prompts)), ends(model, tokenizer)
     stop = re.compile(sampling.stop) if sampling.stop else None
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -156,16 +165,20 @@ def _decode_by_transformers(model, tokenizer, prompts, sampling: Sampling, rngs)
         made = [bool(stop and stop.search(tokenizer.decode(tokens[longest:]))) for tokens in seen]
         return torch.tensor(made, device=seen.device)
 
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(end),
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([pick]),
-        stopping_criteria=StoppingCriteriaList([stopped]),
-    )[:, longest:].tolist()
+    # `generate` would fill what a call leaves open from the model's own settings, penalties and all.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=sorted(end), pad_token_id=tokenizer.pad_token_id
+    )
+    try:
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            logits_processor=LogitsProcessorList([pick]),
+            stopping_criteria=StoppingCriteriaList([stopped]),
+        )[:, longest:].tolist()
+    finally:
+        model.generation_config = own
     replies = []
     for tokens in made:
         last = next(

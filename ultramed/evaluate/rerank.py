@@ -117,19 +117,18 @@ class Votes:
 
     def prefers_right(self) -> Estimate | None:
         """How often the reward is higher for a right sample than for a wrong one of the same question, ties half: the mean over
-        questions that have both. None without rewards or such questions.
+        questions that have both, with an interval over seeds where there are several. None without rewards or such questions.
 
         What a bench of candidates does not tell: there, other models' replies are among the wrong ones.
         """
         if self.rewards is None:
             return None
-        shares, concepts = [], []
-        for right, rewards, concept in zip(self.letters == self.gold[:, None], self.rewards, self.concept, strict=True):
-            if 0 < right.sum() < len(right):
-                ahead = rewards[right][:, None] - rewards[~right]
-                shares.append(((ahead > 0) + 0.5 * (ahead == 0)).mean())
-                concepts.append(concept)
-        return clustered(shares, concepts).within(0, 1) if shares else None
+        right = self.letters == self.gold[:, None]
+        both, shares = right.any(1) & ~right.all(1), []
+        for good, rewards in zip(right[both], self.rewards[both], strict=True):
+            ahead = rewards[good][:, None] - rewards[~good]
+            shares.append(((ahead > 0) + 0.5 * (ahead == 0)).mean())
+        return clustered(shares, self.concept[both], self.seed[both]).within(0, 1) if shares else None
 
     def curves(self, sizes: Iterable[int] = ()) -> pd.DataFrame:
         """Accuracy against N (of all `sizes`, or the given ones) by selection, a mean of tasks as everywhere else; see

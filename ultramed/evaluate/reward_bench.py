@@ -214,18 +214,26 @@ def _record(row: dict, chosen: float, rejected: float) -> dict:
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy by subset with a 95% interval over prompts and the seeds of several reward models (column `seed`); a tie counts
     as wrong. The last row is the mean of subsets, of RewardBench's subsets that of its sections, which have rows of their own
-    before it (`sections`)."""
-    rows = []
-    for name, part in frame.groupby("subset", sort=False):
-        e = stats.clustered(part.correct, part.concept, part.get("seed")).within(0, 1)
-        rows.append({"subset": name, **e.row(), "se": e.se})
-    found = pd.DataFrame(rows)
-    whole = sections(found)
-    if whole.empty:
-        weights = stats.task_weights(frame.subset, frame.get("seed"))
-        e = stats.clustered(frame.correct, frame.concept, frame.get("seed"), weights=weights).within(0, 1)
-        whole = pd.DataFrame([{"subset": AVERAGE, **e.row()}])
-    return pd.concat([found, whole], ignore_index=True).drop(columns="se")
+    before it (`official`)."""
+    section, within = official(frame.subset)
+
+    def line(name: str, part: pd.DataFrame, weights=None) -> dict:
+        e = stats.clustered(part.correct, part.concept, part.get("seed"), weights=weights).within(0, 1)
+        return {"subset": name, **e.row()}
+
+    rows = [line(name, part) for name, part in frame.groupby("subset", sort=False)]
+    if within is not None:
+        rows += [line(name, frame[section == name], within[section == name]) for name in REWARDBENCH if (section == name).any()]
+    return pd.DataFrame([*rows, line(AVERAGE, frame, stats.task_weights(section, frame.get("seed"), within))])
+
+
+def official(subset: pd.Series) -> tuple[pd.Series, pd.Series | None]:
+    """(RewardBench's section of every pair, weights under which within a section its subsets count by their official sizes);
+    the subsets themselves and no weights where one is none of its."""
+    names = {name: section for section, members in REWARDBENCH.items() for name in members}
+    sizes = {name: size for members in REWARDBENCH.values() for name, size in members.items()}
+    section = subset.map(names)
+    return (subset, None) if section.isna().any() else (section, subset.map(sizes) / subset.map(subset.value_counts()))
 
 
 def sections(subsets: pd.DataFrame) -> pd.DataFrame:
@@ -256,14 +264,9 @@ def _weighted(name: str, part: pd.DataFrame, share: pd.Series) -> dict:
 
 
 def by_section(answers: Answers) -> Answers:
-    """The same, `subset` being RewardBench's section where every subset is one of its, and `weight` such that within a section
-    its subsets count by their official sizes; for comparisons whose sides are RewardBench's score."""
-    names = {subset: name for name, members in REWARDBENCH.items() for subset in members}
-    sizes = {subset: size for members in REWARDBENCH.values() for subset, size in members.items()}
-    subset, found = answers.frame.subset, answers.frame.subset.map(names)
-    if found.isna().any():
-        return answers
-    return answers.assign(subset=found, weight=subset.map(sizes) / subset.map(subset.value_counts()))
+    """The same, `subset` and `weight` being `official`; for comparisons whose sides are RewardBench's score."""
+    section, within = official(answers.frame.subset)
+    return answers if within is None else answers.assign(subset=section, weight=within)
 
 
 def by_bench(scores: Mapping[tuple[str, str], Answers]) -> pd.DataFrame:

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from ultramed.core.progress import duration
 from ultramed.core.store import Artifact
 from ultramed.evaluate import guard
 from ultramed.evaluate.engine import Local, Server, fitting, load
-from ultramed.evaluate.generate import Reply, Sampling, cut
+from ultramed.evaluate.generate import Reply, Sampling
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
 from ultramed.lm.device import device_memory, free_memory
@@ -124,12 +123,11 @@ class Vllm(Server):
         lengths = [len(self.tokenizer(self.shown(m), add_special_tokens=False)["input_ids"]) for m in conversations]
         fits = [length + sampling.max_new_tokens <= self.context for length in lengths]
         fit = fitting(fits, f"{self.context} positions with {sampling.max_new_tokens} new tokens", unfit)
-        stop = re.compile(sampling.stop) if sampling.stop else None
         if fit and self._process is None:
             self._start([conversations[i] for i in fit])
 
         def tell(batch: list[int], made: list[Reply]) -> None:
-            done([fit[i] for i in batch], [cut(r.text, r.tokens, r.finished, stop) for r in made])
+            done([fit[i] for i in batch], made)
 
         try:
             super().replies([forms[i] for i in fit], sampling, tell, [rngs[i] for i in fit] if rngs else None)

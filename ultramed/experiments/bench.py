@@ -29,6 +29,7 @@ from ultramed.evaluate import stats
 from ultramed.evaluate.accuracy import answers, read_answers, select_rows
 from ultramed.evaluate.arms import Answers, artifacts_of
 from ultramed.evaluate.generate import item_rng
+from ultramed.evaluate.likelihood import lm_eval_prompt
 from ultramed.evaluate.rerank import Votes
 from ultramed.evaluate.sample import samples
 from ultramed.evaluate.scorers import sensitivity
@@ -276,7 +277,8 @@ def shuffled(out: Path, config: ShuffleConfig, *, questions: Artifact, select: d
 def option_order(config: BenchSection, model: Artifact, questions: Sequence[Questions], first: Answers) -> dict:
     """Accuracy over `config.shuffle` other orders of the options, and what answers follow when an order changes.
 
-    follows_letter: of questions where the two cannot both be kept, the share that keeps its letter and not its text.
+    follows_letter: of questions where the two cannot both be kept, the share that keeps its letter and not its text. Prompts
+    that show no options (PubMedQA's under likelihood) are no such questions.
     """
     accuracy, letter, text = [first.accuracy], 0, 0
     for seed in range(1, config.shuffle + 1):
@@ -290,9 +292,10 @@ def option_order(config: BenchSection, model: Artifact, questions: Sequence[Ques
             f"{q.tasks[row['subset']]}:{row['id']}": row["meta"]["was"]
             for q in dealt
             for row in canonical.read_questions(q.artifact / "test.parquet")
+            if config.protocol != "likelihood" or lm_eval_prompt(row)[1][0] == " A"
         }
         both = first.frame.merge(again.frame, on="id", suffixes=("_a", "_b")).dropna(subset=["letter_a", "letter_b"])
-        for row in both.itertuples():
+        for row in both[both.id.isin(was)].itertuples():
             old = was[row.id]["ABCDEFGHIJ".index(row.letter_b)]  # the letter that today's choice had in the first order
             letter += row.letter_b == row.letter_a and old != row.letter_a
             text += old == row.letter_a and row.letter_b != row.letter_a

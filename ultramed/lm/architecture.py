@@ -7,6 +7,8 @@ them only beyond a certain length. `plain_length` says up to which length a mode
 longer sequences by transformers' own means.
 """
 
+import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ultramed.core.errors import ConfigError
 from ultramed.lm.batches import pack_shared_prefixes
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_BY_LENGTH = {"dynamic", "longrope"}  # rotary frequencies depend on the longest sequence of the batch
 UNLIMITED = 1 << 60
 _probed: dict[tuple, bool] = {}  # architecture -> whether a packed row was read right
+_padded: dict[tuple, bool] = {}  # architecture -> whether padding on its left changes what it reads
 _told: set[tuple] = set()  # architectures of which the log has said that transformers reads them
 _misread = weakref.WeakSet()  # models of an architecture for which it was not
 
@@ -78,6 +82,7 @@ def probe(net) -> None:
     transformers from then on, which is told in a line of the log.
     """
     net = causal_lm(net)
+    begin_anew(net)
     kind, plain = (type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype), plain_length(net)
     if plain < context_length(net) and kind not in _told:
         _told.add(kind)
@@ -125,12 +130,55 @@ def logits_only_at(net, rows, columns) -> Iterator[None]:
     Granite and Cohere, capping in Gemma 2) is done. rows, columns: anything that indexes hidden states (B, T, D).
     """
 
+    narrowed = []
+
     def narrow(module, args, output):
         output.last_hidden_state = output.last_hidden_state[rows, columns][None]
+        narrowed.append(True)
         return output
 
-    handle = causal_lm(net).base_model.register_forward_hook(narrow)
+    # The decoder is `base_model` itself in most families; OPT's head reads that of one level deeper.
+    handle = causal_lm(net).get_decoder().register_forward_hook(narrow)
     try:
         yield
     finally:
         handle.remove()
+    if not narrowed:
+        raise ConfigError(f"{type(causal_lm(net)).__name__} does not call its decoder where its head's input could be chosen")
+
+
+@torch.no_grad()
+def reads_padding(net) -> bool:
+    """Whether padding on the left changes what the model reads, whatever the mask says: in some recurrent layers it does.
+    Tried with a few random tokens, once an architecture."""
+    kind = (type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype)
+    if kind not in _padded:
+        vocabulary = net.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary // 4, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(net.device)
+        mask = torch.tensor([[0] * 7 + [1] * 12], device=net.device)
+        padded = torch.cat([ids[:, :7].flip(1), ids], 1)
+        alone = net(input_ids=ids, use_cache=False).logits[0, -1].float()
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"position_ids": position} if "position_ids" in inspect.signature(net.forward).parameters else {}
+        behind = net(input_ids=padded, attention_mask=mask, use_cache=False, **given).logits[0, -1].float()
+        gap = ((behind - alone).square().mean().sqrt() / alone.std()).item()
+        _padded[kind] = not gap <= (1e-3 if net.dtype == torch.float32 else 0.1)
+    return _padded[kind]
+
+
+def begin_anew(net) -> None:
+    """Make rotary positions that grow with the longest sequence so far ('dynamic') forget it where a sequence begins, so that
+    a number does not depend on what was read before it: transformers forgets only at a sequence that is short enough."""
+    for module in net.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = {"": kinds} if isinstance(kinds, str) else {f"{layer}_": kind for layer, kind in (kinds or {}).items()}
+        if grown := [prefix for prefix, kind in kinds.items() if kind == "dynamic"]:
+            module.register_forward_pre_hook(functools.partial(_forget, grown), with_kwargs=True)
+
+
+def _forget(prefixes: list[str], module, args, kwargs) -> None:
+    position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    if position.min() == 0:
+        for prefix in prefixes:
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(position.device))

@@ -39,17 +39,18 @@ def cpu_attention() -> str:
         told = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask}
         return sdpa_mask(q_length=q_length, kv_length=kv_length, **told, **given)
 
-    def forward(module, query, key, value, mask, scaling=None, **kwargs):
+    def forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
         """query (B, H, T, D), key (B, G, S, D), value (B, G, S, E); returns (B, T, H, E) and no weights."""
+        mask = attention_mask  # the name by which some families give it
         if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
             raise ConfigError(f"{type(module).__name__} caps its scores or has sinks: load it with attn_implementation='eager'")
         scaling = scaling or query.shape[-1] ** -0.5
         whole = query.shape[2] == key.shape[2] and getattr(module, "is_causal", True)
         reading = mask is None and query.shape[2] > 1 and not torch.is_grad_enabled()
         if reading and (whole or query.shape[2] < key.shape[2]):
-            return causal(query, key, value, scaling), None
+            return causal(query, key, value, scaling).contiguous(), None
         if whole and 1 < query.shape[2] <= SHORT and not kwargs.get("dropout") and (mask is None or mask.dtype == torch.bool):
-            return masked(query, key, value, mask, scaling), None
+            return masked(query, key, value, mask, scaling).contiguous(), None
         if mask is None and 1 < query.shape[2] < key.shape[2]:  # PyTorch's kernel would take the first keys for the last
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])[None, None]
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)

@@ -20,7 +20,7 @@ from ultramed.core.store import Artifact, find, sha256, stage, write_json
 from ultramed.lm.architecture import probe
 from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import device_memory, placement, quietly
-from ultramed.lm.templates import TEMPLATES, Template
+from ultramed.lm.templates import TEMPLATES, Template, undated
 from ultramed.lm.tokens import end_tokens
 from ultramed.lm.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 
@@ -302,6 +302,8 @@ def load_tokenizer(model: Artifact):
         where |= {"pretrained_model_name_or_path": other, "revision": metadata.get("tokenizer_revision")}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     set_pad(tokenizer)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = undated(tokenizer.chat_template)
     return tokenizer
 
 

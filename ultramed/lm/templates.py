@@ -7,11 +7,15 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from datetime import date
 
 from ultramed.core.errors import ConfigError
 from ultramed.data.messages import HINTS, REASON
 
 RELEASED = "ultramedical_released"
+# The day that chat templates which print one are told, so that a prompt is the same tomorrow: the one that Llama 3's template
+# has where nobody tells it another.
+DAY = date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ def _chat(prompt: list[dict], tokenizer) -> str:
             return text
         why = "the system turn is dropped"
     raise ConfigError(f"the model's chat template does not take {[m['role'] for m in prompt]}: {why}")
+
+
+def undated(chat_template: str) -> str:
+    """The chat template, printing DAY where it would print today."""
+    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(DAY.strftime(call[2])), chat_template)
 
 
 def without_system(messages: list[dict]) -> list[dict]:

@@ -55,13 +55,16 @@ def group_by_prompt(pairs):
     order = sorted(range(len(names)), key=names.__getitem__)
     groups, counts = [], {"pairs": len(names), "replies": 0, "tokens": 0}
     for _, members in itertools.groupby(order, key=names.__getitem__):
-        members = list(members)
-        part = pairs[members]
-        replies = {tuple(reply) for side in ("chosen_ids", "rejected_ids") for reply in part[side]}
-        length = len(part["prompt_ids"][0]) + sum(map(len, replies))
-        groups.append({"members": members, "length": length})
-        counts["replies"] += len(replies)
-        counts["tokens"] += length
+        by_text: dict[tuple, list[int]] = {}  # turns of one conversation may come under one id
+        for member, prompt in zip(members := list(members), pairs[members]["prompt_ids"], strict=True):
+            by_text.setdefault(tuple(prompt), []).append(member)
+        for prompt, same in by_text.items():
+            part = pairs[same]
+            replies = {tuple(reply) for side in ("chosen_ids", "rejected_ids") for reply in part[side]}
+            length = len(prompt) + sum(map(len, replies))
+            groups.append({"members": same, "length": length})
+            counts["replies"] += len(replies)
+            counts["tokens"] += length
     return Dataset.from_list(groups), counts
 
 

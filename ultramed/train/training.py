@@ -23,8 +23,8 @@ CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU 
 
 
 def cap_micro_batches(config: OptimConfig) -> OptimConfig:
-    """The configuration with micro-batches that a CPU's memory holds. (In reward models and pairwise KTO a pair's weight
-    depends on what else is in its micro-batch; elsewhere micro-batches do not matter.)"""
+    """The configuration with micro-batches that a CPU's memory holds. (What else is in its micro-batch counts for a
+    pair in reward models and in both kinds of KTO, whose reference points are means over it; elsewhere it does not.)"""
     tokens = at_most_on_cpu(config.micro_batch_tokens, CPU_TOKENS)
     return config.model_copy(update={"micro_batch_tokens": tokens})
 
