@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, NOT_CLASSIFIERS, VOCABULARY, save, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ultramed.core.schema import ModelConfig
 from ultramed.evaluate.generate import Sampling, _pick, ends, generate, item_rng
 from ultramed.evaluate.likelihood import score
 from ultramed.lm import architecture, models
@@ -141,6 +142,32 @@ def test_rewards_are_those_of_eager_transformers(name, tmp_path):
         got = ours(sequences)
         want = torch.stack([eager(input_ids=torch.tensor([p + r])).logits[0, 0] for p, r in sequences])
     assert torch.allclose(got, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|im_end|>", "[/turn]"])
+def test_a_reward_model_from_elsewhere_reads_conversations_by_its_own_template(tmp_path, end):
+    """Behind a reply stands what its template puts there, which need not be the end token and nothing else."""
+    from ultramed.train.reward import load_reward, score_rows
+
+    art, own = save("llama", tmp_path, "reward"), tokenizer()
+    template = own.chat_template.replace("<|im_end|>\n", end)
+    assert (template == own.chat_template) == (end == "<|im_end|>\n")
+    path = tmp_path / "llama-reward/chat_template.jinja"
+    path.write_text(template)
+    art = models.base_model(ModelConfig(name=str(path.parent), label="elsewhere"))
+    prompt = [{"role": "user", "content": "Which organ makes insulin?"}]
+    texts = ("The pancreas.", "No organ.", "Beta cells do")
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for text in texts]
+    net, tok = load_reward(art, torch.float32)
+    got = score_rows(net, tok, rows, models.reward_template(art))
+    eager = AutoModelForSequenceClassification.from_pretrained(
+        **models.location(art), attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    for row, reward in zip(rows, got, strict=True):
+        text = tok.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        ids = tok(text, add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            assert reward == pytest.approx(eager(input_ids=torch.tensor([ids])).logits[0, 0].item(), abs=1e-3)
 
 
 @pytest.fixture

@@ -282,6 +282,21 @@ def test_sharing_a_prompt_changes_neither_loss_nor_gradient(experiment, rows, to
         assert torch.allclose(p.grad, grads[name], atol=2e-3, rtol=1e-3), name
 
 
+def test_an_exported_reward_model_read_by_its_chat_template_gives_the_same_rewards(experiment, tmp_path):
+    """Others render whole conversations; ChatML ends them with a line break, behind which no reward was trained to be read."""
+    from ultramed.core.schema import ModelConfig
+    from ultramed.report.export import export
+
+    ours = experiment.train_reward_model("medical")
+    export(ours, tmp_path / "m")
+    theirs = models.base_model(ModelConfig(name=str(tmp_path / "m"), label="exported"))
+    prompt = [{"role": "user", "content": "Which organ makes insulin?"}]
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for text in ("The pancreas.", "None.")]
+    found = [score_rows(*load_reward(art, torch.float32), rows, models.reward_template(art)) for art in (ours, theirs)]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert found[0][0] != found[0][1]
+
+
 def test_rewards_do_not_depend_on_batch_or_padding(experiment, tokenizer):
     net, _ = load_reward(experiment.train_reward_model("medical"), torch.float32)
     candidates = [

@@ -59,7 +59,7 @@ def feedback(out: Path, config: OracleConfig, **samples: Artifact) -> dict:
     return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": config.annotator}
 
 
-@stage(version=2, also=wording)
+@stage(version=3, also=wording)
 def reward_feedback(
     out: Path, config: ScoringConfig, *, reward: Artifact, template: str | None = None, **samples: Artifact
 ) -> dict:
@@ -69,7 +69,7 @@ def reward_feedback(
     with Ledger(out / "feedback.jsonl", key="id") as ledger:
         todo = [row for row in joined if row["id"] not in ledger]
         if todo:
-            found = _rewards(out, config, reward, models.template_of(reward, template), todo)
+            found = _rewards(out, config, reward, models.reward_template(reward, template), todo)
             ledger.add(*(with_scores(r, [found[i, c["text"]] for c in r["candidates"]]) for i, r in enumerate(todo)))
     (out / "rewards.jsonl").unlink(missing_ok=True)  # all of it is in feedback.jsonl
     return {"prompts": len(joined), "candidates": sum(len(r["candidates"]) for r in joined), "annotator": reward.key}

@@ -163,7 +163,7 @@ def reward(
     if (out / "given.json").exists() and json.loads((out / "given.json").read_text()) != given:
         raise ConfigError(f"{out} holds scores of another model, file or template; give another --out, or remove it")
     store.write_json(out / "given.json", given)
-    reward_bench.score_pairs(found, rows, out / "scores.jsonl", models.template_of(found, template or None))
+    reward_bench.score_pairs(found, rows, out / "scores.jsonl", models.reward_template(found, template or None))
     frame = reward_bench.read_scores(out)
     if len(frame) < len(rows):
         console.print(

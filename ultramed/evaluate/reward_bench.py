@@ -22,7 +22,7 @@ from ultramed.evaluate.sample import read_feedback
 from ultramed.lm import models
 from ultramed.lm.architecture import context_length
 from ultramed.lm.device import free_memory
-from ultramed.lm.templates import TEMPLATES, wording
+from ultramed.lm.templates import READ_WITH, wording
 from ultramed.lm.tokens import encode_rows
 from ultramed.train.crew import each, hold, let_go
 from ultramed.train.launch import clear
@@ -143,11 +143,11 @@ def composition(pairs: Artifact) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["category", "paper", "paper, share of all", "ours"])
 
 
-@stage(version=2, also=wording)
+@stage(version=3, also=wording)
 def pair_scores(out: Path, config: ScoringConfig, *, reward: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Rewards of both sides of every pair: `scores.jsonl` with chosen, rejected and whether the chosen one won."""
     rows = canonical.read_pairs(pairs / "pairs.parquet")
-    score_pairs(reward, rows, out / "scores.jsonl", models.template_of(reward, template), config.batch_tokens)
+    score_pairs(reward, rows, out / "scores.jsonl", models.reward_template(reward, template), config.batch_tokens)
     frame = read_scores(out)
     return {"pairs": len(frame), "too_long": len(rows) - len(frame), "accuracy": float(frame.correct.mean())}
 
@@ -159,7 +159,7 @@ def read_scores(folder: Artifact | Path) -> pd.DataFrame:
 
 
 def score_pairs(reward: Artifact, rows: list[dict], path: Path, template, budget: int = 8192) -> None:
-    """Score pair rows into the ledger `path`, `template` being one of TEMPLATES; those that are in it already are not scored
+    """Score pair rows into the ledger `path`, `template` being one of READ_WITH; those that are in it already are not scored
     again, and those that do not fit into the model's context are noted and not scored."""
     clear(path.parent)
     with Ledger(path, key="id") as ledger:
@@ -190,7 +190,7 @@ def _turns(row: dict) -> dict:
 
 def scored(net, tokenizer, pairs: list[dict], template: str, budget: int) -> list[list[float] | None]:
     """[reward of the chosen, reward of the rejected] of every pair; None for one that does not fit."""
-    shape, sides = TEMPLATES[template], ("chosen", "rejected")
+    shape, sides = READ_WITH[template], ("chosen", "rejected")
     rows = [[{"prompt": pair["prompt"], "completion": pair[side]} for side in sides] for pair in pairs]
     fit = [fits(both, net, tokenizer, shape) for both in rows]
     asked = [side for both, good in zip(rows, fit, strict=True) if good for side in both]

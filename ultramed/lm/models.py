@@ -20,7 +20,7 @@ from ultramed.core.store import Artifact, find, sha256, stage, write_json
 from ultramed.lm.architecture import probe
 from ultramed.lm.attention import use_cpu_attention
 from ultramed.lm.device import device_memory, placement, quietly
-from ultramed.lm.templates import TEMPLATES, Template, undated
+from ultramed.lm.templates import CONVERSATION, READ_WITH, TEMPLATES, Template, undated
 from ultramed.lm.tokens import end_tokens
 from ultramed.lm.weights import BUNDLED, TINY, bundled_gguf, tiny_llama
 
@@ -171,6 +171,13 @@ def card(model: Artifact) -> dict:
 def template_of(model: Artifact, name: str | None = None) -> Template:
     """The template that the model was made or trained with; `name` overrides it."""
     return TEMPLATES[name or card(model).get("template", "chat")]
+
+
+def reward_template(reward: Artifact, name: str | None = None) -> Template:
+    """The template under which a reward model reads replies: as it was trained, or, if it is from elsewhere, the whole
+    conversation by its own chat template. `name` overrides it."""
+    elsewhere = name is None and card(reward)["kind"] == "reference"
+    return READ_WITH[CONVERSATION] if elsewhere else template_of(reward, name)
 
 
 def base_of(model: Artifact) -> Artifact:

@@ -13,6 +13,7 @@ from ultramed.core.errors import ConfigError
 from ultramed.data.messages import HINTS, REASON
 
 RELEASED = "ultramedical_released"
+CONVERSATION = "conversation"
 # The day that chat templates which print one are told, so that a prompt is the same tomorrow: the one that Llama 3's template
 # has where nobody tells it another.
 DAY = date(2024, 7, 26)
@@ -29,7 +30,7 @@ class Template:
 
     def render(self, prompt: list[dict], tokenizer) -> str:
         """Text that the model is given; it ends where the answer begins."""
-        if self.name in ("chat", RELEASED):
+        if self.name in ("chat", CONVERSATION, RELEASED):
             return _chat(prompt, tokenizer)
         *system, user = [m["content"] for m in prompt]
         if [m["role"] for m in prompt] not in (["user"], ["system", "user"]):
@@ -43,6 +44,8 @@ class Template:
         if self.name == RELEASED:
             header = role_header(tokenizer)
             return header + completion.strip() + tokenizer.eos_token + "\n" + header
+        if self.name == CONVERSATION:
+            return completion.strip() + turn_end(tokenizer)
         return completion.strip() + tokenizer.eos_token
 
     def jinja(self, tokenizer) -> str:
@@ -93,6 +96,8 @@ TEMPLATES = {
         ),
     )
 }
+# How reward models from elsewhere read: the whole conversation, with whatever their own template puts behind a reply.
+READ_WITH = {**TEMPLATES, CONVERSATION: Template(CONVERSATION, "allenai/reward-bench, rewardbench/utils.py")}
 
 
 def beginning(tokenizer) -> str:
@@ -146,3 +151,9 @@ def role_header(tokenizer) -> str:
     turn = [{"role": "user", "content": "x"}]
     without = tokenizer.apply_chat_template(turn, tokenize=False)
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).removeprefix(without)
+
+
+def turn_end(tokenizer) -> str:
+    """What the chat template puts behind a reply, e.g. '<|im_end|>\\n'."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "reply"}]
+    return tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]

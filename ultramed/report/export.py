@@ -19,6 +19,7 @@ from ultramed.evaluate.stats import wilson
 from ultramed.lm import models
 from ultramed.lm.device import quietly
 from ultramed.lm.gguf import write_gguf
+from ultramed.lm.templates import turn_end
 
 TRAINED = ("sft", "preference", "reward")  # stages whose artifacts can be exported
 
@@ -51,6 +52,9 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
             for path in model.path.glob(pattern):
                 shutil.copyfile(path, part / path.name)
     models.save_tokenizer(tokenizer, models.template_of(model), part)
+    if metadata["kind"] == "reward":
+        _end_as_trained(tokenizer)
+        tokenizer.save_pretrained(part)
     if gguf:
         with quietly():
             write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")
@@ -66,6 +70,15 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
     _without_paths(part, model)
     part.rename(out)
     return {"files": sorted(p.name for p in out.iterdir()), "results": len(results), "bytes": store.size(out)}
+
+
+def _end_as_trained(tokenizer) -> None:
+    """Let the chat template end a conversation with the end token, at which the reward model was trained to be read, where it
+    puts something else there: others render the whole conversation by it."""
+    if (end := turn_end(tokenizer)) != tokenizer.eos_token:
+        keep = f"[:-{len(end)}]" if end else ""
+        shown = f"text if add_generation_prompt else text{keep} + eos_token"
+        tokenizer.chat_template = f"{{% set text %}}{tokenizer.chat_template}{{% endset %}}{{{{ {shown} }}}}"
 
 
 def _without_paths(folder: Path, model: Artifact) -> None:
