@@ -80,6 +80,26 @@ def test_full_training_moves_every_tensor_and_lowers_the_loss(medalpaca, config)
     assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
+def test_what_rounding_takes_from_an_update_is_told(medalpaca, config, rows, caplog):
+    """Of 1 the next bf16 numbers are 129/128 above and 255/256 below: a 512th up goes back, a 64th stays."""
+    one = torch.ones(2)
+    assert models.update_kept([(one, torch.tensor([1 + 1 / 600, 1.0]))], torch.bfloat16) == 0
+    assert "leaves 0% of what training changed" in caplog.text
+    caplog.clear()
+    both = [(one, torch.tensor([1 + 1 / 600, 1.0])), (one, torch.tensor([1.0, 1 + 1 / 64]))]
+    assert models.update_kept(both, torch.bfloat16) == pytest.approx((1 / 64) ** 2 / ((1 / 64) ** 2 + (1 / 600) ** 2))
+    assert models.update_kept(both, torch.float32) == 1
+    assert models.update_kept([(one, one)], torch.bfloat16) == 1, "nothing was to be kept"
+    assert not caplog.text
+    start = medalpaca.train_arm("full", learning_rate=1e-2, dtype="bfloat16")  # weights that bf16 holds exactly
+    found = {}
+    for rate, dtype in ((1e-6, "bfloat16"), (1e-2, "bfloat16"), (1e-6, "float32")):
+        again = config.model_copy(update={"learning_rate": rate, "dtype": dtype})
+        found[rate, dtype] = sft(again, model=start, data=rows).metrics["update_kept"]
+    assert found[1e-6, "bfloat16"] < 0.5 < 0.98 < found[1e-2, "bfloat16"]
+    assert found[1e-6, "float32"] == 1
+
+
 @pytest.mark.parametrize("method", ["lora", "lora_8bit"])
 def test_lora_saves_an_adapter_without_paths_and_leaves_the_base_alone(medalpaca, method):
     before = (medalpaca.base / "manifest.json").read_text()

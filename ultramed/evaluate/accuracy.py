@@ -26,7 +26,7 @@ TOO_LONG = "too long"  # in place of a parser's rule: the question did not fit i
 PREFIX = "The Answer to the question is:"  # what MedAlpaca puts into the model's mouth
 
 
-@stage(version=5, also=wording)
+@stage(version=6, also=wording)
 def answers(
     out: Path,
     config: EvalConfig,

@@ -32,7 +32,7 @@ class LossConfig(Strict):
     batch_tokens: int = Field(8192, ge=64)
 
 
-@stage(version=1, also=wording)
+@stage(version=2, also=wording)
 def held_out_loss(
     out: Path,
     config: LossConfig,

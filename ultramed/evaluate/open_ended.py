@@ -38,7 +38,7 @@ class ReplyConfig(Strict):
     seed: int = 0
 
 
-@stage(version=2, also=wording)
+@stage(version=3, also=wording)
 def replies(
     out: Path, config: ReplyConfig, *, model: Artifact, data: Artifact, side: str = "test", template: str | None = None
 ) -> dict:

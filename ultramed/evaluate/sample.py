@@ -19,7 +19,7 @@ from ultramed.lm.templates import wording
 from ultramed.train.launch import clear
 
 
-@stage(version=6, also=wording)
+@stage(version=7, also=wording)
 def samples(
     out: Path,
     config: SampleConfig,

@@ -106,7 +106,7 @@ def _train(
         for each in filter(None, (net, frozen)):
             score_labelled_tokens_only(each)
         result = training.run(trainer, steps, f"{config.loss} beta {config.beta:g} lr {config.learning_rate:g}")
-    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template, loss=config.loss)
+    kept = training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template, loss=config.loss)
     del trainer, net, frozen
     free_memory()
-    return {**result, "micro_batch": micro, "accumulation": accumulation, "pairs": pairs, **counts}
+    return {**result, **kept, "micro_batch": micro, "accumulation": accumulation, "pairs": pairs, **counts}

@@ -68,7 +68,7 @@ def group_by_prompt(pairs):
     return Dataset.from_list(groups), counts
 
 
-@stage(version=4, also=wording)
+@stage(version=5, also=wording)
 def reward(out: Path, config: RewardConfig, *, model: Artifact, pairs: Artifact, template: str | None = None) -> dict:
     """Train a reward model from `model` (an instruct model) on `pairs`; a prompt's pairs stay in one batch.
 
@@ -116,11 +116,12 @@ def _train(out: Path, config: RewardConfig, *, model: Artifact, rows: Artifact, 
             net, args=args, data_collator=PairCollator(data), train_dataset=groups, processing_class=tokenizer
         )
         result = training.run(trainer, steps, f"reward model lr {config.learning_rate:g}")
-    training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=template)
+    kept = training.save(net, tokenizer, out, model, "full", kind="reward", dtype=config.dtype, template=template)
     del trainer, net
     free_memory()
     return {
         **result,
+        **kept,
         "micro_batch": micro,
         "accumulation": accumulation,
         "prompts": len(groups),

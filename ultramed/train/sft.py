@@ -128,7 +128,7 @@ def _train(out: Path, config: TrainConfig, *, model: Artifact, rows: Artifact, h
     with warnings.catch_warnings(action="ignore"):
         result = training.run(trainer, steps, f"{config.method} lr {config.learning_rate:g}")
         dev_loss = trainer.evaluate(dev)["eval_loss"] if dev else None
-    training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
+    kept = training.save(net, tokenizer, out, model, config.method, dtype=config.dtype, template=template)
     chosen = {}
     if held_out:
         best = {"held_out_loss": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
@@ -145,6 +145,7 @@ def _train(out: Path, config: TrainConfig, *, model: Artifact, rows: Artifact, h
     completions = counts.pop("completion_tokens")
     return {
         **result,
+        **kept,
         "epochs": epochs,
         "dev_loss": dev_loss,
         **chosen,

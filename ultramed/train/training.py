@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -163,20 +164,22 @@ def _total(parameter: torch.Tensor) -> float:
 
 def save(
     net, tokenizer, out: Path, base: Artifact, method: str, kind: str = "weights", dtype: str = "auto", **metadata
-) -> None:
+) -> dict:
     """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go.
 
-    Called by all workers, because a sharded model is gathered; the first one writes.
+    Called by all workers, because a sharded model is gathered; the first one writes. Returns `update_kept` of a whole model,
+    which is rounded to the run's dtype (models.update_kept); an adapter stays in fp32 until it is merged.
     """
     name = models.card(base)["name"]
     metadata = {"method": method, "base": base.key, "name": Path(name).name if Path(name).is_dir() else name, **metadata}
     state = launch.gather_state_dict(net) if launch.sharded() else None
     if not launch.main_worker():
-        return
+        return {}
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if method == "full":
         net.config.use_cache = True
         dtype = placement(dtype).dtype
+        kept = models.update_kept(_before_and_after(base, state or net.state_dict()), dtype)
         with quietly():
             if state is None:
                 models.cast(net, dtype).save_pretrained(out)
@@ -186,11 +189,28 @@ def save(
                 net.save_pretrained(out, state_dict=untied)
         tokenizer.save_pretrained(out)
         write_json(out / "model.json", {"kind": kind, **metadata})
-        return
+        return {"update_kept": round(kept, 4)}
     net.peft_config["default"].base_model_name_or_path = metadata["name"]  # never a path of this machine
     net.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)
     write_json(out / "model.json", {"kind": "adapter", **metadata})
+    return {}
+
+
+def _before_and_after(base: Artifact, trained: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(weights of the base, the same trained), read one after the other."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    where = models.location(base)
+    name = where["pretrained_model_name_or_path"]
+    folder = name if Path(name).is_dir() else snapshot_download(name, revision=where["revision"], local_files_only=True)
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in trained.keys() & set(file.keys()):
+                before, after = file.get_tensor(name), trained[name]
+                if before.shape == after.shape:
+                    yield before.to(after.device), after
 
 
 def _callback(steps: int, desc: str):
