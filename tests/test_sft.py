@@ -21,7 +21,7 @@ from ultramed.data.rows import read_instructions
 from ultramed.lm import models
 from ultramed.lm.device import Placement
 from ultramed.lm.templates import TEMPLATES
-from ultramed.train.sft import Collator, sft, split_held_out
+from ultramed.train.sft import Collator, make_trainer, sft, split_held_out
 from ultramed.train.token_rows import encode_instructions, read_tokens, token_rows
 from ultramed.train.training import batch_plan, settings
 from ultramed.train.trl_adapter import score_labelled_tokens_only, split_by_tokens
@@ -160,6 +160,26 @@ def test_padding_and_neighbours_do_not_change_a_rows_loss(medalpaca, config, row
         return torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], ignore_index=-100).item()
 
     assert loss_of_first([data[0], data[-1], data[-2]]) == pytest.approx(loss_of_first([data[0]]), abs=1e-5)
+
+
+def test_an_evaluation_is_of_tokens_however_they_are_batched(medalpaca, tmp_path):
+    from datasets import Dataset
+
+    lengths = (2, 40, 3, 60, 2, 50, 2, 2)
+    rows = [{"input_ids": list(range(20, 30 + n)), "prompt_length": 10, "length": 10 + n} for n in lengths]
+    data, tokenizer, found = Dataset.from_list(rows), models.load_tokenizer(medalpaca.base), []
+    for tokens in (64, 160, 1024):
+        config = TrainConfig(
+            learning_rate=1e-4, mixture={"x": 1}, micro_batch_tokens=tokens, dtype="float32", global_batch_size=8
+        )
+        net = load_for_training(medalpaca.base, config)
+        trainer = make_trainer(net, tokenizer, data, config, tmp_path / str(tokens), data)
+        found.append(trainer.evaluate(data)["eval_loss"])
+    net.eval()
+    with torch.inference_mode():
+        logps = [net(input_ids=torch.tensor([r["input_ids"]])).logits[0, 9:-1].log_softmax(-1) for r in rows]
+    picked = [x.gather(1, torch.tensor(r["input_ids"][10:])[:, None]).sum().item() for x, r in zip(logps, rows, strict=True)]
+    assert found == pytest.approx([-sum(picked) / sum(lengths)] * 3, abs=1e-4)
 
 
 def test_accumulated_micro_batches_are_one_batch(medalpaca, monkeypatch):

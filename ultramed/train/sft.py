@@ -93,7 +93,7 @@ def make_trainer(net, tokenizer, rows, config: TrainConfig, out: Path, held=None
     return trainer
 
 
-@stage(version=7, also=wording)
+@stage(version=8, also=wording)
 def sft(
     out: Path, config: TrainConfig, *, model: Artifact, data: Artifact, dev: Artifact | None = None, template: str | None = None
 ) -> dict:

@@ -128,6 +128,21 @@ def token_budget_trainer() -> type:
             step = super().training_step
             return sum(step(model, part, num_items_in_batch) for part in split)
 
+        def evaluation_loop(self, *given, metric_key_prefix="eval", **named):
+            """The loss is of all labelled tokens. Trainer's is the mean of batches' means: the best checkpoint would go by how
+            many rows this machine reads at once. (Where processes share the rows out, some may read the last ones twice.)"""
+            self.evaluated = torch.zeros(2, device=self.args.device)
+            made = super().evaluation_loop(*given, metric_key_prefix=metric_key_prefix, **named)
+            nats, tokens = self.accelerator.reduce(self.evaluated)
+            made.metrics[f"{metric_key_prefix}_loss"] = (nats / tokens).item()
+            return made
+
+        def prediction_step(self, model, inputs, *given, **named):
+            tokens = (inputs["labels"][:, 1:] != LABEL_IGNORED).sum().to(self.args.device)
+            loss, *more = super().prediction_step(model, inputs, *given, **named)
+            self.evaluated += torch.stack([loss * tokens, tokens])
+            return loss, *more
+
     return TokenBudgetTrainer
 
 
