@@ -15,6 +15,7 @@ from ultramed.core.errors import ConfigError, StoreError
 from ultramed.core.schema import ModelConfig, OptimConfig
 from ultramed.lm import models, weights
 from ultramed.lm.device import placement
+from ultramed.lm.merging import merge_adapter
 from ultramed.train.weights import load_for_training
 
 CPU = placement().device == "cpu"
@@ -165,7 +166,7 @@ def test_a_merged_adapter_answers_like_the_unmerged_one(medalpaca, tmp_path):
     unmerged = PeftModel.from_pretrained(models.load(medalpaca.base, dtype=torch.float32), tmp_path).eval()
     with torch.inference_mode():
         want = unmerged(input_ids=ids).logits
-        got = models.merge_adapter(models.load(medalpaca.base, dtype=torch.float32), tmp_path)(input_ids=ids).logits
+        got = merge_adapter(models.load(medalpaca.base, dtype=torch.float32), tmp_path)(input_ids=ids).logits
     assert torch.allclose(want, got, atol=1e-4)
     plain = models.load(medalpaca.base, dtype=torch.float32)(input_ids=ids).logits
     assert not torch.allclose(plain, got, atol=1e-2), "the adapter does something"
@@ -173,7 +174,7 @@ def test_a_merged_adapter_answers_like_the_unmerged_one(medalpaca, tmp_path):
 
 def test_merging_keeps_rotary_frequencies_in_fp32(medalpaca, tmp_path):
     _adapter(medalpaca, tmp_path)
-    merged = models.merge_adapter(models.load(medalpaca.base, dtype=torch.bfloat16), tmp_path)
+    merged = merge_adapter(models.load(medalpaca.base, dtype=torch.bfloat16), tmp_path)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert merged.model.rotary_emb.inv_freq.dtype is torch.float32
 
@@ -181,7 +182,7 @@ def test_merging_keeps_rotary_frequencies_in_fp32(medalpaca, tmp_path):
 def test_merging_into_a_quantised_base_is_refused(medalpaca, tmp_path):
     _adapter(medalpaca, tmp_path)
     with pytest.raises(StoreError, match="ruins it silently"):
-        models.merge_adapter(models.load(medalpaca.base, quantize="8bit"), tmp_path)
+        merge_adapter(models.load(medalpaca.base, quantize="8bit"), tmp_path)
 
 
 def test_a_merge_that_changes_the_answers_is_refused(medalpaca, tmp_path, monkeypatch):
@@ -191,7 +192,7 @@ def test_a_merge_that_changes_the_answers_is_refused(medalpaca, tmp_path, monkey
     _adapter(medalpaca, tmp_path, scale=1.0)
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(StoreError, match="moved the logits"):
-        models.merge_adapter(models.load(medalpaca.base, dtype=torch.bfloat16), tmp_path)
+        merge_adapter(models.load(medalpaca.base, dtype=torch.bfloat16), tmp_path)
 
 
 def test_the_command_line_starts_without_torch():

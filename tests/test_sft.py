@@ -20,6 +20,7 @@ from ultramed.core.schema import TokenConfig, TrainConfig
 from ultramed.data.rows import read_instructions
 from ultramed.lm import models
 from ultramed.lm.device import Placement
+from ultramed.lm.merging import update_kept
 from ultramed.lm.templates import TEMPLATES
 from ultramed.train.sft import Collator, make_trainer, sft, split_held_out
 from ultramed.train.token_rows import encode_instructions, read_tokens, token_rows
@@ -83,13 +84,13 @@ def test_full_training_moves_every_tensor_and_lowers_the_loss(medalpaca, config)
 def test_what_rounding_takes_from_an_update_is_told(medalpaca, config, rows, caplog):
     """Of 1 the next bf16 numbers are 129/128 above and 255/256 below: a 512th up goes back, a 64th stays."""
     one = torch.ones(2)
-    assert models.update_kept([(one, torch.tensor([1 + 1 / 600, 1.0]))], torch.bfloat16) == 0
+    assert update_kept([(one, torch.tensor([1 + 1 / 600, 1.0]))], torch.bfloat16) == 0
     assert "leaves 0% of what training changed" in caplog.text
     caplog.clear()
     both = [(one, torch.tensor([1 + 1 / 600, 1.0])), (one, torch.tensor([1.0, 1 + 1 / 64]))]
-    assert models.update_kept(both, torch.bfloat16) == pytest.approx((1 / 64) ** 2 / ((1 / 64) ** 2 + (1 / 600) ** 2))
-    assert models.update_kept(both, torch.float32) == 1
-    assert models.update_kept([(one, one)], torch.bfloat16) == 1, "nothing was to be kept"
+    assert update_kept(both, torch.bfloat16) == pytest.approx((1 / 64) ** 2 / ((1 / 64) ** 2 + (1 / 600) ** 2))
+    assert update_kept(both, torch.float32) == 1
+    assert update_kept([(one, one)], torch.bfloat16) == 1, "nothing was to be kept"
     assert not caplog.text
     start = medalpaca.train_arm("full", learning_rate=1e-2, dtype="bfloat16")  # weights that bf16 holds exactly
     found = {}

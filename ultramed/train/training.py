@@ -18,6 +18,7 @@ from ultramed.core.signals import StopSignals
 from ultramed.core.store import Artifact, write_json
 from ultramed.lm import models
 from ultramed.lm.device import at_most_on_cpu, placement, quietly
+from ultramed.lm.merging import cast, update_kept
 from ultramed.train import launch
 
 CPU_TOKENS = 4096  # of a micro-batch: larger ones are no faster there, and GPU profiles ask for tens of thousands
@@ -168,7 +169,7 @@ def save(
     """Write a whole model ('weights' or 'reward'), or an adapter that names its base, with `model.json`; checkpoints go.
 
     Called by all workers, because a sharded model is gathered; the first one writes. Returns `update_kept` of a whole model,
-    which is rounded to the run's dtype (models.update_kept); an adapter stays in fp32 until it is merged.
+    which is rounded to the run's dtype (lm/merging.py); an adapter stays in fp32 until it is merged.
     """
     name = models.card(base)["name"]
     metadata = {"method": method, "base": base.key, "name": Path(name).name if Path(name).is_dir() else name, **metadata}
@@ -179,10 +180,10 @@ def save(
     if method == "full":
         net.config.use_cache = True
         dtype = placement(dtype).dtype
-        kept = models.update_kept(_before_and_after(base, state or net.state_dict()), dtype)
+        kept = update_kept(_before_and_after(base, state or net.state_dict()), dtype)
         with quietly():
             if state is None:
-                models.cast(net, dtype).save_pretrained(out)
+                cast(net, dtype).save_pretrained(out)
             else:
                 net.config.dtype = dtype
                 untied = {name: value.to(dtype) for name, value in state.items() if name not in net.all_tied_weights_keys}
