@@ -172,7 +172,8 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Say what would run, how long and what has to be fetched, open the data at hand; status 1 if they cannot do.",
+            help="Say what the whole profile (numbers do not narrow it) would run, in hours of a GPU, and what has to be fetched; "
+            "open the data at hand; status 1 if they cannot do. For hours of this machine: ultramed doctor.",
         ),
     ] = False,
     gpus: GpusOption = 1,
@@ -215,7 +216,7 @@ def sweep(
     sbatch: SbatchOption = [],  # noqa: B006
     wait: WaitOption = False,
 ) -> None:
-    """Run a notebook arm over a grid of parameters; finished runs are skipped, failed ones tried again."""
+    """Train and examine an arm at every point of a grid, or of a list; finished runs are skipped, failed ones tried again."""
     from ultramed.book.sweep import read_sweep, run_point, run_sweep
 
     if only >= 0:
