@@ -209,6 +209,15 @@ def test_orders_of_options_that_a_prompt_does_not_show_tell_nothing(from_hub, me
     assert found["accuracy_sd"] == 0, "the same prompts and choices"
 
 
+def test_what_was_paid_counts_replies_with_any_line_separator(tmp_path):
+    from ultramed.core.ledger import write_lines
+    from ultramed.core.store import Artifact
+
+    row = {"text": "one\u2028two\x85three", "requests": 1, "tokens": 5, "completion_tokens": 2}
+    write_lines(tmp_path / "requests.jsonl", [row, row])
+    assert bench.paid([Artifact("answers", "k", tmp_path)])["tokens"] == 10
+
+
 def test_reasoned_replies_samples_and_scorers(from_hub, medalpaca, tmp_path):
     model = f"base_model/{medalpaca.base.key}"
     more = ("--protocol", "ultramedical", "--samples", 2, "--set", "max_new_tokens=6")

@@ -16,6 +16,12 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
         fh.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """What `write_lines` or a ledger wrote. (`str.splitlines` would also cut at the line separators inside a text.)"""
+    with open(path, encoding="utf-8") as fh:
+        return [json.loads(line) for line in fh]
+
+
 def _parsed_together(lines: list[bytes]) -> list:
     """The value of each line, or None for all where one is damaged. Rows that are parsed at once share the names of their
     fields, which saves half of the time and of the memory."""

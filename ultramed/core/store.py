@@ -363,7 +363,9 @@ def find(prefix: str) -> Artifact:
     hits = [a for a in artifacts() if a.key.startswith(key) and stage_name in ("", a.stage)]
     if len(hits) != 1:
         some = ", ".join(f"{a.stage}/{a.key}" for a in hits[:5])
-        raise StoreError(f"{len(hits)} artifacts match {prefix!r}{': ' + some if some else f' in {root()}; `ultramed store ls` names them'}")
+        raise StoreError(
+            f"{len(hits)} artifacts match {prefix!r}{': ' + some if some else f' in {root()}; `ultramed store ls` names them'}"
+        )
     if not _usable(hits[0].path):
         raise StoreError(f"{hits[0].stage}/{hits[0].key} is damaged and was set aside; run again what made it")
     return hits[0]

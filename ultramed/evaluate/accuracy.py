@@ -1,12 +1,11 @@
 """The stage that asks a model questions and reads its answers, one ledger row an item."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from ultramed.core.errors import ConfigError
-from ultramed.core.ledger import Ledger
+from ultramed.core.ledger import Ledger, read_lines
 from ultramed.core.schema import EvalConfig
 from ultramed.core.store import Artifact, digest, stage
 from ultramed.data import rows as canonical
@@ -225,9 +224,7 @@ def by_likelihood(target: str) -> dict[str, str]:
 
 def read_answers(artifact: Artifact) -> pd.DataFrame:
     """The ledger as a table, one row a question that was asked."""
-    with open(artifact / "answers.jsonl") as fh:
-        rows = [json.loads(line) for line in fh]
-    return pd.DataFrame([row for row in rows if row["rule"] != TOO_LONG])
+    return pd.DataFrame([row for row in read_lines(artifact / "answers.jsonl") if row["rule"] != TOO_LONG])
 
 
 def hit_scores(checked: Artifact, answers: pd.DataFrame) -> pd.DataFrame:

@@ -99,11 +99,6 @@ class Comparison:
     def __str__(self):
         return f"{100 * self.difference:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
-    def row(self) -> dict:
-        """As tables show it."""
-        names = ("a", "b", "difference", "low", "high", "n", "mcnemar", "clustered", "p")
-        return {name: getattr(self, name) for name in names}
-
 
 def compare(a: Answers | pd.DataFrame, b: Answers | pd.DataFrame) -> Comparison:
     """Paired comparison of two arms, over concepts and, where there are several, seeds. Raises ValueError for nothing in
@@ -173,10 +168,6 @@ class Arms(dict[str, Answers]):
             for subset, part in {**subsets, "all": arm.frame}.items():
                 rows.append({index: name, "subset": subset, **accuracy_row(part)})
         return pd.DataFrame(rows)
-
-    def compare(self, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-        """Every (A, B): columns A, B and those of `Comparison.row`."""
-        return pd.DataFrame([{"A": a, "B": b, **compare(self[a], self[b]).row()} for a, b in pairs])
 
 
 def accuracy_row(frame: pd.DataFrame) -> dict:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CPU_TOKENS = 32768  # of a batch: a GPU profile's would not fit beside the weights
-Done = Callable[[list[int], list[Reply]], None]
 Unfit = Callable[[list[int]], None]
 
 

@@ -70,10 +70,6 @@ class LanguageProxy:
         self.model.fit(fit, fit_y)
         self.accuracy = stats.wilson(self.model.predict(held) == np.array(held_y))
 
-    def guess(self, texts: list[str]) -> list[str]:
-        """The likeliest language of each text, as a whole."""
-        return list(self.model.predict(texts))
-
     def consistent(self, text: str, language: str) -> bool:
         """Whether nine letters in ten are in sentences that are told to be in the language. False for a text without
         letters."""

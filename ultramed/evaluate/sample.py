@@ -1,9 +1,8 @@
 """Several sampled replies to every prompt: candidates for preferences, votes for self-consistency, food for re-ranking."""
 
-import json
 from pathlib import Path
 
-from ultramed.core.ledger import Ledger
+from ultramed.core.ledger import Ledger, read_lines
 from ultramed.core.schema import SampleConfig
 from ultramed.core.store import Artifact, stage
 from ultramed.data import rows as canonical
@@ -151,11 +150,9 @@ def _sample(engine, todo, config: SampleConfig, ledger, out: Path, bar) -> None:
 
 def read_samples(artifact: Artifact) -> list[dict]:
     """Rows of `samples.jsonl` in the order of the questions, without those that did not fit into the model's context."""
-    with open(artifact / "samples.jsonl") as fh:
-        return sorted((row for row in map(json.loads, fh) if row["replies"]), key=lambda row: row["index"])
+    return sorted((row for row in read_lines(artifact / "samples.jsonl") if row["replies"]), key=lambda row: row["index"])
 
 
 def read_feedback(artifact: Artifact) -> list[dict]:
     """Rows of `feedback.jsonl`, in the order of the prompts."""
-    with open(artifact / "feedback.jsonl") as fh:
-        return [json.loads(line) for line in fh]
+    return read_lines(artifact / "feedback.jsonl")

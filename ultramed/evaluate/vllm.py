@@ -7,7 +7,6 @@ template renders what the model's template renders here, and which is compared w
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import os
 import secrets
@@ -26,7 +25,7 @@ import torch
 
 from ultramed.core.client import ServerConfig
 from ultramed.core.errors import ConfigError, ServerError
-from ultramed.core.ledger import write_lines
+from ultramed.core.ledger import read_lines, write_lines
 from ultramed.core.progress import duration
 from ultramed.core.store import Artifact
 from ultramed.evaluate import guard
@@ -245,7 +244,7 @@ def checks(out: Path) -> dict:
     """For the metrics of a stage: greedy replies that were compared with transformers', and how many are the same."""
     if not (out / CHECKS).exists():
         return {}
-    rows = [json.loads(line) for line in (out / CHECKS).read_text().splitlines()]
+    rows = read_lines(out / CHECKS)
     same = sum(row["transformers"] == row["vllm"] for row in rows)
     return {"compared_with_transformers": {"prompts": len(rows), "same": same}}
 

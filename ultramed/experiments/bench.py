@@ -4,7 +4,6 @@ What is at hand is run, the rest is named with where it is to be had. Every numb
 goes on where it stopped.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import date
@@ -17,6 +16,7 @@ from scipy.stats import norm
 
 from ultramed.core.client import spent
 from ultramed.core.errors import ConfigError
+from ultramed.core.ledger import read_lines
 from ultramed.core.profile import BenchSection
 from ultramed.core.schema import ASKED, EvalConfig, ExamConfig, SampleConfig, Strict
 from ultramed.core.store import Artifact, file_name, stage
@@ -332,7 +332,7 @@ class Load:
 def paid(artifacts: Sequence[Artifact]) -> dict:
     """Requests and tokens of servers that results took, faults included; empty for weights."""
     ledgers = [art / "requests.jsonl" for art in artifacts if (art / "requests.jsonl").exists()]
-    return spent(json.loads(line) for path in ledgers for line in path.read_text().splitlines()) if ledgers else {}
+    return spent(row for path in ledgers for row in read_lines(path)) if ledgers else {}
 
 
 def estimate(config: BenchSection, questions: Sequence[Questions], shown: int = 200) -> Load:

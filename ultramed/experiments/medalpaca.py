@@ -20,8 +20,8 @@ from ultramed.data import rows as canonical
 from ultramed.data.mixture import MixtureConfig, mixture_of
 from ultramed.data.sources import dataset, names_in
 from ultramed.evaluate.accuracy import answers, by_likelihood, read_answers
-from ultramed.evaluate.arms import Answers, Arms, accuracy_row, better, joined
-from ultramed.evaluate.stats import Estimate, wilson
+from ultramed.evaluate.arms import Answers, Arms, accuracy_row, better, joined, percent
+from ultramed.evaluate.stats import wilson
 from ultramed.evaluate.words import can_count, word_answers
 from ultramed.experiments.jobs import Job
 from ultramed.lm.models import base_model
@@ -345,8 +345,7 @@ class Tuning:
 
     def table(self) -> pd.DataFrame:
         """The rates tried, with the accuracy on dev questions and its interval."""
-        score = [str(Estimate(*row)) for row in self.frame[["accuracy", "low", "high", "n"]].itertuples(index=False)]
-        return self.frame.assign(accuracy=score).drop(columns=["low", "high"])
+        return self.frame.assign(accuracy=percent(self.frame)).drop(columns=["low", "high"])
 
 
 @dataclass(frozen=True)
@@ -365,9 +364,5 @@ class Variant:
 
 def variants_table(variants: Iterable[Variant]) -> pd.DataFrame:
     """Accuracy over all questions, a row a variant."""
-    rows = []
-    for variant in variants:
-        row = accuracy_row(variant.answers.frame)
-        score = str(Estimate(row.pop("accuracy"), row.pop("low"), row.pop("high"), row["n"]))
-        rows.append({"arm": variant.arm, "form": variant.form, "rate": variant.rate, "accuracy": score, **row})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame([{"arm": v.arm, "form": v.form, "rate": v.rate, **accuracy_row(v.answers.frame)} for v in variants])
+    return frame.assign(accuracy=percent(frame)).drop(columns=["low", "high"])

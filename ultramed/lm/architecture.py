@@ -74,6 +74,10 @@ def context_length(net) -> int:
     return getattr(causal_lm(net).config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
+def _kind(net) -> tuple:
+    return type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype
+
+
 @torch.no_grad()
 def probe(net) -> None:
     """Compare a packed row of a few random tokens with transformers' own reading of each sequence, once an architecture.
@@ -83,7 +87,7 @@ def probe(net) -> None:
     """
     net = causal_lm(net)
     begin_anew(net)
-    kind, plain = (type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype), plain_length(net)
+    kind, plain = _kind(net), plain_length(net)
     if plain < context_length(net) and kind not in _told:
         _told.add(kind)
         what = f"what is longer than {plain:,} tokens" if plain >= 32 else "it"
@@ -151,8 +155,7 @@ def logits_only_at(net, rows, columns) -> Iterator[None]:
 def reads_padding(net) -> bool:
     """Whether padding on the left changes what the model reads, whatever the mask says: in some recurrent layers it does.
     Tried with a few random tokens, once an architecture."""
-    kind = (type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype)
-    if kind not in _padded:
+    if (kind := _kind(net)) not in _padded:
         vocabulary = net.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary // 4, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(net.device)
         mask = torch.tensor([[0] * 7 + [1] * 12], device=net.device)

@@ -217,15 +217,17 @@ def _unchanged(metadata: dict) -> None:
         raise StoreError(f"{folder} has changed since it was first used as a model: give the changed one another folder")
 
 
-def folder(model: Artifact) -> Path:
-    """Where the files of the whole model under an artifact are on this machine; those of a hub id are fetched if need be."""
+def folder(model: Artifact, local: bool = False) -> Path:
+    """Where the files of the whole model under an artifact are on this machine; those of a hub id are fetched if need be, but
+    not if they are to be `local`."""
     from huggingface_hub import snapshot_download
 
     where = location(model)
     name = where["pretrained_model_name_or_path"]
     if Path(name).is_dir():
         return Path(name)
-    return Path(snapshot_download(name, revision=where["revision"], allow_patterns=["*.safetensors", "*.json"]))
+    patterns = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(name, revision=where["revision"], allow_patterns=patterns, local_files_only=local))
 
 
 def give_template(tokenizer, template: Template) -> bool:

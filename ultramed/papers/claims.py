@@ -11,7 +11,6 @@ Anything else is inconclusive. p, corrected over all tested claims of a paper th
 
 from functools import cache
 from importlib.resources import files
-from io import StringIO
 from typing import Literal
 
 import pandas as pd
@@ -86,8 +85,7 @@ class Claim(BaseModel):
 def claims() -> tuple[Claim, ...]:
     """All claims, checked. Raises pydantic's ValidationError for a line that makes no sense, ValueError for an id that
     stands twice."""
-    text = files("ultramed.papers").joinpath("claims.csv").read_text()
-    rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False).to_dict("records")
+    rows = pd.read_csv(files("ultramed.papers") / "claims.csv", dtype=str, keep_default_na=False).to_dict("records")
     made = tuple(Claim(**{name: value for name, value in row.items() if value}) for row in rows)
     ids = [claim.id for claim in made]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):

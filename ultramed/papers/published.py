@@ -1,7 +1,6 @@
 """What the papers printed: every published cell, with its source (tables/*.csv; tables.yaml says how they are read)."""
 
 from importlib.resources import files
-from io import StringIO
 
 import pandas as pd
 import yaml
@@ -35,7 +34,7 @@ def table(name: str) -> pd.DataFrame:
     """One published table as printed. Raises KeyError for an unknown name."""
     if name not in TABLES:
         raise KeyError(f"no published table {name!r}; there are {', '.join(TABLES)}")
-    return pd.read_csv(StringIO(FOLDER.joinpath("tables", f"{name}.csv").read_text()))
+    return pd.read_csv(FOLDER / "tables" / f"{name}.csv")
 
 
 def _number(value):

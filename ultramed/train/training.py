@@ -200,13 +200,9 @@ def save(
 
 def _before_and_after(base: Artifact, trained: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(weights of the base, the same trained), read one after the other."""
-    from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
-    where = models.location(base)
-    name = where["pretrained_model_name_or_path"]
-    folder = name if Path(name).is_dir() else snapshot_download(name, revision=where["revision"], local_files_only=True)
-    for path in Path(folder).glob("model*.safetensors"):
+    for path in models.folder(base, local=True).glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in trained.keys() & set(file.keys()):
                 before, after = file.get_tensor(name), trained[name]

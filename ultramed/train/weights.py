@@ -1,7 +1,5 @@
 """Models made ready for training: all weights in fp32, or an adapter on a base in 16, 8 or 4 bits."""
 
-import warnings
-
 import torch
 
 from ultramed.core.errors import ConfigError
@@ -70,17 +68,14 @@ def load_for_training(model: Artifact, config: OptimConfig, *, empty: bool = Fal
     with quietly():
         if method == "full":
             net = trainable(AutoModelForCausalLM, model, empty=empty)
-            net.config.use_cache = False
-            if not launch.sharded():
-                probe(net)
-            return net
-        net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=place.dtype, **(extra or _place()))
-        net = _with_attention(net)
+        else:
+            net = AutoModelForCausalLM.from_pretrained(**weights_of(model), dtype=place.dtype, **(extra or _place()))
+            net = _with_attention(net)
         net.config.use_cache = False
         if not launch.sharded():
             probe(net)
-        if extra:
-            warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        if method == "full":
+            return net
         settings = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
