@@ -149,14 +149,14 @@ def test_what_the_results_say_stands_in_a_table_of_a_committed_run():
     rounded."""
     text = prose("RESULTS.md")
     made = committed_tables()
-    intervals = re.findall(r"[+-]?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", text)
+    interval = re.compile(r"[+-]?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]")
+    intervals = interval.findall(text)
     assert len(intervals) >= 5
     assert [found for found in intervals if found not in made] == []
     ends = [json.loads(path.read_text())["cells"][-1] for path in sorted((REPO / "notebooks").glob("*.ipynb"))]
     answers = ["".join(cell["source"]) for cell in ends if "".join(cell["source"]).startswith("**Answer**")]
     assert len(answers) == 6
-    told = re.findall(r"[+-]?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", " ".join(answers))
-    assert [found for found in told if found not in made] == []
+    assert [found for found in interval.findall(" ".join(answers)) if found not in made] == []
     known = {round(abs(float(value))) for value in re.findall(r"\| ([+-]\d+\.\d) \[", made)}
     assert {int(n) for n in re.findall(r"by (\d+)(?= points)", text)} <= known
 

@@ -78,6 +78,18 @@ def _kind(net) -> tuple:
     return type(net).__name__, net.config.to_json_string(use_diff=False), net.dtype
 
 
+def _some_tokens(net, count: int) -> list[int]:
+    """The same random tokens of the model's vocabulary every time."""
+    vocabulary = net.config.get_text_config().vocab_size
+    return torch.randint(vocabulary // 4, vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """How far they are apart, root mean square, as a part of the spread of `theirs`."""
+    theirs = theirs.float()
+    return ((ours.float() - theirs).square().mean().sqrt() / theirs.std()).item()
+
+
 @torch.no_grad()
 def probe(net) -> None:
     """Compare a packed row of a few random tokens with transformers' own reading of each sequence, once an architecture.
@@ -102,8 +114,7 @@ def probe(net) -> None:
 
 def _packed_is_right(net) -> bool:
     """Whether a packed row has the hidden states that each of its sequences has alone."""
-    vocabulary = net.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary // 4, vocabulary, (27,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = _some_tokens(net, 27)
     sequences = [(tokens[:12], tokens[12:17]), (tokens[:12], tokens[17:20]), (tokens[:8] + tokens[20:24], tokens[24:])]
     training = net.training
     net.eval()
@@ -112,8 +123,7 @@ def _packed_is_right(net) -> bool:
     gaps = []
     for (prompt, reply), row, columns in zip(sequences, packed.rows, packed.columns, strict=True):
         alone = net.base_model(input_ids=torch.tensor([prompt + reply], device=net.device), use_cache=False)
-        theirs = alone.last_hidden_state[0, len(prompt) - 1 :].float()
-        gaps.append(((ours[row, columns].float() - theirs).square().mean().sqrt() / theirs.std()).item())
+        gaps.append(_gap(ours[row, columns], alone.last_hidden_state[0, len(prompt) - 1 :]))
     net.train(training)
     allowed = 1e-3 if net.dtype == torch.float32 and not getattr(net, "is_quantized", False) else 0.1
     good = max(gaps) <= allowed
@@ -156,16 +166,14 @@ def reads_padding(net) -> bool:
     """Whether padding on the left changes what the model reads, whatever the mask says: in some recurrent layers it does.
     Tried with a few random tokens, once an architecture."""
     if (kind := _kind(net)) not in _padded:
-        vocabulary = net.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary // 4, vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(net.device)
+        ids = torch.tensor([_some_tokens(net, 12)], device=net.device)
         mask = torch.tensor([[0] * 7 + [1] * 12], device=net.device)
         padded = torch.cat([ids[:, :7].flip(1), ids], 1)
-        alone = net(input_ids=ids, use_cache=False).logits[0, -1].float()
+        alone = net(input_ids=ids, use_cache=False).logits[0, -1]
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         given = {"position_ids": position} if "position_ids" in inspect.signature(net.forward).parameters else {}
-        behind = net(input_ids=padded, attention_mask=mask, use_cache=False, **given).logits[0, -1].float()
-        gap = ((behind - alone).square().mean().sqrt() / alone.std()).item()
-        _padded[kind] = not gap <= (1e-3 if net.dtype == torch.float32 else 0.1)
+        behind = net(input_ids=padded, attention_mask=mask, use_cache=False, **given).logits[0, -1]
+        _padded[kind] = not _gap(behind, alone) <= (1e-3 if net.dtype == torch.float32 else 0.1)
     return _padded[kind]
 
 

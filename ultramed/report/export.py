@@ -51,10 +51,10 @@ def export(model: Artifact, out: Path, *, merge: bool = False, gguf: bool = Fals
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"):
             for path in model.path.glob(pattern):
                 shutil.copyfile(path, part / path.name)
-    models.save_tokenizer(tokenizer, models.template_of(model), part)
+    models.give_template(tokenizer, models.template_of(model))
     if metadata["kind"] == "reward":
         _end_as_trained(tokenizer)
-        tokenizer.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     if gguf:
         with quietly():
             write_gguf(models.load(model, dtype=torch.float32, device="cpu"), tokenizer, part / "model.gguf")

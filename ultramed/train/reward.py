@@ -55,14 +55,15 @@ def group_by_prompt(pairs):
     order = sorted(range(len(names)), key=names.__getitem__)
     groups, counts = [], {"pairs": len(names), "replies": 0, "tokens": 0}
     for _, members in itertools.groupby(order, key=names.__getitem__):
+        members = list(members)
+        part = pairs[members]
         by_text: dict[tuple, list[int]] = {}  # turns of one conversation may come under one id
-        for member, prompt in zip(members := list(members), pairs[members]["prompt_ids"], strict=True):
-            by_text.setdefault(tuple(prompt), []).append(member)
-        for prompt, same in by_text.items():
-            part = pairs[same]
-            replies = {tuple(reply) for side in ("chosen_ids", "rejected_ids") for reply in part[side]}
+        for place, prompt in enumerate(part["prompt_ids"]):
+            by_text.setdefault(tuple(prompt), []).append(place)
+        for prompt, places in by_text.items():
+            replies = {tuple(part[side][i]) for side in ("chosen_ids", "rejected_ids") for i in places}
             length = len(prompt) + sum(map(len, replies))
-            groups.append({"members": same, "length": length})
+            groups.append({"members": [members[i] for i in places], "length": length})
             counts["replies"] += len(replies)
             counts["tokens"] += length
     return Dataset.from_list(groups), counts
